@@ -1,0 +1,47 @@
+# make lab        set up and open JupyterLab on the notebooks
+# make test       set up and run all the tests
+# make notebooks  run all the notebooks without a window; the files in the repository stay as they are
+# make check      lint and types
+# make PYTHON=/path/to/python3.13 ...   to choose the interpreter yourself
+
+SHELL := /bin/sh
+BIN := .venv/bin
+.PHONY: lab test notebooks check clean
+
+lab: .venv/all
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_OPTIONS)
+
+test: .venv/dev
+	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env $(PYTEST_OPTIONS)
+
+notebooks: .venv/all
+	$(BIN)/python -m upstox_db_examples.local.notebooks
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One stamp a set of packages, made again when pyproject.toml changes. `dev` holds all of `all`.
+.venv/dev .venv/all: pyproject.toml | .venv/bin/python
+	@echo "Installing the packages into .venv: about a minute the first time."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]" || { \
+		echo "The packages could not be installed: see the lines above. With a network or a package index in reach, run make again." >&2; \
+		exit 1; }
+	@touch $@
+
+# The first interpreter that is 3.12 or newer. The default python3 is often older.
+.venv/bin/python:
+	@found=; for candidate in "$(PYTHON)" python3.14 python3.13 python3.12 python3 python \
+		"$$HOME"/.pyenv/versions/3.*/bin/python "$$(command -v uv >/dev/null 2>&1 && uv python find '>=3.12' 2>/dev/null)" \
+		/opt/homebrew/bin/python3 /usr/local/bin/python3; do \
+		if [ -n "$$candidate" ] && "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; \
+		then found=$$candidate; break; fi; done; \
+	if [ -z "$$found" ]; then \
+		echo "No Python 3.12 or newer with venv was found. Install one (python.org, 'uv python install 3.13', 'pyenv install 3.13'," \
+			"on Debian and Ubuntu with python3-venv) or name one: make PYTHON=/path/to/python3.13" >&2; exit 1; fi; \
+	rm -rf .venv && "$$found" -m venv .venv || { rm -rf .venv; \
+		echo "$$found could not make the environment .venv: see the lines above." >&2; exit 1; }
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,78 @@
+"""What every test has: a local Upstox, a clock that can be moved, and nothing of the machine's own settings."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from upstox_db_examples import KeyRing
+from upstox_db_examples.local.upstox import Account, LocalUpstox
+from upstox_db_examples.token import IST
+
+TUESDAY_EVENING = datetime(2026, 1, 6, 20, 0, tzinfo=IST)
+
+
+class Clock:
+    """The present, as the test says."""
+
+    def __init__(self, now: datetime = TUESDAY_EVENING) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def set(self, day: int, hour: int, minute: int = 0, second: int = 0) -> None:
+        """A moment in January 2026, in India; the 6th is a Tuesday."""
+        self.now = datetime(2026, 1, day, hour, minute, second, tzinfo=IST)
+
+    def advance(self, **parts: float) -> None:
+        self.now += timedelta(**parts)
+
+
+def shown_with_locals(error: BaseException) -> str:
+    """The error, its causes and contexts with all local variables, as `pytest --showlocals` would print them.
+
+    The frames of the tests are left out: they hold the secret that is looked for.
+    """
+    shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+    chain: list[traceback.TracebackException] = [shown]
+    for link in chain:
+        link.stack[:] = [frame for frame in link.stack if f"{os.sep}tests{os.sep}" not in frame.filename]
+        chain += [nested for nested in (link.__cause__, link.__context__) if nested]
+    return "".join(shown.format()) + repr(error.args)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in os.environ:
+        if name.startswith("UPSTOX_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("UPSTOX_DB_KEY_FILE", str(tmp_path / "keys"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def upstox(clock: Clock) -> Iterator[LocalUpstox]:
+    # The TOTP code follows the real time and serves once in 30 s, and these tests log in more often than that.
+    with LocalUpstox(clock=clock, totp_once=False) as server:
+        yield server
+
+
+@pytest.fixture
+def account(upstox: LocalUpstox) -> Account:
+    return upstox.add_account("AB1234")
+
+
+@pytest.fixture
+def keys() -> KeyRing:
+    return KeyRing(KeyRing.new_key())

@@ -1,0 +1,56 @@
+"""A store as one writes it in a hurry. Every promise that is tested with kills and crowds must fail here."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+
+class NaiveStorage:
+    """Each statement commits by itself, nobody waits for anybody, and the lock file is tidied away."""
+
+    def __init__(self, db_path: str, *, login: Callable[[str], Any], **_: Any) -> None:
+        self.db_path, self._login = db_path, login
+        self.conn = sqlite3.connect(db_path, timeout=30, isolation_level=None)
+        self.conn.execute(
+            "CREATE TABLE IF NOT EXISTS upstox_tokens (id INTEGER PRIMARY KEY, user_id, token, is_active)"
+        )
+        self.conn.execute("CREATE TABLE IF NOT EXISTS upstox_token_audit (id INTEGER PRIMARY KEY, token_id, action)")
+
+    def store_token(self, user_id: str) -> dict[str, Any]:
+        token = self._login(user_id).access_token
+        self.conn.execute("UPDATE upstox_tokens SET is_active = 0 WHERE user_id = ?", (user_id,))
+        self.conn.execute("INSERT INTO upstox_tokens (user_id, token, is_active) VALUES (?, ?, 1)", (user_id, token))
+        (token_id,) = self.conn.execute("SELECT max(id) FROM upstox_tokens").fetchone()
+        self.conn.execute("INSERT INTO upstox_token_audit (token_id, action) VALUES (?, 'created')", (token_id,))
+        return {"token": token, "token_id": token_id}
+
+    def get_or_create_token(self, user_id: str) -> dict[str, Any]:
+        row = self.conn.execute(
+            "SELECT token FROM upstox_tokens WHERE user_id = ? AND is_active", (user_id,)
+        ).fetchone()
+        return {"token": row[0]} if row else self.store_token(user_id)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        path = Path(f"{self.db_path}-{name}.lock")
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            time.sleep(0)
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.conn.close()

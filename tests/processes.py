@@ -1,0 +1,167 @@
+"""What the other processes of a test do. Each job opens its own store on the test's database."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import random
+import signal
+import time
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from upstox_totp.models import AccessTokenData
+
+from upstox_db_examples import KeyRing, SdkLogin
+
+KEY = KeyRing(b"the same key for all processes..")
+USER = "AB1234"
+
+# A server that forks: fork itself is not safe in a process with threads, and spawn takes a second each time.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.processes", "upstox_db_examples", "tests.naive"])
+
+
+class Address(NamedTuple):
+    """How another process opens the same store: `module:Class` and the arguments."""
+
+    kind: str
+    arguments: tuple[Any, ...]
+
+    def open(self, **options: Any) -> Any:
+        module, name = self.kind.split(":")
+        return getattr(importlib.import_module(module), name)(*self.arguments, keys=KEY, **options)
+
+
+def start(job: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
+    """A process that does this job; the connection gives what it sends."""
+    ours, theirs = _context.Pipe()
+    assert isinstance(ours, Connection)
+    process = _context.Process(target=job, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def run_all(count: int, job: Any, *arguments: Any, seconds: float = 120) -> list[Any]:
+    """What this many processes send, all let go at the same moment."""
+    started = [start(job, *arguments) for _ in range(count)]
+    connections = [connection for _, connection in started]
+    for each in connections:
+        assert each.recv() == "ready"
+    for each in connections:
+        each.send("go")
+    results, deadline = [], time.monotonic() + seconds
+    while connections:
+        done = wait(connections, timeout=max(0.0, deadline - time.monotonic()))
+        assert done, f"{len(connections)} of {count} processes did not answer within {seconds} s"
+        for connection in done:
+            assert isinstance(connection, Connection)
+            results.append(connection.recv())
+            connections.remove(connection)
+            connection.close()
+    for process, _ in started:
+        process.join()
+    return results
+
+
+def kill(process: BaseProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+# The jobs
+
+
+def get_or_create(connection: Connection, address: Address, upstox: str, credentials: dict[str, str]) -> None:
+    """One get_or_create_token; sends the token, or the error."""
+    os.environ["no_proxy"] = "127.0.0.1"
+    store = address.open(login=SdkLogin(credentials, base_domain=upstox))
+    connection.send("ready")
+    connection.recv()
+    try:
+        connection.send(store.get_or_create_token(USER)["token"])
+    except Exception as error:
+        connection.send(repr(error))
+
+
+def log_in_for_ever(connection: Connection, address: Address) -> None:
+    """Hold the lock in a login that never ends."""
+
+    def never(_: str | None) -> AccessTokenData:
+        connection.send("logging in")
+        time.sleep(600)
+        raise AssertionError
+
+    address.open(login=never).get_or_create_token(USER)
+
+
+def store_on_and_on(connection: Connection, address: Address) -> None:
+    """Store one token after another, and say of each that it was acknowledged."""
+    with address.open(login=_made_up_login) as store, contextlib.suppress(BrokenPipeError):
+        connection.send("ready")
+        while True:
+            connection.send(store.store_token(USER)["token_id"])
+
+
+def enter_and_leave(connection: Connection, address: Address, folder: str, seconds: float) -> None:
+    """Take the lock as often as possible; sends how often, and how often somebody else was inside."""
+    store, inside = address.open(login=_made_up_login), Path(folder, "inside")
+    connection.send("ready")
+    connection.recv()
+    entries = overlaps = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with store._lock(USER):
+            entries += 1
+            try:
+                os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                overlaps += 1
+            time.sleep(random.uniform(0, 0.0005))
+            inside.unlink(missing_ok=True)
+    connection.send((entries, overlaps))
+
+
+def fork_and_read(connection: Connection, address: Address) -> None:
+    """Store a token, read it in a forked child, read it again; sends the token three times."""
+    store = address.open(login=_made_up_login)
+    stored = store.store_token(USER)["token"]
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.write(writing, store.get_valid_token(USER)["token"].encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as opened:
+        in_the_child = opened.read()
+    os.wait()
+    connection.send((stored, in_the_child, store.get_valid_token(USER)["token"]))
+
+
+def _made_up_login(user_id: str | None) -> AccessTokenData:
+    return token_data(user_id or USER, f"eyJ0eXAi{random.getrandbits(512):0128x}")
+
+
+def token_data(user_id: str, token: str = "eyJ0eXAi" * 9) -> AccessTokenData:
+    """A login's answer without a login, for what no real login can be made to give."""
+    return AccessTokenData(
+        email="trader@example.com",
+        exchanges=["NSE"],
+        products=["D"],
+        broker="UPSTOX",
+        user_id=user_id,
+        user_name="A Trader",
+        order_types=["MARKET"],
+        user_type="individual",
+        poa=False,
+        ddpi=False,
+        is_active=True,
+        access_token=token,
+    )

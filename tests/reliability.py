@@ -1,0 +1,75 @@
+"""Promises that are tested by crowds and by kill -9, and counted. Each is also shown to fail on a naive store."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from upstox_db_examples.local.upstox import Account, LocalUpstox
+
+from . import processes
+from .processes import Address
+
+
+class Counts(NamedTuple):
+    """What lies in a database: of the user's tokens, and of audit entries without a token or the reverse."""
+
+    active: list[int]
+    orphans: int
+
+
+def of_32_processes_on_an_empty_store_one_logs_in(address: Address, upstox: LocalUpstox, account: Account) -> None:
+    upstox.login_seconds = 0.3
+    job = (processes.get_or_create, address, upstox.base_domain, account.credentials())
+    tokens = processes.run_all(32, *job)
+    assert len(set(tokens)) == 1, sorted(set(tokens))
+    assert upstox.logins() == 1
+
+
+def a_login_whose_process_is_killed_holds_nobody_up(address: Address, upstox: LocalUpstox, account: Account) -> None:
+    killed, connection = processes.start(processes.log_in_for_ever, address)
+    assert connection.recv() == "logging in"
+    process, waiting = processes.start(processes.get_or_create, address, upstox.base_domain, account.credentials())
+    assert waiting.recv() == "ready"
+    waiting.send("go")
+    assert not waiting.poll(0.5), "it logs in although another process is logging in"
+    processes.kill(killed)
+    begin = time.monotonic()
+    assert waiting.poll(10), "the dead process still holds the lock"
+    assert upstox.is_living(waiting.recv())
+    assert time.monotonic() - begin < 1 + 0.5, "more than a second, and half a one for a slow machine"
+    process.join()
+
+
+def a_writer_can_be_killed_at_any_moment(address: Address, count: Callable[[], Counts], kills: int = 200) -> None:
+    acknowledged = writes = 0
+    dice = random.Random(1)
+    faults = {"two active": 0, "none active": 0, "acknowledged lost": 0, "orphans": 0}
+    for _ in range(kills):
+        process, connection = processes.start(processes.store_on_and_on, address)
+        assert connection.recv() == "ready"
+        time.sleep(dice.uniform(0, 0.1))
+        processes.kill(process)
+        while connection.poll():
+            try:
+                acknowledged, writes = connection.recv(), writes + 1
+            except EOFError:
+                break
+        connection.close()
+        found = count()
+        faults["two active"] += len(found.active) > 1
+        faults["none active"] += acknowledged > 0 and not found.active
+        faults["acknowledged lost"] += bool(found.active) and max(found.active) < acknowledged
+        faults["orphans"] += found.orphans > 0
+    assert writes > kills / 2, "the writers hardly came to write"
+    assert not any(faults.values()), faults
+
+
+def the_lock_lets_one_in_at_a_time(address: Address, folder: Path, seconds: float = 20) -> None:
+    results = processes.run_all(8, processes.enter_and_leave, address, str(folder), seconds, seconds=seconds + 60)
+    entries, overlaps = (sum(column) for column in zip(*results, strict=True))
+    assert entries > 100
+    assert overlaps == 0, f"{overlaps} of {entries}"

@@ -1,0 +1,1 @@
+"""What runs here in place of the outside world."""

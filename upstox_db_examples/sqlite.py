@@ -1,0 +1,427 @@
+"""Pattern 1: SQLite. One file on one machine, any number of processes and threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Unpack
+
+from filelock import FileLock, Timeout
+
+from upstox_db_examples.errors import (
+    ConfigurationError,
+    InvalidInput,
+    LoginSuperseded,
+    StorageError,
+    StoreUnavailable,
+)
+from upstox_db_examples.storage import Options, TokenStorage
+from upstox_db_examples.token import StoredToken
+
+ROOM = 16_384  # bytes, written twice as long in hex: more than a token with its index and audit entries takes
+LAST_ROW = "WHERE id = last_insert_rowid()"
+BUSY_SECONDS = 5.0  # how long a statement waits for another writer
+
+# Times are whole seconds since 1970, UTC: SQLite has no time type, and text in local time is what made the guide's
+# query hand out dead tokens. An active row is exactly one that holds a ciphertext, so history cannot leak one.
+SCHEMA = """
+CREATE TABLE upstox_tokens (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id      TEXT    NOT NULL,
+    access_token TEXT,
+    key_id       TEXT    NOT NULL,
+    generation   INTEGER NOT NULL,
+    user_name    TEXT,
+    email        TEXT,
+    broker       TEXT,
+    user_type    TEXT,
+    products     TEXT    NOT NULL CHECK (json_valid(products)),
+    exchanges    TEXT    NOT NULL CHECK (json_valid(exchanges)),
+    is_active    INTEGER NOT NULL DEFAULT 1,
+    created_at   INTEGER NOT NULL,
+    expires_at   INTEGER NOT NULL,
+    account      TEXT,
+    metadata     TEXT    NOT NULL CHECK (json_valid(metadata)),
+    usage_count  INTEGER NOT NULL DEFAULT 0,
+    last_used_at INTEGER,
+    UNIQUE (user_id, generation),
+    CHECK (is_active = (access_token IS NOT NULL))
+) STRICT;
+CREATE UNIQUE INDEX one_active_token ON upstox_tokens (user_id) WHERE is_active;
+CREATE INDEX active_by_expiry ON upstox_tokens (expires_at) WHERE is_active;
+CREATE INDEX active_by_key ON upstox_tokens (key_id) WHERE is_active;
+CREATE INDEX latest_of_account ON upstox_tokens (account, id) WHERE account IS NOT NULL;
+CREATE TABLE upstox_token_audit (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    token_id     INTEGER REFERENCES upstox_tokens (id),
+    user_id      TEXT,
+    action       TEXT    NOT NULL,
+    actor        TEXT    NOT NULL,
+    performed_at INTEGER NOT NULL,
+    metadata     TEXT    NOT NULL CHECK (json_valid(metadata))
+) STRICT;
+CREATE INDEX audit_by_user ON upstox_token_audit (user_id, id);
+"""
+
+_HANDED_OUT = (
+    "id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at, user_name, "
+    "email, usage_count"
+)
+FIND = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? AND is_active AND expires_at > ?"
+USE = f"""
+UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = ?
+WHERE user_id = ? AND is_active AND expires_at > ? RETURNING {_HANDED_OUT}
+"""
+INSERT = """
+INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, user_name, email, broker, user_type, products,
+                           exchanges, created_at, expires_at, account, metadata)
+VALUES (:user_id, :ciphertext, :key_id, :generation, :user_name, :email, :broker, :user_type, :products,
+        :exchanges, :created_at, :expires_at, :account, :metadata) RETURNING id
+"""
+ERASE = (
+    "UPDATE upstox_tokens SET is_active = 0, access_token = NULL WHERE user_id = ? AND is_active RETURNING id, user_id"
+)
+EXPIRE = """
+UPDATE upstox_tokens SET is_active = 0, access_token = NULL
+WHERE id IN (SELECT id FROM upstox_tokens WHERE is_active AND expires_at <= ? LIMIT ?) RETURNING id, user_id
+"""
+RECORD = """
+INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata) VALUES (?, ?, ?, ?, ?, ?)
+"""
+HISTORY = """
+SELECT id AS token_id, created_at, expires_at, is_active AND expires_at > ? AS is_active, user_name, email, broker,
+       usage_count, last_used_at
+FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT ?
+"""
+STATISTICS = """
+SELECT count(*) AS total_tokens, count(*) FILTER (WHERE is_active AND expires_at > ?) AS active_tokens,
+       coalesce(sum(usage_count), 0) AS total_usage, coalesce(avg(usage_count), 0.0) AS avg_usage_per_token,
+       max(created_at) AS last_generation, max(last_used_at) AS last_usage
+FROM upstox_tokens WHERE user_id = ?
+"""
+AUDIT = """
+SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.created_at AS token_created
+FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
+WHERE a.user_id = ? ORDER BY a.id DESC LIMIT ?
+"""
+GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
+USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
+# Two ranges and not <>, which no index serves.
+OTHER_KEYS = f"""
+SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < ? UNION ALL
+SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > ? LIMIT ?
+"""
+REPLACE = "UPDATE upstox_tokens SET access_token = ?, key_id = ? WHERE id = ? AND access_token = ?"
+COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
+
+
+class SQLiteUpstoxStorage(TokenStorage):
+    """Tokens in a SQLite file.
+
+    Args:
+        db_path: the file; made with mode 0600 if it is not there. Not on a network file system.
+        audit_reads: count each handed-out token and write it to the audit trail. Off by default: a read then
+            writes nothing, and is answered while another process writes.
+        options: see `Options`.
+
+    Raises:
+        ConfigurationError: the path cannot be used, or holds something else.
+    """
+
+    # One step for each schema version; a file of an older version is taken forward. Never change a step that was
+    # released: append one.
+    _steps: tuple[str, ...] = (SCHEMA,)
+
+    def __init__(
+        self, db_path: str | os.PathLike[str] = "upstox.db", *, audit_reads: bool = False, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(**options)
+        self.db_path = _checked_path(db_path)
+        self._audit_reads = audit_reads
+        # Idle connections, the last used on top. One for each thread would stay open after the thread has ended.
+        self._idle: deque[sqlite3.Connection] = deque()
+        self._process = os.getpid()
+        self._closed = False
+        self.init_database()
+
+    def init_database(self) -> None:
+        """Make the tables, or bring those of an older version forward. Safe to repeat and to run at once."""
+        with self.get_connection() as conn:
+            if self._version(conn) == len(self._steps):
+                return
+        # Only one process at a time, for SQLite answers a concurrent switch to WAL with "locked" without waiting.
+        with self._lock("schema"), self.get_connection() as conn:
+            conn.execute("PRAGMA journal_mode = WAL")
+            for version in range(self._version(conn), len(self._steps)):
+                step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"
+                conn.executescript(f"BEGIN IMMEDIATE; {step} COMMIT;")
+
+    @contextmanager
+    def get_connection(self) -> Iterator[sqlite3.Connection]:
+        """A connection in autocommit mode. A transaction that is left open is rolled back.
+
+        Raises:
+            StoreUnavailable, ConfigurationError: whatever SQLite raised inside, in our words.
+        """
+        try:
+            conn = self._borrow()
+            try:
+                yield conn
+                conn.rollback()
+            except BaseException:
+                conn.close()  # It rolls back, and a connection that saw an error is not used again.
+                raise
+            self._give_back(conn)
+        except sqlite3.Error as error:
+            raise _explained(error, self.db_path) from error
+
+    def close(self) -> None:
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    def __repr__(self) -> str:
+        return f"SQLiteUpstoxStorage({str(self.db_path)!r})"
+
+    def _borrow(self) -> sqlite3.Connection:
+        if self._process != os.getpid():
+            # A forked child may not use the parent's connections, nor close them. They are left alone.
+            self._inherited, self._idle, self._process = self._idle, deque(), os.getpid()
+        if self._closed:
+            raise StoreUnavailable("This store is closed.")
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._connect()
+
+    def _connect(self) -> sqlite3.Connection:
+        conn = sqlite3.connect(self.db_path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        conn.row_factory = sqlite3.Row
+        # FULL: with NORMAL a power cut loses tokens that were already reported as stored.
+        conn.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+        return conn
+
+    def _give_back(self, conn: sqlite3.Connection) -> None:
+        if self._closed:
+            conn.close()
+        else:
+            self._idle.append(conn)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self.get_connection() as conn:
+            # IMMEDIATE: a read that becomes a write fails at once when another writer was faster.
+            conn.execute("BEGIN IMMEDIATE")
+            yield conn
+            conn.execute("COMMIT")
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        # The system frees the lock when its holder dies, and the file stays: unlinking it would let two in.
+        folder = Path(f"{self.db_path}-locks")
+        lock = FileLock(folder / f"{name}.lock", timeout=self._login_wait, mode=0o600, thread_local=False)
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise StoreUnavailable(
+                f"Waited {self._login_wait:g} s for another login of {name}. Try again, or raise login_wait."
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(f"No lock can be made in {folder}: {error.strerror}.") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _version(self, conn: sqlite3.Connection) -> int:
+        version: int = conn.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(self._steps):
+            raise ConfigurationError(
+                f"{self.db_path} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
+            )
+        ours = "SELECT count(*) FROM sqlite_schema WHERE name IN ('upstox_tokens', 'upstox_token_audit')"
+        if conn.execute(ours).fetchone()[0] != (2 if version else 0):
+            raise ConfigurationError(
+                f"{self.db_path} was made by another program and may hold plaintext tokens. Name another file."
+            )
+        return version
+
+    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
+        if not self._audit_reads:
+            return next(map(_token, self._rows(FIND, user_id, _seconds(alive_after))), None)
+        with self._transaction() as conn:
+            row = conn.execute(USE, (_seconds(now), user_id, _seconds(alive_after))).fetchone()
+            if row:
+                self._audit_entry(conn, row["token_id"], user_id, "used", now, {"usage_count": row["usage_count"]})
+        return _token(row) if row else None
+
+    def _insert(self, token: StoredToken) -> int:
+        with self._transaction() as conn:
+            for row in conn.execute(ERASE, (token.user_id,)).fetchall():
+                reason = {"reason": "new_token_generated"}
+                self._audit_entry(conn, row["id"], token.user_id, "deactivated", token.created_at, reason)
+            try:
+                token_id: int = conn.execute(INSERT, _columns(token)).fetchone()["id"]
+            except sqlite3.IntegrityError as error:
+                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+            self._audit_entry(conn, token_id, token.user_id, "created", token.created_at)
+        return token_id
+
+    def _revoke(self, user_id: str, now: datetime) -> bool:
+        return self._erase("revoked", now, ERASE, user_id) > 0
+
+    def _expire(self, now: datetime, limit: int) -> int:
+        return self._erase("expired", now, EXPIRE, _seconds(now), limit)
+
+    def _erase(self, action: str, now: datetime, sql: str, *values: object) -> int:
+        with self._transaction() as conn:
+            rows = conn.execute(sql, values).fetchall()
+            for row in rows:
+                self._audit_entry(conn, row["id"], row["user_id"], action, now)
+        return len(rows)
+
+    def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
+        with self._transaction() as conn:
+            self._audit_entry(conn, None, user_id, action, now, metadata)
+            if action == "login":
+                # A full disk has to show now: the pages that this takes and frees are there for the token.
+                conn.execute(f"UPDATE upstox_token_audit SET metadata = json_quote(hex(zeroblob({ROOM}))) {LAST_ROW}")
+                conn.execute(f"UPDATE upstox_token_audit SET metadata = '{{}}' {LAST_ROW}")
+
+    def _generation(self, user_id: str) -> int:
+        return int(self._rows(GENERATION, user_id)[0][0])
+
+    def _user_of_account(self, account: str) -> str | None:
+        return next((row["user_id"] for row in self._rows(USER_OF_ACCOUNT, account)), None)
+
+    def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
+        rows = self._rows(HISTORY, _seconds(now), user_id, limit)
+        return [{**_shown(row), "is_active": bool(row["is_active"])} for row in rows]
+
+    def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
+        return _shown(self._rows(STATISTICS, _seconds(now), user_id)[0])
+
+    def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
+        return [{**_shown(row), "metadata": json.loads(row["metadata"])} for row in self._rows(AUDIT, user_id, limit)]
+
+    def _under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
+        return [_token(row) for row in self._rows(OTHER_KEYS, key_id, key_id, limit)]
+
+    def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+        values = [(new.ciphertext, new.key_id, old.token_id, old.ciphertext) for old, new in pairs]
+        with self._transaction() as conn:
+            return conn.executemany(REPLACE, values).rowcount
+
+    def _count_keys(self) -> dict[str, int]:
+        return {row["key_id"]: row[1] for row in self._rows(COUNT_KEYS)}
+
+    def _health(self) -> dict[str, Any]:
+        try:
+            self._count_keys()
+        except StorageError as error:
+            return {"sqlite": f"error: {error}"}
+        return {"sqlite": "healthy"}
+
+    def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        with self.get_connection() as conn:
+            return conn.execute(sql, values).fetchall()
+
+    def _audit_entry(
+        self,
+        conn: sqlite3.Connection,
+        token_id: int | None,
+        user_id: str | None,
+        action: str,
+        now: datetime,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        conn.execute(RECORD, (token_id, user_id, action, self._actor, _seconds(now), json.dumps(metadata or {})))
+
+
+def _columns(token: StoredToken) -> dict[str, object]:
+    """A token as SQLite takes it: times as seconds, lists and dicts as JSON."""
+    return {
+        name: _seconds(value)
+        if isinstance(value, datetime)
+        else json.dumps(value)
+        if type(value) in (list, dict)
+        else value
+        for name, value in asdict(token).items()
+    }
+
+
+def _token(row: sqlite3.Row) -> StoredToken:
+    columns = dict(row)
+    for name in ("created_at", "expires_at"):
+        columns[name] = datetime.fromtimestamp(columns[name], UTC)
+    return StoredToken(**columns)
+
+
+def _shown(row: sqlite3.Row) -> dict[str, Any]:
+    """The row as callers see it: times as ISO text."""
+    times = (
+        "created_at",
+        "expires_at",
+        "last_used_at",
+        "performed_at",
+        "token_created",
+        "last_generation",
+        "last_usage",
+    )
+    return {
+        name: datetime.fromtimestamp(row[name], UTC).isoformat()
+        if name in times and row[name] is not None
+        else row[name]
+        for name in row.keys()  # noqa: SIM118  # Iterating over a Row gives its values.
+    }
+
+
+def _seconds(moment: datetime) -> int:
+    return int(moment.timestamp())
+
+
+def _checked_path(db_path: str | os.PathLike[str]) -> Path:
+    """The path, its file made with mode 0600 if it was not there: SQLite itself would leave that to the umask.
+
+    Its WAL and shared memory files take the mode of the database.
+    """
+    text = os.fspath(db_path)
+    if not isinstance(text, str) or not text or "\0" in text or text.startswith((":memory:", "file:")):
+        raise InvalidInput("db_path is the path of a file. A database in memory would lose the token with the process.")
+    path = Path(text).absolute()
+    try:
+        if path.is_dir():
+            raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be made: {error.strerror}.") from error
+    return path
+
+
+def _explained(error: sqlite3.Error, path: Path) -> StorageError:
+    name = getattr(error, "sqlite_errorname", "") or type(error).__name__
+    for start, (kind, what) in _EXPLANATIONS.items():
+        if name.startswith(start):
+            return kind(f"{path} {what}")
+    return StoreUnavailable(f"{path}: SQLite could not do it ({name}).")
+
+
+_EXPLANATIONS: dict[str, tuple[type[StorageError], str]] = {
+    "SQLITE_BUSY": (StoreUnavailable, f"was locked by another writer for {BUSY_SECONDS:.0f} s. Try again."),
+    "SQLITE_FULL": (StoreUnavailable, "cannot grow: the disk is full. Make room and try again."),
+    "SQLITE_IOERR": (StoreUnavailable, "lies on a disk that failed or is full. Mend that and try again."),
+    "SQLITE_READONLY": (ConfigurationError, "cannot be written to. Check the mode and the owner of file and folder."),
+    "SQLITE_CANTOPEN": (ConfigurationError, "cannot be opened. Check the mode and the owner of file and folder."),
+    "SQLITE_NOTADB": (ConfigurationError, "is not a SQLite database. Name another file."),
+    "SQLITE_CORRUPT": (ConfigurationError, "is damaged. Bring its backup back, or move it away and log in again."),
+}

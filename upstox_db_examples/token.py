@@ -1,0 +1,167 @@
+"""What a token is, when it dies, and how it stays out of sight.
+
+An Upstox access token dies at the next 03:30 in India, whenever it was made: one from 20:00 on Tuesday lives for
+7.5 hours, one from 02:30 on Wednesday for one. Source: Upstox's documentation of the token API, and the `exp` of
+real tokens, which is 22:00 UTC to the second.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, time, timedelta, timezone, tzinfo
+from typing import Any, NoReturn
+
+from upstox_db_examples.errors import InvalidInput
+
+# A fixed offset and not ZoneInfo("Asia/Kolkata"): India has had this one offset and no summer time since 1945,
+# and a slim container has no time zone database.
+IST = timezone(timedelta(hours=5, minutes=30), "IST")
+
+
+class Secret:
+    """A string that shows only its first characters and its length, wherever it is printed or logged.
+
+    A plain `str` would show itself in every traceback that prints local variables.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The whole string."""
+        return self._value
+
+    def __repr__(self) -> str:
+        shown = self._value[:4] if len(self._value) >= 32 else ""
+        return f"{shown}…({len(self._value)} chars)"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A secret is not pickled, for a pickle shows it to whoever reads the file.")
+
+
+@dataclass(slots=True)
+class StoredToken:
+    """One token as a store keeps it: encrypted, with what is known about it beside it.
+
+    Attributes:
+        ciphertext: the encrypted token (see cipher.py).
+        key_id: the key that encrypted it.
+        generation: 1 for the user's first token, one more for each that follows. Two logins that were under way
+            at once would write the same number, so the later write is refused.
+        account: which credentials made it, so that a caller who names no user finds his own again.
+        created_at, expires_at, last_used_at: aware datetimes, UTC.
+        token_id: the store's own id of the row, once it is stored.
+    """
+
+    user_id: str
+    ciphertext: str
+    key_id: str
+    generation: int
+    created_at: datetime
+    expires_at: datetime
+    user_name: str | None = None
+    email: str | None = None
+    broker: str | None = None
+    user_type: str | None = None
+    products: list[str] = field(default_factory=list)
+    exchanges: list[str] = field(default_factory=list)
+    account: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    token_id: int | str | None = None
+    usage_count: int = 0
+
+
+class TokenResult(Mapping[str, Any]):
+    """What a store hands out. Reads like a dict; `result["token"]` is the whole token, any display is masked.
+
+    A Mapping and not a dict: json.dumps, pprint, rich and pytest look inside a dict and would show the token.
+    """
+
+    __slots__ = ("_fields", "_token")
+
+    def __init__(self, token: Secret, fields: dict[str, Any]) -> None:
+        self._token = token
+        self._fields = fields
+
+    def __getitem__(self, key: str) -> Any:
+        return self._token.reveal() if key == "token" else self._fields[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield "token"
+        yield from self._fields
+
+    def __len__(self) -> int:
+        return 1 + len(self._fields)
+
+    def __repr__(self) -> str:
+        return repr({"token": self._token, **self._fields})
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A result is not pickled, for a pickle shows its token. Pass result['token'] on yourself.")
+
+
+@dataclass(frozen=True)
+class ExpiryPolicy:
+    """When a token dies, and when a login is worth its price.
+
+    Attributes:
+        time_of_day, zone: every token dies at this time, 03:30 in India.
+        margin: how far this machine's clock may be off. `get_valid_token` hands out nothing that dies sooner.
+    """
+
+    time_of_day: time = time(3, 30)
+    zone: tzinfo = IST
+    margin: timedelta = timedelta(minutes=1)
+
+    def next_death(self, now: datetime) -> datetime:
+        """When a token made now dies, strictly after `now`; UTC."""
+        local = now.astimezone(self.zone)
+        death = datetime.combine(local.date(), self.time_of_day, self.zone)
+        if death <= local:
+            death = datetime.combine(local.date() + timedelta(days=1), self.time_of_day, self.zone)
+        return death.astimezone(UTC)
+
+    def expires_at(self, token: Secret, now: datetime) -> datetime:
+        """When this token dies: the earlier of the 03:30 rule and its own `exp`, if it has a readable one; UTC."""
+        own, rule = jwt_expiry(token), self.next_death(now)
+        return min(own, rule) if own else rule
+
+    def worth_keeping(self, now: datetime) -> datetime:
+        """A login is due only where no token dies after this moment; UTC.
+
+        Inside the margin a new token would usually die at the very same 03:30. Logging in would only kill the
+        living one, so it is kept until its last second unless a new one would really live longer.
+        """
+        return min(now + self.margin, self.next_death(now) - timedelta(seconds=1))
+
+
+def jwt_expiry(token: Secret) -> datetime | None:
+    """The `exp` of a JWT in whole seconds, UTC; None for anything else.
+
+    The signature is not checked: the key is Upstox's, and a forged `exp` can only shorten the token's life here.
+    Upstox calls the token opaque, so not being able to read it is never an error.
+    """
+    try:
+        payload = token.reveal().split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return datetime.fromtimestamp(int(claims["exp"]), UTC)
+    except (LookupError, ValueError, TypeError, OverflowError, OSError, RecursionError):
+        return None
+
+
+def require_aware(moment: datetime, name: str) -> datetime:
+    """The same moment in UTC.
+
+    Raises:
+        InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
+    """
+    if not isinstance(moment, datetime) or moment.utcoffset() is None:
+        raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
+    return moment.astimezone(UTC)
