@@ -6,6 +6,7 @@
 
 SHELL := /bin/sh
 BIN := .venv/bin
+ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
 .PHONY: lab test notebooks check clean
 
 lab: .venv/all
@@ -14,27 +15,31 @@ lab: .venv/all
 test: .venv/dev
 	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env $(PYTEST_OPTIONS)
 
+# Jupyter and matplotlib keep files in the home folder: here that is a temporary one.
 notebooks: .venv/all
-	$(BIN)/python -m upstox_db_examples.local.notebooks
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && HOME=$$folder \
+		$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --output-dir "$$folder" notebooks/*.ipynb && \
+		echo "All notebooks ran: $$(cd notebooks && ls *.ipynb | tr '\n' ' ')"
 
 check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One stamp a set of packages, made again when pyproject.toml changes. `dev` holds all of `all`.
+# One stamp a set of packages, made again when pyproject.toml changes. `dev` holds all of `all`. Compiling the packages
+# while they are installed takes longer than compiling what is used when it is used.
 .venv/dev .venv/all: pyproject.toml | .venv/bin/python
 	@echo "Installing the packages into .venv: about a minute the first time."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(@F)]" || { \
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[$(@F)]" || { \
 		echo "The packages could not be installed: see the lines above. With a network or a package index in reach, run make again." >&2; \
 		exit 1; }
-	@touch $@
+	@touch $@ .venv/all
 
 # The first interpreter that is 3.12 or newer. The default python3 is often older.
 .venv/bin/python:
 	@found=; for candidate in "$(PYTHON)" python3.14 python3.13 python3.12 python3 python \
 		"$$HOME"/.pyenv/versions/3.*/bin/python "$$(command -v uv >/dev/null 2>&1 && uv python find '>=3.12' 2>/dev/null)" \
-		/opt/homebrew/bin/python3 /usr/local/bin/python3; do \
+		$(ELSEWHERE); do \
 		if [ -n "$$candidate" ] && "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; \
 		then found=$$candidate; break; fi; done; \
 	if [ -z "$$found" ]; then \

@@ -130,10 +130,9 @@ class StoreContract(ABC):
         stored, history, audit = store.store_token(), store.get_token_history(USER), store.get_audit_trail(USER)
         store.close()
         again = open_store()
-        read = living(again)
-        assert read["token"] == stored["token"]
         assert again.get_token_history(USER) == history
         assert again.get_audit_trail(USER) == audit
+        assert living(again)["token"] == stored["token"]
 
     def test_each_user_has_a_token_of_his_own(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
         logins = {
@@ -269,10 +268,9 @@ class StoreContract(ABC):
         upstox.fail(Failure.RATE_LIMIT)
         with pytest.raises(StorageError):
             store.store_token(USER)
-        read = living(store)
-        assert read["token"] == kept["token"]
         assert [entry["action"] for entry in store.get_audit_trail(USER, limit=2)] == ["login_failed", "login"]
         assert store.get_audit_trail(USER)[0]["metadata"] == {"error": "LoginLimited"}
+        assert living(store)["token"] == kept["token"]
 
     def test_a_login_of_another_user_is_refused_and_stored_nowhere(self, open_store: OpenStore) -> None:
         store = open_store()

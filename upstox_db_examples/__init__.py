@@ -1,5 +1,8 @@
 """Keep Upstox access tokens in a real database: one class for each storage pattern."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from upstox_db_examples.cipher import KeyRing
 from upstox_db_examples.errors import (
     ConfigurationError,
@@ -20,6 +23,9 @@ from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 from upstox_db_examples.storage import TokenStorage
 from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
 
+if TYPE_CHECKING:
+    from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
+
 __all__ = [
     "Accounts",
     "ConfigurationError",
@@ -32,6 +38,7 @@ __all__ = [
     "LoginLimited",
     "LoginRefused",
     "LoginSuperseded",
+    "PostgreSQLUpstoxStorage",
     "SQLiteUpstoxStorage",
     "SdkLogin",
     "Secret",
@@ -42,3 +49,17 @@ __all__ = [
     "TokenResult",
     "TokenStorage",
 ]
+
+# Imported on first use: who keeps tokens in SQLite needs no other database's driver.
+_NEED_A_DRIVER = {"PostgreSQLUpstoxStorage": "postgresql"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_A_DRIVER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    extra = _NEED_A_DRIVER[name]
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{extra}"), name)
+    except ModuleNotFoundError as error:
+        message = f"{name} needs {error.name}. Install it: pip install 'upstox-db-examples[{extra}]'"
+        raise ModuleNotFoundError(message, name=error.name) from error

@@ -1,0 +1,115 @@
+"""The files around the package say the same as the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from upstox_db_examples.local.upstox import Account, LocalUpstox
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+GUIDE_USAGE_SQLITE = """
+storage = SQLiteUpstoxStorage()
+
+# Store new token
+result = storage.store_token()
+print(f"Stored token for user: {result['user_id']}")
+
+# Get valid token
+token_info = storage.get_valid_token(result['user_id'])
+if token_info:
+    print(f"Valid token found: {token_info['token'][:20]}...")
+
+# Get history
+history = storage.get_token_history(result['user_id'])
+print(f"Token history: {len(history)} entries")
+"""
+
+
+def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A new Python process in this folder, with nothing of UPSTOX_* but what is given."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
+    environment = {**clean, "UPSTOX_DB_KEY_FILE": str(folder / "keys"), "no_proxy": "127.0.0.1", **environment}
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False, timeout=60)
+
+
+def test_the_guides_usage_of_sqlite_runs_as_it_stands(tmp_path: Path) -> None:
+    with LocalUpstox() as upstox:
+        account: Account = upstox.add_account("AB1234")
+        code = "from upstox_db_examples import SQLiteUpstoxStorage\n" + GUIDE_USAGE_SQLITE
+        done = run(code, tmp_path, **account.environ(), UPSTOX_BASE_DOMAIN=upstox.base_domain)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    first, second, third = done.stdout.splitlines()
+    assert first == "Stored token for user: AB1234"
+    assert re.fullmatch(r"Valid token found: eyJ[\w-]{17}\.\.\.", second)
+    assert third == "Token history: 1 entries"
+    assert (tmp_path / "upstox.db").exists()
+
+
+def test_the_conda_environment_installs_what_pyproject_says() -> None:
+    text = (ROOT / "environment.yml").read_text()
+    assert f"- python{PYPROJECT['project']['requires-python']}" in text
+    assert "- --editable .[dev]" in text, "all packages come from pyproject.toml, so there is no second list to drift"
+    packages = re.findall(r"^ +- ([^\s]+)", text, flags=re.MULTILINE)
+    assert packages == ["conda-forge", f"python{PYPROJECT['project']['requires-python']}", "pip", "pip:", "--editable"]
+
+
+def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
+    code = (
+        "import sys; import upstox_db_examples as u; u.SQLiteUpstoxStorage('x.db').get_valid_token('AB1234')\n"
+        "print([name for name in ('psycopg2', 'sqlalchemy', 'pymongo', 'redis', 'upstox_totp') if name in sys.modules])"
+    )
+    done = run(code, tmp_path)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_a_missing_driver_is_named_with_what_to_install(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['psycopg2'] = None\nfrom upstox_db_examples import PostgreSQLUpstoxStorage"
+    done = run(code, tmp_path)
+    assert "pip install 'upstox-db-examples[postgresql]'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+def test_links_lead_to_files_that_are_there(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+
+
+def test_the_readme_code_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    with LocalUpstox() as upstox:
+        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        done = run("\n".join(blocks), tmp_path, **environment)
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sh", "make", "rm", "touch", "mktemp"):
+        found = next(Path(folder, tool) for folder in os.environ["PATH"].split(":") if Path(folder, tool).exists())
+        (tools / tool).symlink_to(found)
+    done = subprocess.run(
+        ["make", "SHELL=" + str(tools / "sh"), "ELSEWHERE=", "check"],
+        cwd=tmp_path,
+        env={"PATH": str(tools), "HOME": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "No Python 3.12 or newer with venv was found" in done.stderr
