@@ -14,6 +14,8 @@ from upstox_db_examples import KeyRing
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.token import IST
 
+pytest_plugins = ["tests.databases"]
+
 TUESDAY_EVENING = datetime(2026, 1, 6, 20, 0, tzinfo=IST)
 
 

@@ -23,7 +23,7 @@ USER = "AB1234"
 
 # A server that forks: fork itself is not safe in a process with threads, and spawn takes a second each time.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.processes", "upstox_db_examples", "tests.naive"])
+_context.set_forkserver_preload(["tests.processes", "upstox_db_examples.postgresql", "tests.naive"])
 
 
 class Address(NamedTuple):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from . import processes
+from .conftest import Clock
 from .processes import Address
 
 
@@ -73,3 +78,33 @@ def the_lock_lets_one_in_at_a_time(address: Address, folder: Path, seconds: floa
     entries, overlaps = (sum(column) for column in zip(*results, strict=True))
     assert entries > 100
     assert overlaps == 0, f"{overlaps} of {entries}"
+
+
+class ReliabilityContract(ABC):
+    """These promises, for a store's tests to subclass."""
+
+    @abstractmethod
+    def address(self) -> Address:
+        """A fixture: an empty store for other processes to open."""
+
+    @abstractmethod
+    def count(self) -> Callable[[], Counts]:
+        """A fixture: how to count what lies there, by the bare driver."""
+
+    @pytest.fixture
+    def clock(self) -> Clock:
+        return Clock(datetime.now(UTC))  # as the other processes have it
+
+    def test_of_32_processes_one_logs_in(self, address: Address, upstox: LocalUpstox, account: Account) -> None:
+        of_32_processes_on_an_empty_store_one_logs_in(address, upstox, account)
+
+    def test_a_killed_login_holds_nobody_up(self, address: Address, upstox: LocalUpstox, account: Account) -> None:
+        a_login_whose_process_is_killed_holds_nobody_up(address, upstox, account)
+
+    @pytest.mark.slow
+    def test_a_writer_can_be_killed_200_times(self, address: Address, count: Callable[[], Counts]) -> None:
+        a_writer_can_be_killed_at_any_moment(address, count)
+
+    @pytest.mark.slow
+    def test_the_lock_lets_one_in_at_a_time(self, address: Address, tmp_path: Path) -> None:
+        the_lock_lets_one_in_at_a_time(address, tmp_path)

@@ -202,13 +202,13 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         with self._session() as conn:
             if self._version(conn) == len(self._steps) and runtime_role is None:
                 return
+        with self._lock("schema"), self._session() as conn:
             self._answer(conn, "BEGIN")
-            self._answer(conn, "SELECT pg_advisory_xact_lock(%(key)s)", key=_lock_key("schema"))
             for version in range(self._version(conn), len(self._steps)):
                 self._answer(conn, f"{VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema")
                 self._answer(conn, "INSERT INTO upstox_schema VALUES (%(version)s)", version=version + 1)
             if runtime_role is not None:
-                quoted = '"' + runtime_role.replace('"', '""').replace("%", "%%") + '"'
+                quoted = '"' + runtime_role.replace('"', '""') + '"'
                 self._answer(conn, GRANTS.format(role=quoted))
             self._answer(conn, "COMMIT")
 

@@ -164,4 +164,4 @@ def require_aware(moment: datetime, name: str) -> datetime:
     """
     if not isinstance(moment, datetime) or moment.utcoffset() is None:
         raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
-    return moment.astimezone(UTC)
+    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)

@@ -1,0 +1,505 @@
+"""PostgreSQL: the contract, and what is PostgreSQL's own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg2
+import psycopg2.extras
+import pytest
+from upstox_totp.models import AccessTokenData
+
+from upstox_db_examples import (
+    ConfigurationError,
+    KeyRing,
+    LoginSuperseded,
+    PostgreSQLUpstoxStorage,
+    StorageError,
+    StoreUnavailable,
+    TokenNotStored,
+    TokenStorage,
+    postgresql,
+)
+from upstox_db_examples.local.certificates import make_certificates
+from upstox_db_examples.local.servers import PostgreSQLServer
+from upstox_db_examples.local.upstox import LocalUpstox
+
+from .conftest import Clock, shown_with_locals
+from .contract import OpenStore, StoreContract, living
+from .processes import USER, Address, token_data
+from .reliability import Counts, ReliabilityContract
+
+
+class TestPostgreSQL(StoreContract):
+    @pytest.fixture(autouse=True)
+    def _url(self, postgres_url: str) -> None:
+        self.url = postgres_url
+
+    def connect(self, **options: Any) -> TokenStorage:
+        return PostgreSQLUpstoxStorage(self.url, **options)
+
+    def raw_rows(self) -> list[dict[str, Any]]:
+        return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
+
+    def write_raw(self, token_id: Any, **values: Any) -> None:
+        for column, value in values.items():
+            bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
+
+    @pytest.fixture
+    def store(self, open_store: OpenStore) -> PostgreSQLUpstoxStorage:
+        store = open_store()
+        assert isinstance(store, PostgreSQLUpstoxStorage)
+        return store
+
+    # One statement
+
+    def test_a_read_with_its_count_and_audit_is_one_round_trip(
+        self, store: PostgreSQLUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.store_token()
+        messages = count_messages(monkeypatch)
+        living(store)
+        assert len(messages) == 1
+
+    def test_a_store_is_one_message_and_one_transaction(
+        self, store: PostgreSQLUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.store_token()
+        messages = count_messages(monkeypatch)
+        store.store_token()
+        assert len([sql for sql in messages if "INSERT INTO upstox_tokens" in sql]) == 1
+        commits = "SELECT count(DISTINCT xmin::text) AS commits FROM upstox_token_audit WHERE token_id IS NOT NULL"
+        assert bare(self.url, commits) == [{"commits": 2}], "created; then deactivated and created together"
+
+    def test_a_refused_audit_entry_refuses_the_token(self, store: PostgreSQLUpstoxStorage, upstox: LocalUpstox) -> None:
+        store.store_token()
+        bare(self.url, "ALTER TABLE upstox_token_audit ADD CHECK (action NOT IN ('used', 'login')) NOT VALID")
+        with pytest.raises(StorageError):
+            store.get_valid_token(USER)
+        with pytest.raises(StorageError):
+            store.store_token()
+        assert upstox.attempts() == 1, "no login was spent"
+        assert store.get_user_statistics(USER)["total_usage"] == 0
+
+    # The schema
+
+    def test_a_user_type_that_upstox_adds_later_is_kept(self, open_store: OpenStore) -> None:
+        store = open_store(login=lambda _: token_data(USER).model_copy(update={"user_type": "a_new_kind_of_user"}))
+        store.store_token()
+        assert self.raw_rows()[0]["user_type"] == "a_new_kind_of_user"
+
+    def test_many_can_make_the_schema_at_once(self, open_store: OpenStore) -> None:
+        with ThreadPoolExecutor(8) as threads:
+            stores = list(threads.map(lambda _: open_store(), range(8)))
+        assert stores[0].store_token()["token"] == living(stores[7])["token"]
+
+    def test_an_older_schema_is_taken_forward_and_a_later_one_is_refused(self, store: PostgreSQLUpstoxStorage) -> None:
+        class Later(PostgreSQLUpstoxStorage):
+            _steps = (*PostgreSQLUpstoxStorage._steps, "ALTER TABLE upstox_tokens ADD COLUMN colour text")
+
+        store.store_token()
+        with Later(self.url):
+            assert self.raw_rows()[0]["colour"] is None
+        with pytest.raises(ConfigurationError, match="schema version 2"):
+            PostgreSQLUpstoxStorage(self.url)
+
+    def test_a_step_that_fails_leaves_the_schema_as_it_was(self, store: PostgreSQLUpstoxStorage) -> None:
+        class Broken(PostgreSQLUpstoxStorage):
+            _steps = (
+                *PostgreSQLUpstoxStorage._steps,
+                "ALTER TABLE upstox_tokens ADD COLUMN colour text; SELECT nonsense",
+            )
+
+        with pytest.raises(StorageError):
+            Broken(self.url)
+        assert store.store_token()
+        assert "colour" not in self.raw_rows()[0]
+
+    def test_tables_of_another_program_are_refused_and_left_alone(self, postgres_url: str) -> None:
+        bare(postgres_url, "CREATE TABLE upstox_tokens (id serial, access_token text)")
+        with pytest.raises(ConfigurationError, match="made by another program"):
+            PostgreSQLUpstoxStorage(postgres_url)
+
+    def test_the_database_itself_refuses_a_second_active_token(self, store: PostgreSQLUpstoxStorage) -> None:
+        store.store_token()
+        columns = "user_id, key_id, products, exchanges, created_at, expires_at, metadata"
+        with pytest.raises(psycopg2.errors.UniqueViolation, match="one_active_token"):
+            bare(
+                self.url,
+                f"INSERT INTO upstox_tokens (generation, access_token, {columns}) "
+                f"SELECT 99, 'x', {columns} FROM upstox_tokens",
+            )
+
+    def test_a_login_that_comes_too_late_is_refused(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        def login_while_another_is_faster(_: str | None) -> AccessTokenData:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store, "_lock", lambda _: open_lock())
+                store.store_token(USER)
+            return token_data(USER)
+
+        late = open_store(login=login_while_another_is_faster)
+        with pytest.raises(LoginSuperseded):
+            late.store_token(USER)
+        assert [row["is_active"] for row in self.raw_rows()] == [True]
+        assert living(store)["token"] != token_data(USER).access_token
+
+    @pytest.mark.slow
+    def test_each_query_uses_an_index_with_a_million_old_tokens(self, store: PostgreSQLUpstoxStorage) -> None:
+        fill(self.url, 1_000_000)
+        values = {
+            "user_id": USER, "now": store._now(), "alive_after": store._now(), "actor": "a", "limit": 10, "key_id": "k",
+            "account": "x", "action": "a", "reason": "{}",
+        }  # fmt: skip
+        for name in (
+            "USE",
+            "ERASE",
+            "EXPIRE",
+            "HISTORY",
+            "STATISTICS",
+            "AUDIT",
+            "GENERATION",
+            "USER_OF_ACCOUNT",
+            "OTHER_KEYS",
+        ):
+            rows = bare(self.url, f"EXPLAIN {getattr(postgresql, name)}", **values)
+            plan = "\n".join(row["QUERY PLAN"] for row in rows)
+            assert "Seq Scan" not in plan, f"{name}\n{plan}"
+            assert "Index" in plan, f"{name}\n{plan}"
+        store.store_token()
+        begin = time.perf_counter()
+        living(store)
+        assert time.perf_counter() - begin < 1, "a scan of a million rows would take longer"
+
+    # Who may do what
+
+    def test_the_runtime_role_stores_and_reads_and_cannot_touch_the_audit_trail(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore, clock: Clock
+    ) -> None:
+        role = f"runtime_{urlsplit(self.url).path[-12:]}"
+        bare(self.url, f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            store.init_database(runtime_role=role)
+            url = as_role(self.url, role, "secret")
+            owner_url, self.url = self.url, url
+            runtime = open_store()
+            self.url = owner_url
+            first = runtime.store_token()
+            assert living(runtime)["token"] == first["token"]
+            runtime.store_token()
+            runtime.revoke_token(USER)
+            runtime.rotate_keys()
+            runtime.store_token()
+            clock.set(7, 3, 30)
+            assert runtime.cleanup_expired_tokens() == 1
+            assert len(runtime.get_audit_trail(USER)) > 5
+            for forbidden in (
+                "DELETE FROM upstox_token_audit",
+                "UPDATE upstox_token_audit SET actor = 'nobody'",
+                "TRUNCATE upstox_token_audit",
+                "DROP TABLE upstox_token_audit",
+                "ALTER TABLE upstox_token_audit DISABLE TRIGGER ALL",
+                "DELETE FROM upstox_tokens",
+                "UPDATE upstox_tokens SET user_id = 'XX0001'",
+                "UPDATE upstox_tokens SET expires_at = now() + interval '1 year'",
+                "DROP TABLE upstox_tokens",
+                "UPDATE upstox_schema SET version = 0",
+            ):
+                with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                    bare(url, forbidden)
+        finally:
+            bare(self.url, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+    def test_a_role_with_an_odd_name_is_quoted(self, store: PostgreSQLUpstoxStorage) -> None:
+        with pytest.raises(ConfigurationError, match="does not know that role"):
+            store.init_database(runtime_role='x"; DROP TABLE upstox_tokens; --%s')
+        assert self.raw_rows() == []
+
+    # Connections
+
+    def test_a_pool_that_is_too_small_says_so_in_time(self, open_store: OpenStore) -> None:
+        store = open_store(pool_size=1, timeout=0.5)
+        assert isinstance(store, PostgreSQLUpstoxStorage)
+        with store._session():
+            begin = time.monotonic()
+            with ThreadPoolExecutor(1) as thread, pytest.raises(StoreUnavailable, match="pool_size"):
+                thread.submit(store.get_valid_token, USER).result()
+            assert 0.5 <= time.monotonic() - begin < 0.75 + 0.5
+        assert store.get_valid_token(USER) is None
+
+    def test_a_crowd_of_threads_gets_by_with_a_small_pool(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
+        store = open_store(pool_size=2)
+        with ThreadPoolExecutor(32) as threads:
+            tokens = {result["token"] for result in threads.map(store.get_or_create_token, [USER] * 64)}
+        assert len(tokens) == 1
+        assert upstox.logins() == 1
+
+    def test_backends_that_were_killed_are_replaced_silently(self, store: PostgreSQLUpstoxStorage) -> None:
+        token = store.store_token()["token"]
+        with ThreadPoolExecutor(5) as threads:
+            list(threads.map(lambda _: living(store), range(20)))
+        bare(
+            self.url,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+        time.sleep(0.2)
+        assert living(store)["token"] == token
+
+    def test_a_login_whose_lock_was_lost_does_not_store(self, open_store: OpenStore) -> None:
+        def login_while_the_session_dies(_: str | None) -> AccessTokenData:
+            bare(
+                self.url,
+                "SELECT pg_terminate_backend(pid) FROM pg_locks "
+                "WHERE locktype = 'advisory' AND database = "
+                "(SELECT oid FROM pg_database WHERE datname = current_database())",
+            )
+            return token_data(USER)
+
+        store = open_store(login=login_while_the_session_dies)
+        with pytest.raises(TokenNotStored) as caught:
+            store.store_token(USER)
+        assert caught.value.token.reveal() == token_data(USER).access_token
+        assert self.raw_rows() == []
+
+    def test_the_guides_connection_is_an_ordinary_one(self, store: PostgreSQLUpstoxStorage) -> None:
+        with store.get_connection() as conn, conn.cursor() as cursor:
+            cursor.execute("CREATE TABLE mine (x int)")
+            conn.commit()
+        with pytest.raises(StorageError), store.get_connection() as conn, conn.cursor() as cursor:
+            cursor.execute("SELECT nonsense")
+        assert conn.closed
+
+    @pytest.mark.parametrize(
+        "bad", ["", "postgresql://user:hunter2hunter2@host:port/db", "password=hunter2hunter2 nonsense", None]
+    )
+    def test_a_bad_connection_string_is_refused_without_showing_it(self, bad: Any) -> None:
+        with pytest.raises(StorageError) as caught:
+            PostgreSQLUpstoxStorage(bad, timeout=1)
+        assert "hunter2" not in shown_with_locals(caught.value)
+
+    def test_a_wrong_password_is_said_and_not_shown(self) -> None:
+        wrong = as_role(self.url, "postgres", "hunter2hunter2")
+        with pytest.raises(StoreUnavailable, match="refused the role or its password") as caught:
+            PostgreSQLUpstoxStorage(wrong)
+        assert "hunter2" not in shown_with_locals(caught.value)
+
+
+class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
+    @pytest.fixture
+    def address(self, postgres_url: str) -> Address:
+        PostgreSQLUpstoxStorage(postgres_url).close()
+        return Address("upstox_db_examples:PostgreSQLUpstoxStorage", (postgres_url,))
+
+    @pytest.fixture
+    def count(self, postgres_url: str) -> Callable[[], Counts]:
+        created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
+        orphans = (
+            f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
+            f"(SELECT count(*) FROM ({created}) AS c WHERE token_id NOT IN (SELECT id FROM upstox_tokens)) AS orphans"
+        )
+
+        def counted() -> Counts:
+            active = bare(postgres_url, "SELECT id FROM upstox_tokens WHERE is_active ORDER BY id")
+            return Counts([row["id"] for row in active], bare(postgres_url, orphans)[0]["orphans"])
+
+        return counted
+
+
+class TestAServerThatFails:
+    """On a server of our own, which can be stopped, killed and stalled."""
+
+    @pytest.fixture
+    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgreSQLServer]:
+        monkeypatch.delenv("POSTGRES_URL", raising=False)
+        with PostgreSQLServer() as server:
+            yield server
+
+    @pytest.fixture
+    def store(self, server: PostgreSQLServer, keys: KeyRing, clock: Clock) -> Iterator[PostgreSQLUpstoxStorage]:
+        self.logins = 0
+        with PostgreSQLUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock, timeout=1) as store:
+            yield store
+
+    def login(self, user_id: str | None) -> AccessTokenData:
+        self.logins += 1
+        return token_data(user_id or USER, f"eyJ0eXAi{self.logins:060}")
+
+    def test_that_is_restarted_between_two_calls_goes_unnoticed(
+        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
+    ) -> None:
+        token = store.store_token(USER)["token"]
+        for end in (server.stop, server.kill):
+            end()
+            server.start()
+            assert living(store)["token"] == token
+        assert self.logins == 1
+
+    def test_that_is_down_is_a_clear_error_and_costs_no_login(
+        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
+    ) -> None:
+        token = store.store_token(USER)["token"]
+        server.kill()
+        for call in (store.get_valid_token, store.get_or_create_token, store.store_token):
+            with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
+                call(USER)
+            assert str(urlsplit(server.url).password) not in shown_with_locals(caught.value)
+        assert self.logins == 1
+        assert store.get_storage_status()["postgresql"].startswith("error: ")
+        server.start()
+        assert living(store)["token"] == token
+
+    def test_that_stalls_is_given_up_in_time_and_costs_no_login(
+        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
+    ) -> None:
+        token = store.store_token(USER)["token"]
+        server.pause()
+        begin = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
+            store.get_valid_token(USER)
+        assert time.monotonic() - begin < 1.2
+        with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
+            store.store_token(USER)
+        assert self.logins == 1
+        server.resume()
+        assert living(store)["token"] == token
+
+    def test_that_dies_during_the_login_gives_the_token_in_the_error(
+        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
+    ) -> None:
+        first = store.store_token(USER)["token"]
+
+        def login_while_the_server_dies(user_id: str | None) -> AccessTokenData:
+            server.kill()
+            return self.login(user_id)
+
+        store._login = login_while_the_server_dies
+        with pytest.raises(TokenNotStored) as caught:
+            store.store_token(USER)
+        server.start()
+        assert living(store)["token"] == first
+        assert caught.value.token.reveal() != first
+
+    def test_that_is_killed_again_and_again_loses_nothing_it_acknowledged(
+        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
+    ) -> None:
+        acknowledged: list[int] = []
+        stop = threading.Event()
+
+        def keep_storing() -> None:
+            while not stop.is_set():
+                try:
+                    acknowledged.append(store.store_token(USER)["token_id"])
+                except StorageError:
+                    time.sleep(0.01)
+
+        with ThreadPoolExecutor(1) as thread:
+            writer = thread.submit(keep_storing)
+            for _ in range(5):
+                time.sleep(0.3)
+                server.kill()
+                server.start()
+            stop.set()
+            writer.result()
+        rows = bare(server.url, "SELECT id, is_active FROM upstox_tokens")
+        assert len(acknowledged) > 20
+        assert set(acknowledged) <= {row["id"] for row in rows}
+        assert len([row for row in rows if row["is_active"]]) == 1
+
+    def test_eight_threads_count_exactly_what_they_were_handed_through_a_stall(
+        self, server: PostgreSQLServer, keys: KeyRing, clock: Clock
+    ) -> None:
+        with PostgreSQLUpstoxStorage(server.url, login=self.login_once, keys=keys, clock=clock, timeout=20) as store:
+            store.store_token(USER)
+            with ThreadPoolExecutor(8) as threads:
+                reads = [threads.submit(lambda: [living(store) for _ in range(100)]) for _ in range(8)]
+                time.sleep(0.2)
+                server.pause()
+                time.sleep(2.5)
+                server.resume()
+                assert sum(len(read.result()) for read in reads) == 800
+            assert store.get_user_statistics(USER)["total_usage"] == 800
+            used = bare(server.url, "SELECT count(*) AS used FROM upstox_token_audit WHERE action = 'used'")
+            assert used == [{"used": 800}]
+
+    @staticmethod
+    def login_once(user_id: str | None) -> AccessTokenData:
+        return token_data(user_id or USER)
+
+
+def test_tls_is_verified_and_a_wrong_authority_is_refused(
+    tmp_path: Path, keys: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("POSTGRES_URL", raising=False)
+    with PostgreSQLServer(tls=True) as server:
+        verified = f"{server.url}?sslmode=verify-full&sslrootcert="
+        login = TestAServerThatFails.login_once
+        with PostgreSQLUpstoxStorage(f"{verified}{server.ca_file}", login=login, keys=keys) as store:
+            store.store_token(USER)
+            with store._session() as conn:
+                assert conn.info.ssl_in_use
+        wrong_authority, _, _ = make_certificates(tmp_path)
+        with pytest.raises(StoreUnavailable):
+            PostgreSQLUpstoxStorage(f"{verified}{wrong_authority}")
+
+
+def bare(url: str, sql: str, *values: object, **named: object) -> list[dict[str, Any]]:
+    """One statement by the bare driver."""
+    conn = psycopg2.connect(url, cursor_factory=psycopg2.extras.RealDictCursor)
+    try:
+        with conn, conn.cursor() as cursor:
+            cursor.execute(sql, values or named or None)
+            return [dict(row) for row in cursor.fetchall()] if cursor.description else []
+    finally:
+        conn.close()
+
+
+def as_role(url: str, role: str, password: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{role}:{password}@{parts.hostname}:{parts.port}"))
+
+
+def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the store sends from now on: one entry for each message to the server and its answer."""
+    messages: list[str] = []
+    real = psycopg2.extras.RealDictCursor.execute
+
+    def counted(cursor: Any, query: str, vars: Any = None) -> Any:
+        messages.append(query)
+        return real(cursor, query, vars)
+
+    monkeypatch.setattr(psycopg2.extras.RealDictCursor, "execute", counted)
+    return messages
+
+
+def open_lock() -> Any:
+    return contextlib.nullcontext()
+
+
+def fill(url: str, count: int) -> None:
+    """Old tokens of many users, as years of use leave them."""
+    bare(
+        url,
+        "INSERT INTO upstox_tokens (user_id, key_id, generation, products, exchanges, is_active, created_at, "
+        "expires_at, account, metadata) SELECT 'U' || n %% 1000, 'k', n, '[]', '[]', false, now(), now(), 'a' || n %% 1000, '{}' "
+        "FROM generate_series(1, %s) AS n",
+        count,
+    )
+    bare(
+        url,
+        "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at) "
+        "SELECT id, user_id, 'created', 'tests', created_at FROM upstox_tokens",
+    )
+    conn = psycopg2.connect(url)
+    conn.autocommit = True
+    with conn.cursor() as cursor:
+        cursor.execute("VACUUM ANALYZE")
+    conn.close()
