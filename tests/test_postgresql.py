@@ -489,7 +489,8 @@ def fill(url: str, count: int) -> None:
     bare(
         url,
         "INSERT INTO upstox_tokens (user_id, key_id, generation, products, exchanges, is_active, created_at, "
-        "expires_at, account, metadata) SELECT 'U' || n %% 1000, 'k', n, '[]', '[]', false, now(), now(), 'a' || n %% 1000, '{}' "
+        "expires_at, account, metadata) "
+        "SELECT 'U' || n %% 1000, 'k', n, '[]', '[]', false, now(), now(), 'a' || n %% 1000, '{}' "
         "FROM generate_series(1, %s) AS n",
         count,
     )

@@ -34,6 +34,19 @@ print(f"Token history: {len(history)} entries")
 """
 
 
+GUIDE_USAGE_POSTGRESQL = """
+storage = PostgreSQLUpstoxStorage("postgresql://user:password@localhost/upstox_db")
+
+# Store token
+result = storage.store_token()
+print(f"Token stored with ID: {result['token_id']}")
+
+# Get statistics
+stats = storage.get_user_statistics(result['user_id'])
+print(f"User statistics: {stats}")
+"""
+
+
 def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A new Python process in this folder, with nothing of UPSTOX_* but what is given."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
@@ -54,6 +67,19 @@ def test_the_guides_usage_of_sqlite_runs_as_it_stands(tmp_path: Path) -> None:
     assert re.fullmatch(r"Valid token found: eyJ[\w-]{17}\.\.\.", second)
     assert third == "Token history: 1 entries"
     assert (tmp_path / "upstox.db").exists()
+
+
+def test_the_guides_usage_of_postgresql_runs_as_it_stands_but_for_the_url(tmp_path: Path, postgres_url: str) -> None:
+    with LocalUpstox() as upstox:
+        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        usage = GUIDE_USAGE_POSTGRESQL.replace("postgresql://user:password@localhost/upstox_db", postgres_url)
+        done = run("from upstox_db_examples import PostgreSQLUpstoxStorage\n" + usage, tmp_path, **environment)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert re.fullmatch(
+        r"Token stored with ID: 1\nUser statistics: \{'total_tokens': 1, 'active_tokens': 1, 'total_usage': 0, .*\}\n",
+        done.stdout,
+    )
 
 
 def test_the_conda_environment_installs_what_pyproject_says() -> None:
