@@ -228,7 +228,7 @@ class TestPostgreSQL(StoreContract):
     def test_a_pool_that_is_too_small_says_so_in_time(self, open_store: OpenStore) -> None:
         store = open_store(pool_size=1, timeout=0.5)
         assert isinstance(store, PostgreSQLUpstoxStorage)
-        with store._session():
+        with store._connections.session():
             begin = time.monotonic()
             with ThreadPoolExecutor(1) as thread, pytest.raises(StoreUnavailable, match="pool_size"):
                 thread.submit(store.get_valid_token, USER).result()
@@ -444,7 +444,7 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(
         login = TestAServerThatFails.login_once
         with PostgreSQLUpstoxStorage(f"{verified}{server.ca_file}", login=login, keys=keys) as store:
             store.store_token(USER)
-            with store._session() as conn:
+            with store._connections.session() as conn:
                 assert conn.info.ssl_in_use
         wrong_authority, _, _ = make_certificates(tmp_path)
         with pytest.raises(StoreUnavailable):

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import select
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
-import psycopg2
-import psycopg2.extras
 from psycopg2 import errorcodes
-from psycopg2.extensions import POLL_OK, POLL_READ, connection, parse_dsn
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool
+from psycopg2.extensions import connection
 
 from upstox_db_examples.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
+from upstox_db_examples.postgresql_connections import PostgreSQLConnections
 from upstox_db_examples.storage import Options, TokenStorage
 from upstox_db_examples.token import Secret, StoredToken
 
@@ -172,24 +164,10 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         self, connection_string: str, *, pool_size: int = 5, timeout: float = 5.0, **options: Unpack[Options]
     ) -> None:
         super().__init__(**options)
-        self._dsn = Secret(connection_string)
+        dsn = Secret(connection_string)
         del connection_string  # A traceback that prints local variables must not show its password.
-        self._where = _described(self._dsn)
-        self._timeout = timeout
-        # SQLAlchemy's pool and not psycopg2's own, which raises at once when it is empty and hands out dead
-        # connections. What comes back is always idle, for each message is a transaction of its own: no reset needed.
-        self._pool = QueuePool(
-            lambda: cast(Any, self._connect()),
-            pool_size=pool_size,
-            max_overflow=0,
-            timeout=timeout,
-            use_lifo=True,
-            reset_on_return=None,
-        )
-        self._process = os.getpid()
-        self._closed = False
-        self._local_locks: dict[str, threading.Lock] = {}
-        self._holding = threading.local()
+        self._connections = PostgreSQLConnections(dsn, pool_size, timeout)
+        self._run = self._connections.run
         self.init_database()
 
     def init_database(self, runtime_role: str | None = None) -> None:
@@ -199,165 +177,50 @@ class PostgreSQLUpstoxStorage(TokenStorage):
             runtime_role: a role to be granted what storing and reading needs and nothing more: it can add to the
                 audit trail, and neither change it nor drop anything. Run this as the owner of the tables.
         """
-        with self._session() as conn:
+        answer = self._connections.answer
+        with self._connections.session() as conn:
             if self._version(conn) == len(self._steps) and runtime_role is None:
                 return
-        with self._lock("schema"), self._session() as conn:
-            self._answer(conn, "BEGIN")
+        with self._lock("schema"), self._connections.session() as conn:
+            answer(conn, "BEGIN")
             for version in range(self._version(conn), len(self._steps)):
-                self._answer(conn, f"{VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema")
-                self._answer(conn, "INSERT INTO upstox_schema VALUES (%(version)s)", version=version + 1)
+                answer(conn, f"{VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema")
+                answer(conn, "INSERT INTO upstox_schema VALUES (%(version)s)", version=version + 1)
             if runtime_role is not None:
                 quoted = '"' + runtime_role.replace('"', '""') + '"'
-                self._answer(conn, GRANTS.format(role=quoted))
-            self._answer(conn, "COMMIT")
+                answer(conn, GRANTS.format(role=quoted))
+            answer(conn, "COMMIT")
 
-    @contextmanager
-    def get_connection(self) -> Iterator[connection]:
+    def get_connection(self) -> AbstractContextManager[connection]:
         """An ordinary psycopg2 connection of your own, outside the pool: commit what you write."""
-        with self._in_our_words():
-            conn = self._opened(
-                lambda: psycopg2.connect(self._dsn.reveal(), connect_timeout=max(2, int(self._timeout)))
-            )
-            try:
-                yield conn
-            finally:
-                conn.close()
+        return self._connections.ordinary()
 
     def close(self) -> None:
-        self._closed = True
-        self._pool.dispose()
+        self._connections.close()
 
     def __repr__(self) -> str:
-        return f"PostgreSQLUpstoxStorage({self._where})"
+        return f"PostgreSQLUpstoxStorage({self._connections.where})"
 
-    # Connections are in psycopg2's asynchronous mode: only there a server that has stalled can be given up after a
-    # set time. A wait callback would do it, too, but for all other users of psycopg2 in the process as well.
-
-    def _connect(self) -> connection:
-        conn = self._opened(
-            lambda: psycopg2.connect(self._dsn.reveal(), async_=True, cursor_factory=psycopg2.extras.RealDictCursor)
-        )
-        try:
-            _wait(conn, self._timeout)
-        except BaseException:
-            conn.close()
-            raise
-        return conn
-
-    def _opened(self, connect: Callable[[], connection]) -> connection:
-        try:
-            return connect()
-        except psycopg2.Error as error:
-            error.__traceback__ = None  # psycopg2's own frames hold the connection string.
-            raise
-
-    @contextmanager
-    def _session(self) -> Iterator[connection]:
-        """The connection that holds this thread's lock, so that who lost the lock cannot write; else a pooled one."""
-        with self._in_our_words():
-            held: connection | None = getattr(self._holding, "conn", None)
-            if held is not None:
-                yield held
-                return
-            borrowed = self._borrow()
-            try:
-                yield borrowed.dbapi_connection
-            except BaseException:
-                borrowed.invalidate()
-                raise
-            finally:
-                borrowed.close()
-
-    def _borrow(self) -> Any:
-        if self._process != os.getpid():
-            # A forked child may not use the parent's connections, nor close them.
-            self._inherited, self._pool, self._process = self._pool, self._pool.recreate(), os.getpid()
-        if self._closed:
-            raise StoreUnavailable("This store is closed.")
-        while True:
-            borrowed = self._pool.connect()
-            # An idle connection has nothing to say: one that has was closed by the server.
-            if not _readable(borrowed.dbapi_connection):
-                return borrowed
-            borrowed.invalidate()
-            borrowed.close()
-
-    def _answer(self, conn: connection, sql: str, **values: object) -> list[dict[str, Any]]:
-        with conn.cursor() as cursor:
-            cursor.execute(sql, values or None)
-            _wait(conn, self._timeout)
-            return cast(list[dict[str, Any]], cursor.fetchall()) if cursor.description else []
-
-    def _run(self, sql: str, **values: object) -> list[dict[str, Any]]:
-        with self._session() as conn:
-            return self._answer(conn, sql, **values)
-
-    @contextmanager
-    def _in_our_words(self) -> Iterator[None]:
-        try:
-            yield
-        except (psycopg2.Error, PoolTimeout, TimeoutError) as error:
-            raise _explained(error, self._where, self._timeout) from error
-
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        # Only one thread of a process waits at the server, or a crowd would use up its connections.
-        local = self._local_locks.setdefault(name, threading.Lock())
-        if not local.acquire(timeout=self._login_wait):
-            raise self._waited(name)
-        try:
-            outer: connection | None = getattr(self._holding, "conn", None)
-            with self._in_our_words():
-                if self._closed:
-                    raise StoreUnavailable("This store is closed.")
-                conn = outer or self._connect()
-            try:
-                with self._in_our_words():
-                    self._wait_for_lock(conn, name)
-                self._holding.conn = conn
-                yield
-            finally:
-                self._holding.conn = outer
-                if outer is None:
-                    conn.close()  # The end of the session frees the lock, as its death does.
-        finally:
-            local.release()
-
-    def _wait_for_lock(self, conn: connection, name: str) -> None:
-        # With keepalives the server notices in half a minute that the holder's machine is gone.
-        sql = (
-            "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
-            f"SET lock_timeout = {max(1, int(self._login_wait * 1000))}; SELECT pg_advisory_lock(%(key)s)"
-        )
-        try:
-            with conn.cursor() as cursor:
-                cursor.execute(sql, {"key": _lock_key(name)})
-                _wait(conn, self._login_wait + self._timeout)
-        except psycopg2.errors.LockNotAvailable as error:
-            raise self._waited(name) from error
-
-    def _waited(self, name: str) -> StoreUnavailable:
-        return StoreUnavailable(
-            f"Waited {self._login_wait:g} s for another login of {name}. Try again, or raise login_wait."
-        )
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return self._connections.lock(name, self._login_wait)
 
     def _version(self, conn: connection) -> int:
-        exists = self._answer(
+        exists = self._connections.answer(
             conn,
             "SELECT to_regclass('upstox_schema') IS NOT NULL AS versioned, "
             "to_regclass('upstox_tokens') IS NOT NULL AS tokens",
         )[0]
+        where = self._connections.where
         if exists["tokens"] != exists["versioned"]:
             raise ConfigurationError(
-                f"{self._where} has a table upstox_tokens that was made by another program and may hold plaintext "
-                "tokens. Name another database or schema."
+                f"{where} has a table upstox_tokens that was made by another program and may hold plaintext tokens. "
+                "Name another database or schema."
             )
-        rows = self._answer(conn, "SELECT version FROM upstox_schema") if exists["versioned"] else []
+        rows = self._connections.answer(conn, "SELECT version FROM upstox_schema") if exists["versioned"] else []
         version = int(rows[0]["version"]) if rows else 0
         if version > len(self._steps):
             raise ConfigurationError(
-                f"{self._where} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
+                f"{where} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
             )
         return version
 
@@ -438,73 +301,3 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value.astimezone(UTC).isoformat() if isinstance(value, datetime) else value for name, value in row.items()
     }
-
-
-def _wait(conn: connection, seconds: float) -> None:
-    """Until the connection has its answer.
-
-    Raises:
-        TimeoutError: it has none after this many seconds; the connection is of no more use.
-    """
-    deadline = time.monotonic() + seconds
-    while (state := conn.poll()) != POLL_OK:
-        poller = select.poll()  # and not select(), which fails where a process has more than 1,024 files open
-        poller.register(conn.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
-        left = deadline - time.monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
-            raise TimeoutError
-
-
-def _readable(conn: Any) -> bool:
-    poller = select.poll()
-    poller.register(conn.fileno(), select.POLLIN)
-    return bool(poller.poll(0))
-
-
-def _lock_key(name: str) -> int:
-    """A 64-bit number for pg_advisory_lock, of which a database has one set for all its programs."""
-    return int.from_bytes(hashlib.sha256(f"upstox_db_examples/{name}".encode()).digest()[:8], signed=True)
-
-
-def _described(dsn: Secret) -> str:
-    """Where the database is, without any password."""
-    try:
-        parts = parse_dsn(dsn.reveal())
-        return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
-    except (psycopg2.Error, TypeError):
-        pass  # Its text may hold the password. Raised below, our error has no cause that shows it.
-    raise ConfigurationError(
-        "The connection string is not one that PostgreSQL understands, such as postgresql://user:password@host/database."
-    )
-
-
-_EXPLANATIONS: dict[str, tuple[type[StorageError], str]] = {
-    errorcodes.INSUFFICIENT_PRIVILEGE: (
-        ConfigurationError,
-        "does not allow this role to do that. The owner grants it by init_database(runtime_role=...).",
-    ),
-    errorcodes.READ_ONLY_SQL_TRANSACTION: (StoreUnavailable, "is read-only, as a standby is. Write to the primary."),
-    errorcodes.DISK_FULL: (StoreUnavailable, "has a full disk. Make room and try again."),
-    errorcodes.TOO_MANY_CONNECTIONS: (
-        StoreUnavailable,
-        "has no connection left. Use a smaller pool_size, or a pooler.",
-    ),
-    errorcodes.UNDEFINED_TABLE: (ConfigurationError, "has lost its tables. Run init_database()."),
-    errorcodes.UNDEFINED_OBJECT: (ConfigurationError, "does not know that role."),
-}
-
-
-def _explained(error: Exception, where: str, timeout: float) -> StorageError:
-    if isinstance(error, PoolTimeout):
-        return StoreUnavailable(f"No connection to {where} came free for {timeout:g} s. Use a larger pool_size.")
-    if isinstance(error, TimeoutError):
-        return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
-    state = getattr(error, "pgcode", None)
-    if state in _EXPLANATIONS:
-        kind, what = _EXPLANATIONS[state]
-        return kind(f"PostgreSQL at {where} {what}")
-    if state is None:
-        return StoreUnavailable(
-            f"PostgreSQL at {where} cannot be reached, or refused the role or its password. Check both and try again."
-        )
-    return StoreUnavailable(f"PostgreSQL at {where} could not do it (SQLSTATE {state}). Try again.")

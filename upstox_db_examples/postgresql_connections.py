@@ -1,0 +1,256 @@
+"""Connections to PostgreSQL that never wait for ever: a bounded pool, a deadline for each answer, a lock.
+
+Connections are in psycopg2's asynchronous mode, for only there a server that has stalled can be given up after a set
+time. A wait callback would do it, too, but for all other users of psycopg2 in the process as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import psycopg2
+import psycopg2.extras
+from psycopg2 import errorcodes
+from psycopg2.extensions import POLL_OK, POLL_READ, connection, parse_dsn
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
+
+from upstox_db_examples.errors import ConfigurationError, StorageError, StoreUnavailable
+from upstox_db_examples.token import Secret
+
+
+class PostgreSQLConnections:
+    """A pool of connections, shared by the threads of a process.
+
+    The pool is SQLAlchemy's and not psycopg2's own, which raises at once when it is empty and hands out dead
+    connections.
+
+    Args:
+        dsn: where the database is, as `psycopg2.connect` takes it.
+        pool_size: how many connections are kept at the most; a held lock has one more, of its own.
+        timeout: seconds for each answer of the server, and for a free connection.
+
+    Raises:
+        ConfigurationError: the connection string is none.
+    """
+
+    def __init__(self, dsn: Secret, pool_size: int, timeout: float) -> None:
+        self._dsn = dsn
+        self._timeout = timeout
+        self.where = _described(dsn)
+        # What comes back is always idle, for each message is a transaction of its own: there is nothing to reset.
+        self._pool = QueuePool(
+            lambda: cast(Any, self._connect()),
+            pool_size=pool_size,
+            max_overflow=0,
+            timeout=timeout,
+            use_lifo=True,
+            reset_on_return=None,
+        )
+        self._process = os.getpid()
+        self._closed = False
+        self._local_locks: dict[str, threading.Lock] = {}
+        self._holding = threading.local()
+
+    def run(self, sql: str, **values: object) -> list[dict[str, Any]]:
+        """The rows of one message. Several statements in it are one transaction; the last one's rows come back."""
+        with self.session() as conn:
+            return self.answer(conn, sql, **values)
+
+    def answer(self, conn: connection, sql: str, **values: object) -> list[dict[str, Any]]:
+        """As `run`, on this connection."""
+        with conn.cursor() as cursor:
+            cursor.execute(sql, values or None)
+            _wait(conn, self._timeout)
+            return cast(list[dict[str, Any]], cursor.fetchall()) if cursor.description else []
+
+    @contextmanager
+    def session(self) -> Iterator[connection]:
+        """The connection that holds this thread's lock, so that who lost the lock cannot write; else a pooled one."""
+        with self._in_our_words():
+            held: connection | None = getattr(self._holding, "conn", None)
+            if held is not None:
+                yield held
+                return
+            borrowed = self._borrow()
+            try:
+                yield borrowed.dbapi_connection
+            except BaseException:
+                borrowed.invalidate()
+                raise
+            finally:
+                borrowed.close()
+
+    @contextmanager
+    def ordinary(self) -> Iterator[connection]:
+        """An ordinary psycopg2 connection, outside the pool."""
+        with self._in_our_words():
+            seconds = max(2, int(self._timeout))  # the least that libpq takes
+            conn = self._opened(lambda: psycopg2.connect(self._dsn.reveal(), connect_timeout=seconds))
+            try:
+                yield conn
+            finally:
+                conn.close()
+
+    @contextmanager
+    def lock(self, name: str, wait: float) -> Iterator[None]:
+        """One holder at a time in the whole database, by an advisory lock that belongs to a session.
+
+        Raises:
+            StoreUnavailable: not had within `wait` seconds.
+        """
+        waited = StoreUnavailable(f"Waited {wait:g} s for another login of {name}. Try again, or raise login_wait.")
+        # Only one thread of a process waits at the server, or a crowd would use up its connections.
+        local = self._local_locks.setdefault(name, threading.Lock())
+        if not local.acquire(timeout=wait):
+            raise waited
+        outer: connection | None = getattr(self._holding, "conn", None)
+        try:
+            with self._in_our_words():
+                self._refuse_if_closed()
+                conn = outer or self._connect()
+            try:
+                with self._in_our_words():
+                    if not self._wait_for_lock(conn, name, wait):
+                        raise waited
+                self._holding.conn = conn
+                yield
+            finally:
+                self._holding.conn = outer
+                if outer is None:
+                    conn.close()  # The end of the session frees the lock, as its death does.
+        finally:
+            local.release()
+
+    def close(self) -> None:
+        self._closed = True
+        self._pool.dispose()
+
+    def _wait_for_lock(self, conn: connection, name: str, wait: float) -> bool:
+        # With keepalives the server notices in half a minute that the holder's machine is gone.
+        sql = (
+            "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
+            f"SET lock_timeout = {max(1, int(wait * 1000))}; SELECT pg_advisory_lock(%(key)s)"
+        )
+        # 64 bits, for a database has one set of these locks for all its programs.
+        digest = hashlib.sha256(f"upstox_db_examples/{name}".encode()).digest()
+        try:
+            with conn.cursor() as cursor:
+                cursor.execute(sql, {"key": int.from_bytes(digest[:8], signed=True)})
+                _wait(conn, wait + self._timeout)
+        except psycopg2.errors.LockNotAvailable:
+            return False
+        return True
+
+    def _connect(self) -> connection:
+        rows_as_dicts = psycopg2.extras.RealDictCursor
+        conn = self._opened(lambda: psycopg2.connect(self._dsn.reveal(), async_=True, cursor_factory=rows_as_dicts))
+        try:
+            _wait(conn, self._timeout)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    def _opened(self, connect: Callable[[], connection]) -> connection:
+        try:
+            return connect()
+        except psycopg2.Error as error:
+            error.__traceback__ = None  # psycopg2's own frames hold the connection string.
+            raise
+
+    def _borrow(self) -> Any:
+        if self._process != os.getpid():
+            # A forked child may not use the parent's connections, nor close them.
+            self._inherited, self._pool, self._process = self._pool, self._pool.recreate(), os.getpid()
+        self._refuse_if_closed()
+        while True:
+            borrowed = self._pool.connect()
+            # An idle connection has nothing to say: one that has was closed by the server.
+            if not _readable(borrowed.dbapi_connection):
+                return borrowed
+            borrowed.invalidate()
+            borrowed.close()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("This store is closed.")
+
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        try:
+            yield
+        except (psycopg2.Error, PoolTimeout, TimeoutError) as error:
+            raise _explained(error, self.where, self._timeout) from error
+
+
+def _wait(conn: connection, seconds: float) -> None:
+    """Until the connection has its answer.
+
+    Raises:
+        TimeoutError: it has none after this many seconds; the connection is of no more use.
+    """
+    deadline = time.monotonic() + seconds
+    while (state := conn.poll()) != POLL_OK:
+        poller = select.poll()  # and not select(), which fails where a process has more than 1,024 files open
+        poller.register(conn.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
+        left = deadline - time.monotonic()
+        if left <= 0 or not poller.poll(left * 1000):
+            raise TimeoutError
+
+
+def _readable(conn: Any) -> bool:
+    poller = select.poll()
+    poller.register(conn.fileno(), select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def _described(dsn: Secret) -> str:
+    """Where the database is, without any password."""
+    try:
+        parts = parse_dsn(dsn.reveal())
+        return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+    except (psycopg2.Error, TypeError):
+        pass  # Its text may hold the password. Raised below, our error has no cause that shows it.
+    raise ConfigurationError(
+        "The connection string is not one that PostgreSQL understands, such as postgresql://user:password@host/database."
+    )
+
+
+_EXPLANATIONS: dict[str, tuple[type[StorageError], str]] = {
+    errorcodes.INSUFFICIENT_PRIVILEGE: (
+        ConfigurationError,
+        "does not allow this role to do that. The owner grants it by init_database(runtime_role=...).",
+    ),
+    errorcodes.READ_ONLY_SQL_TRANSACTION: (StoreUnavailable, "is read-only, as a standby is. Write to the primary."),
+    errorcodes.DISK_FULL: (StoreUnavailable, "has a full disk. Make room and try again."),
+    errorcodes.TOO_MANY_CONNECTIONS: (
+        StoreUnavailable,
+        "has no connection left. Use a smaller pool_size, or a pooler.",
+    ),
+    errorcodes.UNDEFINED_TABLE: (ConfigurationError, "has lost its tables. Run init_database()."),
+    errorcodes.UNDEFINED_OBJECT: (ConfigurationError, "does not know that role."),
+}
+
+
+def _explained(error: Exception, where: str, timeout: float) -> StorageError:
+    if isinstance(error, PoolTimeout):
+        return StoreUnavailable(f"No connection to {where} came free for {timeout:g} s. Use a larger pool_size.")
+    if isinstance(error, TimeoutError):
+        return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
+    state = getattr(error, "pgcode", None)
+    if state in _EXPLANATIONS:
+        kind, what = _EXPLANATIONS[state]
+        return kind(f"PostgreSQL at {where} {what}")
+    if state is None:
+        return StoreUnavailable(
+            f"PostgreSQL at {where} cannot be reached, or refused the role or its password. Check both and try again."
+        )
+    return StoreUnavailable(f"PostgreSQL at {where} could not do it (SQLSTATE {state}). Try again.")
