@@ -174,6 +174,8 @@ class TestPostgreSQL(StoreContract):
             plan = "\n".join(row["QUERY PLAN"] for row in rows)
             assert "Seq Scan" not in plan, f"{name}\n{plan}"
             assert "Index" in plan, f"{name}\n{plan}"
+            if name in ("USE", "ERASE"):
+                assert "one_active_token" in plan, plan
         store.store_token()
         begin = time.perf_counter()
         living(store)
@@ -485,7 +487,7 @@ def open_lock() -> Any:
 
 
 def fill(url: str, count: int) -> None:
-    """Old tokens of many users, as years of use leave them."""
+    """Old tokens of a thousand users, as years of use leave them, and a living one of each."""
     bare(
         url,
         "INSERT INTO upstox_tokens (user_id, key_id, generation, products, exchanges, is_active, created_at, "
@@ -493,6 +495,11 @@ def fill(url: str, count: int) -> None:
         "SELECT 'U' || n %% 1000, 'k', n, '[]', '[]', false, now(), now(), 'a' || n %% 1000, '{}' "
         "FROM generate_series(1, %s) AS n",
         count,
+    )
+    bare(
+        url,
+        "UPDATE upstox_tokens SET is_active = true, access_token = 'x', expires_at = now() + interval '1 day' "
+        "WHERE generation <= 1000",
     )
     bare(
         url,

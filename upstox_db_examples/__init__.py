@@ -1,6 +1,7 @@
 """Keep Upstox access tokens in a real database: one class for each storage pattern."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from upstox_db_examples.cipher import KeyRing
@@ -49,6 +50,9 @@ __all__ = [
     "TokenResult",
     "TokenStorage",
 ]
+
+# The application decides what is logged, and where; without this Python would print warnings to stderr.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Imported on first use: who keeps tokens in SQLite needs no other database's driver.
 _NEED_A_DRIVER = {"PostgreSQLUpstoxStorage": "postgresql"}
