@@ -203,7 +203,15 @@ class Accounts:
 
     def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret]], **options: Any) -> None:
         accounts = {user_id: _wrapped(values) for user_id, values in accounts.items()}
-        self._logins = {user_id: SdkLogin(values, user_id=user_id, **options) for user_id, values in accounts.items()}
+        if not accounts:
+            raise LoginRefused("There are no accounts.")
+        self._logins: dict[str, SdkLogin] = {}
+        for user_id, values in accounts.items():
+            try:
+                self._logins[user_id] = SdkLogin(values, user_id=user_id, **options)
+            except LoginRefused as error:
+                error.args = (f"{user_id}: {error}",)
+                raise
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **options: Any) -> Accounts:
@@ -254,9 +262,11 @@ def _secret(value: object) -> Secret:
 
 
 def _checked_base_domain(base_domain: str) -> str:
-    parts = urlsplit(base_domain)
-    if base_domain and parts.scheme != "https" and not _is_this_machine(base_domain):
+    """Empty for the real Upstox, else a URL with `{stage}` in it, by https or on this machine."""
+    if base_domain and urlsplit(base_domain).scheme != "https" and not _is_this_machine(base_domain):
         raise LoginRefused("base_domain must be https: the PIN and the secrets travel there.")
+    if base_domain and "{stage}" not in base_domain:
+        raise LoginRefused("base_domain must have {stage} in it, which becomes 'api' or 'service'.")
     return base_domain
 
 
@@ -265,6 +275,7 @@ def _is_this_machine(base_domain: str) -> bool:
 
 
 def _log_in(credentials: Credentials, base_domain: str, pause: float | None, timeout: float) -> AccessTokenData:
+    from curl_cffi import CurlOpt
     from upstox_totp import UpstoxTOTP
     from upstox_totp.models import AccessTokenResponse
 
@@ -276,6 +287,8 @@ def _log_in(credentials: Credentials, base_domain: str, pause: float | None, tim
             client.base_domain = base_domain or client.base_domain
             if pause is None:
                 pause = 0.0 if _is_this_machine(base_domain) else 1.0
+            if _is_this_machine(base_domain):
+                client.session.curl_options[CurlOpt.NOPROXY] = "*"  # A proxy would look for Upstox on its own machine.
             client.config.sleep_time = pause * 1000  # type: ignore[assignment]  # The constructor ignores it.
             client.session.timeout = timeout
             response = client.app_token.get_access_token()
