@@ -9,8 +9,9 @@ BIN := .venv/bin
 ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
 .PHONY: lab test notebooks check clean
 
+# Root has to be allowed by name: in a container one often is.
 lab: .venv/all
-	$(BIN)/jupyter lab --notebook-dir=notebooks $(LAB_OPTIONS)
+	$(BIN)/jupyter lab --notebook-dir=notebooks $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env $(PYTEST_OPTIONS)

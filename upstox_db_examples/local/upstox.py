@@ -18,30 +18,26 @@ logs in is not limited: `fail()` says when it is. The error codes are Upstox's, 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
 import secrets
-import socket
 import string
-import sys
 import time
 import uuid
 from base64 import b64encode, urlsafe_b64encode
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
-from http.cookies import SimpleCookie
-from http.server import BaseHTTPRequestHandler
-from socketserver import ThreadingTCPServer
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from typing import Any, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import urlencode
 
 import pyotp
+
+from upstox_db_examples.local.web import HANG_UP, Answer, Shown, WebServer
 
 # The rule of 03:30 is written out here once more and not taken from token.py, which this server is there to test.
 INDIA = timezone(timedelta(hours=5, minutes=30))
@@ -109,37 +105,26 @@ class _User:
     expires: datetime = datetime.min  # noqa: DTZ901  # read only where there is a token
 
 
-class _Answer(Exception):
-    """A page (str) or JSON. Returned, or raised where the answer is no."""
-
-    def __init__(self, body: str | dict[str, Any], status: int = 200, **headers: str) -> None:
-        self.body, self.status, self.headers = body, status, headers
-
-
-def _no(code: str | int, message: str, status: int = 401) -> _Answer:
+def _no(code: str | int, message: str, status: int = 401) -> Answer:
     if isinstance(code, int):  # The login service's form, and its status is 200.
-        return _Answer({"success": False, "error": {"code": code, "message": message}})
+        return Answer({"success": False, "error": {"code": code, "message": message}})
     error = {"errorCode": code, "error_code": code, "message": message, "propertyPath": None, "invalidValue": None}
-    return _Answer({"status": "error", "errors": [error]}, status)
+    return Answer({"status": "error", "errors": [error]}, status)
 
 
-def _yes(**data: object) -> _Answer:
-    return _Answer({"success": True, "data": data})
+def _yes(**data: object) -> Answer:
+    return Answer({"success": True, "data": data})
 
 
-PAGE = _Answer("<!doctype html><title>Upstox</title>")
-HANG_UP = _Answer("")
+PAGE = Answer("<!doctype html><title>Upstox</title>")
 # What these failures answer in place of the step.
-INSTEAD: dict[Failure | None, _Answer] = {
+INSTEAD: dict[Failure | None, Answer] = {
     Failure.RATE_LIMIT: _no("UDAPI10005", "Too many requests.", 429),
     Failure.SERVER_ERROR: _no("UDAPI100500", "Something went wrong.", 500),
     Failure.OTP_BLOCKED: _no(1017069, "OTPs are blocked for 10 minutes."),
     Failure.HTML: PAGE,
     Failure.DROP: HANG_UP,
 }
-
-
-type Shown = defaultdict[str, Any]  # What a request shows: query, fields, session, bearer. What it lacks is "".
 
 
 class LocalUpstox:
@@ -162,7 +147,7 @@ class LocalUpstox:
         self._clock = clock or (lambda: datetime.now(UTC))
         self._totp_once = totp_once
         self._signing_key = secrets.token_bytes(32)
-        self._server: _Server | None = None
+        self._server: WebServer | None = None
         self._closing = Event()
         self._lock = Lock()  # around all that follows
         self._users: dict[str, _User] = {}
@@ -181,7 +166,7 @@ class LocalUpstox:
         """Listen."""
         if self._server is None:
             self._closing.clear()
-            self._server = _Server(self._answer)
+            self._server = WebServer(self._answer)
             self.base_domain = f"http://127.0.0.1:{self._server.server_address[1]}/{{stage}}"
         return self
 
@@ -259,7 +244,7 @@ class LocalUpstox:
             before = self._clock
             self._clock = lambda: before() + delta
 
-    def _answer(self, route: str, shown: Shown) -> _Answer:
+    def _answer(self, route: str, shown: Shown) -> Answer:
         """Answer one request, by its route and all that it shows."""
         step, handle = ROUTES.get(route, (0, LocalUpstox._unknown))
         with self._lock:
@@ -271,22 +256,22 @@ class LocalUpstox:
                 self._attempts[shown["userId"]] += 1
             try:
                 answer = INSTEAD.get(failure) or handle(self, shown)
-            except _Answer as refusal:
+            except Answer as refusal:
                 answer = refusal
         # Without the lock, so that others can log in meanwhile. Closing the server ends the wait.
         seconds = self.stall_seconds if failure is Failure.STALL else self.login_seconds if step == 6 else 0
         return HANG_UP if seconds and self._closing.wait(seconds) else answer
 
-    def _dialog(self, shown: Shown) -> _Answer:
+    def _dialog(self, shown: Shown) -> Answer:
         user = self._client(shown)
         if user is None or shown["redirect_uri"] != user.account.redirect_uri:
             raise _no(*WRONG_REDIRECT)
         if not user.account.client_active:
             raise _no("UDAPI100073", "Your 'client_id' is inactive.")
         address = {"user_id": user.account.user_id, "client_id": self._hand_out("login client", user)}
-        return _Answer("", 302, Location=f"/login?{urlencode(address)}&user_type=individual")
+        return Answer("", 302, Location=f"/login?{urlencode(address)}&user_type=individual")
 
-    def _generate_otp(self, shown: Shown) -> _Answer:
+    def _generate_otp(self, shown: Shown) -> Answer:
         user = self._users.get(shown["userId"])
         if user is None or shown["mobileNumber"] != user.account.mobile:
             raise _no(1017001, "This mobile number is not registered.")
@@ -294,7 +279,7 @@ class LocalUpstox:
         what_next = {"nextRequestInterval": 30, "isTotpEnabled": True}
         return _yes(message="OTP sent.", validateOTPToken=otp_token, userType="individual", **what_next)
 
-    def _verify_totp(self, shown: Shown) -> _Answer:
+    def _verify_totp(self, shown: Shown) -> Answer:
         user = self._handed_out.pop(("OTP token", shown["validateOtpToken"]), None)
         if user is None:
             raise _no(1017076, "This OTP session is used up.")
@@ -310,7 +295,7 @@ class LocalUpstox:
         answer.headers["Set-Cookie"] = f"session={self._hand_out('session', user)}; Path=/; HttpOnly"
         return answer
 
-    def _verify_pin(self, shown: Shown) -> _Answer:
+    def _verify_pin(self, shown: Shown) -> Answer:
         user = self._session("session", shown)
         right = shown["inputText"] == b64encode(user.account.pin.encode()).decode()
         if user.wrong_pins < PINS_BEFORE_LOCK:
@@ -323,7 +308,7 @@ class LocalUpstox:
         flags = ("isPlusPlanFastWebsocketEnabled", "isNewRefreshTokenCreated", "isExternalClientOAuthApp")
         return _yes(userType="individual", customerStatus="ACTIVE", refreshTokenExpiry=0, **dict.fromkeys(flags, False))
 
-    def _authorize(self, shown: Shown) -> _Answer:
+    def _authorize(self, shown: Shown) -> Answer:
         user = self._session("session with PIN", shown)
         if shown["userOAuthApproval"] is not True:
             raise _no("UDAPI100036", "The user has not approved.")
@@ -333,7 +318,7 @@ class LocalUpstox:
         code = self._hand_out("code", user)
         return _yes(redirectUri=f"{user.account.redirect_uri}?code={code}", isApproved=True)
 
-    def _token(self, shown: Shown) -> _Answer:
+    def _token(self, shown: Shown) -> Answer:
         owner = self._handed_out.pop(("code", shown["code"]), None)  # It serves once, whatever comes of it.
         user = self._client(shown)
         if user is None or shown["client_secret"] != user.account.client_secret:
@@ -354,19 +339,19 @@ class LocalUpstox:
             body["user_id"] = "ZZ9999"
         if failure is Failure.MISSING_FIELD:
             del body["is_active"]
-        return _Answer(body)
+        return Answer(body)
 
-    def _page(self, _: Shown) -> _Answer:
+    def _page(self, _: Shown) -> Answer:
         return PAGE
 
-    def _show_profile(self, shown: Shown) -> _Answer:
-        return _Answer({"status": "success", "data": _profile(self._bearer(shown).account)})
+    def _show_profile(self, shown: Shown) -> Answer:
+        return Answer({"status": "success", "data": _profile(self._bearer(shown).account)})
 
-    def _logout(self, shown: Shown) -> _Answer:
+    def _logout(self, shown: Shown) -> Answer:
         self._bearer(shown).token = None
-        return _Answer({"status": "success", "data": True})
+        return Answer({"status": "success", "data": True})
 
-    def _unknown(self, _: Shown) -> _Answer:
+    def _unknown(self, _: Shown) -> Answer:
         raise _no("UDAPI10000", "There is no such request.", 404)
 
     def _hand_out(self, what: str, user: _User) -> str:
@@ -402,7 +387,7 @@ class LocalUpstox:
         return f"{signed}.{_base64url(hmac.digest(self._signing_key, signed.encode(), 'sha256'))}"
 
 
-ROUTES: dict[str, tuple[int, Callable[[LocalUpstox, Shown], _Answer]]] = {
+ROUTES: dict[str, tuple[int, Callable[[LocalUpstox, Shown], Answer]]] = {
     "GET /api/v2/login/authorization/dialog": (1, LocalUpstox._dialog),
     "POST /service/login/open/v6/auth/1fa/otp/generate": (2, LocalUpstox._generate_otp),
     "POST /service/login/open/v4/auth/1fa/otp-totp/verify": (3, LocalUpstox._verify_totp),
@@ -429,81 +414,3 @@ def _next_0330(now: datetime) -> datetime:
 
 def _base64url(data: bytes) -> str:
     return urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # Keeps connections open.
-    disable_nagle_algorithm = True  # Else an answer's body waits until the client has acknowledged its headers.
-    server: _Server
-
-    def _serve(self) -> None:
-        url = urlsplit(self.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        session = SimpleCookie(self.headers.get("Cookie", "")).get("session")
-        shown: Shown = defaultdict(str, parse_qsl(url.query))
-        shown |= _fields(self.headers.get_content_type(), body)
-        shown["session"] = session.value if session else ""
-        shown["bearer"] = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        answer = self.server.answer(f"{self.command} {url.path}", shown)
-        if answer is HANG_UP:
-            # Half an answer, because curl silently sends a request again whose connection ends without a byte.
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
-            self.close_connection = True
-            return
-        is_page = isinstance(answer.body, str)
-        content = str(answer.body) if is_page else json.dumps(answer.body)
-        self.send_response(answer.status)
-        # The SDK compares the type with ==: with a charset behind it, it would not read the body as JSON.
-        self.send_header("Content-Type", "text/html" if is_page else "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content.encode())
-
-    do_GET = do_POST = do_DELETE = _serve
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-def _fields(content_type: str, body: bytes) -> dict[str, Any]:
-    """The fields of a form, or of the `data` of JSON."""
-    if content_type == "application/x-www-form-urlencoded":
-        return dict(parse_qsl(body.decode(errors="replace")))
-    try:
-        data = dict(json.loads(body)["data"])
-    except (ValueError, LookupError, TypeError):
-        return {}  # Each step refuses who does not show what it asks for.
-    return {name: value for name, value in data.items() if isinstance(value, str | bool)}
-
-
-class _Server(ThreadingTCPServer):  # http.server's own would look up the machine's name, which can take seconds.
-    request_queue_size = 128  # The default of 5 keeps clients waiting that come all at once.
-
-    def __init__(self, answer: Callable[[str, Shown], _Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.answer = answer
-        self._connections: list[tuple[Thread, socket.socket]] = []
-        self._loop = Thread(target=self.serve_forever, args=(0.02,), daemon=True)
-        self._loop.start()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """As the library does it, but its threads either outlive close() or block it for as long as a client stays."""
-        thread = Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
-        self._connections = [living for living in self._connections if living[0].is_alive()] + [(thread, request)]
-        thread.start()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what went wrong, unless only the client hung up."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-    def close(self) -> None:
-        self.shutdown()
-        self._loop.join()
-        self.server_close()
-        for thread, connection in self._connections:
-            with contextlib.suppress(OSError):  # It is closed already.
-                connection.shutdown(socket.SHUT_RDWR)
-            thread.join()
