@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from upstox_totp.models import AccessTokenData
 
@@ -185,22 +185,26 @@ class StoreContract(ABC):
             store.get_or_create_token(USER)
         assert upstox.logins(USER) == 1
 
-    @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(steps=st.lists(st.integers(1, 40_000), min_size=1, max_size=12))
     def test_at_any_time_what_is_handed_out_is_alive_and_a_living_token_is_kept(
-        self, store: TokenStorage, clock: Clock, upstox: LocalUpstox, steps: list[int]
+        self, store: TokenStorage, clock: Clock, upstox: LocalUpstox
     ) -> None:
-        clock.set(6, 20)
-        store.revoke_token(USER)
-        dies = clock.now
-        for step in steps:
-            clock.advance(seconds=step)
-            before = upstox.logins(USER)
-            result = store.get_or_create_token(USER)
-            assert upstox.is_living(result["token"])
-            assert upstox.logins(USER) - before == (1 if clock.now >= dies else 0)
-            dies = datetime.fromisoformat(result["expires_at"])
-            assert dies > clock.now
+        # Inside the test, for hypothesis takes a method that several classes inherit for several tests.
+        @settings(max_examples=10, deadline=None)
+        @given(steps=st.lists(st.integers(1, 40_000), min_size=1, max_size=12))
+        def holds(steps: list[int]) -> None:
+            clock.set(6, 20)
+            store.revoke_token(USER)
+            dies = clock.now
+            for step in steps:
+                clock.advance(seconds=step)
+                before = upstox.logins(USER)
+                result = store.get_or_create_token(USER)
+                assert upstox.is_living(result["token"])
+                assert upstox.logins(USER) - before == (1 if clock.now >= dies else 0)
+                dies = datetime.fromisoformat(result["expires_at"])
+                assert dies > clock.now
+
+        holds()
 
     def test_a_login_that_gives_a_dead_token_stores_nothing(self, store: TokenStorage, upstox: LocalUpstox) -> None:
         upstox.fail(Failure.DEAD_TOKEN)

@@ -56,7 +56,8 @@ def has_one_title_and_it_comes_first(notebook: Notebook) -> None:
 
 def has_short_cells(notebook: Notebook) -> None:
     assert [cell.source for cell in code_cells(notebook) if len(cell.source.splitlines()) > 8] == []
-    assert 20 <= len(notebook.cells) <= 35
+    assert [line for cell in code_cells(notebook) for line in cell.source.splitlines() if len(line) > 100] == []
+    assert 20 <= len(notebook.cells) <= 40
 
 
 def has_more_prose_than_code(notebook: Notebook) -> None:

@@ -65,19 +65,18 @@ GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last
 GRANT SELECT, INSERT ON upstox_token_audit TO {role};
 """
 
-_HANDED_OUT = (
-    "id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at, user_name, "
-    "email, usage_count"
-)
+_HANDED_OUT = """id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at,
+              user_name, email, usage_count"""
 _AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
 # Reading, counting and auditing are one statement: one round trip, and either all of it happens or nothing.
 USE = f"""
 WITH used AS (
     UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = %(now)s
-    WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s RETURNING {_HANDED_OUT}
+    WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
+    RETURNING {_HANDED_OUT}
 ), audited AS (
-    {_AUDIT} SELECT token_id, user_id, 'used', %(actor)s, %(now)s, jsonb_build_object('usage_count', usage_count)
-    FROM used
+    {_AUDIT}
+    SELECT token_id, user_id, 'used', %(actor)s, %(now)s, jsonb_build_object('usage_count', usage_count) FROM used
 )
 SELECT * FROM used
 """
