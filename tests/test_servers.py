@@ -10,21 +10,33 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import psycopg2
+import pymongo
 import pytest
+import redis as redis_driver
 
 from upstox_db_examples import ConfigurationError, StoreUnavailable
 from upstox_db_examples.local.certificates import make_certificates
-from upstox_db_examples.local.servers import NOBODY, PostgreSQLServer, postgresql
+from upstox_db_examples.local.servers import (
+    NOBODY,
+    MongoDBServer,
+    PostgreSQLServer,
+    RedisServer,
+    mongodb,
+    postgresql,
+    redis,
+)
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def _our_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("POSTGRES_URL", raising=False)
+    for variable in ("POSTGRES_URL", "MONGODB_URL", "REDIS_URL"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture
@@ -50,6 +62,65 @@ def test_it_is_a_genuine_postgresql_behind_a_password() -> None:
         with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
             ask(wrong)
         assert ask(url, "SHOW fsync") == "on"
+
+
+def test_it_is_a_genuine_mongodb_with_transactions_behind_a_password() -> None:
+    with mongodb(settings={"ttlMonitorSleepSecs": "1"}) as url, pymongo.MongoClient[Any](url) as client:
+        assert client.server_info()["version"].startswith("6.0")
+        with client.start_session() as session, session.start_transaction():
+            client.mine.mine.insert_one({"_id": 1}, session=session)
+        assert client.mine.mine.count_documents({}) == 1
+        stranger = pymongo.MongoClient[Any](url.replace(url.split(":")[2].split("@")[0], "wrong"))
+        with stranger, pytest.raises(pymongo.errors.OperationFailure, match="Authentication failed"):
+            stranger.mine.mine.find_one()
+
+
+def test_mongodb_speaks_tls_that_is_verified(tmp_path: Path) -> None:
+    wrong_authority, _, _ = make_certificates(tmp_path)
+    with MongoDBServer(tls=True) as server:
+        verified: dict[str, Any] = {"tls": True, "serverSelectionTimeoutMS": 2000}
+        with pymongo.MongoClient[Any](server.url, tlsCAFile=str(server.ca_file), **verified) as client:
+            assert client.admin.command("ping")["ok"] == 1
+        stranger = pymongo.MongoClient[Any](server.url, tlsCAFile=str(wrong_authority), **verified)
+        with stranger, pytest.raises(pymongo.errors.ServerSelectionTimeoutError, match="CERTIFICATE_VERIFY_FAILED"):
+            stranger.admin.command("ping")
+
+
+def test_it_speaks_redis_behind_a_password() -> None:
+    with redis() as url, redis_driver.Redis.from_url(url) as client:
+        assert client.set("key", "value") is True
+        assert client.eval("return redis.call('GET', KEYS[1])", 1, "key") == b"value"
+        stranger = redis_driver.Redis.from_url(url.replace(url.split(":")[2].split("@")[0], "wrong"))
+        with stranger, pytest.raises(redis_driver.exceptions.AuthenticationError):
+            stranger.ping()
+    with pytest.raises(ConfigurationError, match="no TLS"):
+        RedisServer(tls=True).__enter__()
+
+
+@pytest.mark.parametrize("kind", [MongoDBServer, RedisServer])
+def test_the_others_also_keep_their_data_and_come_back(kind: type[MongoDBServer | RedisServer]) -> None:
+    def touch(url: str) -> object:
+        if kind is RedisServer:
+            with redis_driver.Redis.from_url(url) as client:
+                return client.incr("starts")
+        with pymongo.MongoClient[Any](url) as mongo:
+            mongo.mine.starts.with_options(write_concern=pymongo.WriteConcern("majority", j=True)).insert_one({})
+            return mongo.mine.starts.count_documents({})
+
+    with tempfile.TemporaryDirectory() as name:
+        with kind(Path(name)) as server, kind() as other:
+            assert touch(server.url) == 1
+            assert touch(other.url) == 1
+            server.stop()
+            server.start()
+            assert touch(server.url) == 2
+            time.sleep(1.1)  # Redis writes to the disk once a second
+            server.kill()
+            server.start()
+            assert touch(server.url) == 3
+            server.stop()
+        with kind(Path(name)) as again:
+            assert touch(again.url) == 4
 
 
 def test_two_at_once_do_not_collide() -> None:
@@ -99,10 +170,11 @@ def test_it_can_be_stalled_and_woken(server: PostgreSQLServer) -> None:
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_it_dies_with_a_parent_that_is_killed(paused: bool) -> None:
+@pytest.mark.parametrize("kind", [PostgreSQLServer, MongoDBServer, RedisServer])
+def test_it_dies_with_a_parent_that_is_killed(kind: type, paused: bool) -> None:
     code = (
-        "import sys, time; from upstox_db_examples.local.servers import PostgreSQLServer\n"
-        "server = PostgreSQLServer(); server.__enter__()\n"
+        f"import sys, time; from upstox_db_examples.local.servers import {kind.__name__}\n"
+        f"server = {kind.__name__}(); server.__enter__()\n"
         f"server.pause() if {paused} else None\n"
         "print(server._process.pid, server._folder, flush=True); time.sleep(60)"
     )
@@ -110,7 +182,7 @@ def test_it_dies_with_a_parent_that_is_killed(paused: bool) -> None:
     assert parent.stdout is not None
     pid, folder = parent.stdout.readline().split()
     everyone = [psutil.Process(int(pid)), *psutil.Process(int(pid)).children(recursive=True)]
-    assert len(everyone) > 3
+    assert len(everyone) > (3 if kind is PostgreSQLServer else 0)
     parent.send_signal(signal.SIGKILL)
     parent.communicate()
     _, alive = psutil.wait_procs(everyone, timeout=5)

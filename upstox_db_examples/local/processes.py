@@ -1,0 +1,219 @@
+"""A server process of our own: started on a free port, made to fail on demand, and never outliving who started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from upstox_db_examples.errors import ConfigurationError, StoreUnavailable
+
+READY_SECONDS = 20.0
+
+# Waits in a session of its own, so that neither Ctrl-C nor Jupyter's interrupt reaches it, until the pipe to the
+# process that started it is closed: by close(), by the end of that process, or by its kill -9. Handlers at exit
+# would not run then. (A child that is forked while the server runs holds the pipe, too; the server lives until it
+# ends as well.) The last line that came through the pipe is the server's process id.
+WATCHDOG = """
+import shutil, signal, sys, psutil
+pid, folder = 0, sys.argv[1]
+for line in sys.stdin:
+    pid = int(line)
+if pid and psutil.pid_exists(pid):
+    main = psutil.Process(pid)
+    everyone = [main, *main.children(recursive=True)]
+    for number, whom in ((signal.SIGCONT, everyone), (signal.SIGQUIT, [main]), (signal.SIGKILL, everyone)):
+        for process in whom:
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                pass
+        psutil.wait_procs(everyone, timeout=0 if number == signal.SIGCONT else 2)
+if folder:
+    shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
+class Server(ABC):
+    """A server of our own, that can also be made to fail.
+
+    Args:
+        folder: where its data is kept, to be found again next time; None for a temporary one that is removed.
+        tls: also speak TLS, with a certificate for localhost and 127.0.0.1 that `ca_file` verifies.
+        settings: the server's own settings.
+
+    Raises:
+        ConfigurationError: the wheel is not installed, or there is none for this platform.
+        StoreUnavailable: the server did not start; it says why.
+    """
+
+    name: str
+    variable: str
+    wheel: str
+
+    def __init__(
+        self, folder: Path | None = None, *, tls: bool = False, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self._kept = folder
+        self._tls = tls
+        self._settings = dict(settings or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[str] | None = None
+        self._given = os.environ.get(self.variable)
+        self.url = self._given or ""
+        self.ca_file: Path | None = None
+
+    def __enter__(self) -> Self:
+        if not self._given:
+            try:
+                self._make()
+            except BaseException:
+                self.close()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.name} server, {'running' if self._process else 'not running'}>"
+
+    def start(self) -> None:
+        """Start again, on the same port and with the same data."""
+        self._refuse_if_given()
+        log = self._folder / "server.log"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                **self._as_user,
+            )
+        if self._watchdog and self._watchdog.stdin:
+            self._watchdog.stdin.write(f"{self._process.pid}\n")
+            self._watchdog.stdin.flush()
+        deadline = time.monotonic() + READY_SECONDS
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._reap()
+                last_words = log.read_text(errors="replace").splitlines()[-5:]
+                raise StoreUnavailable(f"{self.name} did not start: {' / '.join(last_words)}")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Stop as an administrator would: sessions end, the data is safe."""
+        self._signal(signal.SIGINT)
+        self._reap(wait=10)
+
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        self._signal(signal.SIGKILL)
+        self._reap()
+
+    def pause(self) -> None:
+        """Stall: all its processes stand still, and their connections stay open."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Stop the server and, if it was temporary, remove its data."""
+        if self._process:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._signal(signal.SIGCONT)
+                self._signal(signal.SIGQUIT)
+            self._reap(wait=2)
+        if self._watchdog:
+            self._watchdog.communicate()
+            self._watchdog = None
+
+    def _make(self) -> None:
+        self._as_user: dict[str, Any] = {}
+        folder = self._kept or Path(tempfile.mkdtemp(prefix=f"{self.name.lower()}-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder.resolve()
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-c", WATCHDOG, "" if self._kept else str(self._folder)],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._prepare()
+        port_file = self._folder / "port"  # A kept server keeps its port: a replica set knows its members by it.
+        for attempt in range(5):
+            self._port = int(port_file.read_text()) if attempt == 0 and port_file.exists() else _free_port()
+            try:
+                self.start()
+                break
+            except StoreUnavailable as error:  # Between choosing a port and taking it another program may be faster.
+                if attempt == 4 or "in use" not in str(error):
+                    raise
+        port_file.write_text(str(self._port))
+        self.url = self._url()
+
+    def _password(self) -> str:
+        file = self._folder / "password"
+        if not file.exists():
+            file.touch(mode=0o600)
+            file.write_text(secrets.token_hex(16))
+        return file.read_text()
+
+    def _signal(self, number: signal.Signals) -> None:
+        self._refuse_if_given()
+        if self._process is None:
+            return
+        # Each of PostgreSQL's processes is a group of its own, so there is no group to signal.
+        main = psutil.Process(self._process.pid)
+        processes = [main, *main.children(recursive=True)]
+        if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT):
+            processes = [main]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def _reap(self, wait: float = 0) -> None:
+        if self._process:
+            try:
+                self._process.wait(wait or 0.1)
+            except subprocess.TimeoutExpired:
+                self._signal(signal.SIGKILL)
+                self._process.wait()
+            self._process = None
+
+    def _refuse_if_given(self) -> None:
+        if self._given:
+            raise ConfigurationError(f"The server of {self.variable} is not ours to start and stop.")
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make the data folder and the certificates, once."""
+
+    @abstractmethod
+    def _command(self) -> list[str]: ...
+
+    @abstractmethod
+    def _is_ready(self) -> bool: ...
+
+    @abstractmethod
+    def _url(self) -> str: ...
+
+
+def _free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return int(chosen.getsockname()[1])
