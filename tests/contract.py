@@ -249,6 +249,29 @@ class StoreContract(ABC):
         assert open_store(login=other).get_or_create_token()["user_id"] == "XY9999"
         assert store.get_or_create_token()["user_id"] == USER
 
+    def test_who_changes_his_credentials_gets_the_new_accounts_token(
+        self, open_store: OpenStore, upstox: LocalUpstox, account: Account, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = open_store(login=SdkLogin(base_domain=upstox.base_domain))
+        for each in (account, upstox.add_account("XY9999"), account):
+            for name, value in each.environ().items():
+                monkeypatch.setenv(name, value)
+            assert store.get_or_create_token()["user_id"] == each.user_id
+        assert upstox.logins() == 2
+
+    def test_a_login_that_tells_no_account_is_remembered_as_long_as_the_store_is_open(
+        self, open_store: OpenStore
+    ) -> None:
+        logins: list[str | None] = []
+
+        def login(user_id: str | None) -> AccessTokenData:
+            logins.append(user_id)
+            return token_data(USER)
+
+        store = open_store(login=login)
+        assert [store.get_or_create_token()["user_id"] for _ in range(3)] == [USER] * 3
+        assert logins == [None]
+
     def test_who_waits_longer_than_he_wants_gets_a_clear_error(
         self, store: TokenStorage, open_store: OpenStore, upstox: LocalUpstox
     ) -> None:

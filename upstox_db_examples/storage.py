@@ -113,7 +113,7 @@ class TokenStorage(ABC):
         Raises:
             as `store_token` and `get_valid_token`.
         """
-        user_id = _check_user_id(user_id) or self._declared_user() or self._seen_user
+        user_id = _check_user_id(user_id) or self._declared_user() or self._user_seen()
         return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, keep_living=True)
 
     def get_token_history(self, user_id: str, limit: int = 10) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ class TokenStorage(ABC):
 
     def _log_in(self, user_id: str | None, *, keep_living: bool) -> TokenResult:
         with self._lock(user_id or f"account-{getattr(self._login, 'account', None) or 'default'}"):
-            if user_id is None and (known := self._declared_user() or (self._seen_user if keep_living else None)):
+            if user_id is None and (known := self._declared_user() or (self._user_seen() if keep_living else None)):
                 return self._log_in(known, keep_living=keep_living)
             now = self._now()
             if user_id and keep_living and (found := self._find(user_id, self._policy.worth_keeping(now), now)):
@@ -260,6 +260,10 @@ class TokenStorage(ABC):
         declared: str | None = getattr(self._login, "user_id", None)
         account: str | None = getattr(self._login, "account", None)
         return declared or (self._user_of_account(account) if account else None)
+
+    def _user_seen(self) -> str | None:
+        """Whom a login that tells no account logged in last; one that tells its account may have changed it since."""
+        return None if getattr(self._login, "account", None) else self._seen_user
 
     def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
         ciphertext = self._ring.encrypt(secret, _binding(token))
