@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import (
+    ConfigurationError,
     ExpiryPolicy,
     InvalidInput,
     KeyRing,
@@ -390,6 +391,14 @@ class StoreContract(ABC):
         assert [row["access_token"] for row in self.raw_rows()] == [row["access_token"] for row in before]
         read = living(store)
         assert read["token"] == stored["token"]
+
+    def test_a_key_that_cannot_be_had_costs_no_login(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
+        def vault() -> KeyRing:
+            raise ConfigurationError("the vault is shut")
+
+        with pytest.raises(ConfigurationError, match="the vault is shut"):
+            open_store(keys=vault).store_token()
+        assert upstox.attempts() == 0
 
     def test_history_statistics_and_audit_hold_no_token_and_need_no_key(
         self, counting: TokenStorage, open_store: OpenStore

@@ -60,6 +60,11 @@ def has_short_cells(notebook: Notebook) -> None:
     assert 20 <= len(notebook.cells) <= 40
 
 
+def hides_nothing_by_a_semicolon(notebook: Notebook) -> None:
+    # JupyterLab then shows no value and nbval does: whatever it is would lie in the committed file.
+    assert [cell.source for cell in code_cells(notebook) if cell.source.rstrip().endswith(";")] == []
+
+
 def has_more_prose_than_code(notebook: Notebook) -> None:
     prose = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
     assert prose > sum(len(cell.source.split()) for cell in code_cells(notebook))
@@ -82,6 +87,7 @@ CHECKS: list[Callable[[Notebook], None]] = [
     has_quiet_outputs,
     has_one_title_and_it_comes_first,
     has_short_cells,
+    hides_nothing_by_a_semicolon,
     has_more_prose_than_code,
     has_links_that_lead_somewhere,
     is_as_nbstripout_leaves_it,
@@ -105,7 +111,7 @@ def test_each_check_fails_on_a_bad_notebook() -> None:
     bad.cells = [
         nbformat.v4.new_markdown_cell("## No title\n[gone](nowhere.ipynb)"),
         nbformat.v4.new_code_cell(
-            "pass\n" * 11, execution_count=2, outputs=[error, shown], metadata={"scrolled": True}
+            "pass\n" * 11 + ";", execution_count=2, outputs=[error, shown], metadata={"scrolled": True}
         ),
     ]
     for check in CHECKS:
