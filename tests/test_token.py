@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upstox_db_examples import ExpiryPolicy, InvalidInput, Secret, TokenResult
-from upstox_db_examples.token import IST, jwt_expiry, require_aware
+from upstox_db_examples.storage import require_aware
+from upstox_db_examples.token import IST, jwt_expiry
 
 POLICY = ExpiryPolicy()
 TOKEN = "eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9." + "x" * 80

@@ -7,10 +7,7 @@ hold PINs and tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from upstox_db_examples.token import Secret
+from upstox_db_examples.token import Secret
 
 
 class StorageError(Exception):

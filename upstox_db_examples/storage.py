@@ -30,7 +30,7 @@ from upstox_db_examples.errors import (
     TokenNotStored,
 )
 from upstox_db_examples.login import Login, SdkLogin
-from upstox_db_examples.token import ExpiryPolicy, Secret, StoredToken, TokenResult, require_aware
+from upstox_db_examples.token import ExpiryPolicy, Secret, StoredToken, TokenResult
 
 if TYPE_CHECKING:
     from upstox_totp.models import AccessTokenData
@@ -414,6 +414,17 @@ def _require_limit(limit: object) -> int:
     if type(limit) is not int or not 1 <= limit < 2**31:
         raise InvalidInput("limit must be a whole number from 1 up.")
     return limit
+
+
+def require_aware(moment: datetime, name: str) -> datetime:
+    """The same moment in UTC.
+
+    Raises:
+        InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
+    """
+    if not isinstance(moment, datetime) or moment.utcoffset() is None:
+        raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
+    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
 
 
 def _utc_now() -> datetime:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, time, timedelta, timezone, tzinfo
 from typing import Any, NoReturn
 
-from upstox_db_examples.errors import InvalidInput
-
 # A fixed offset and not ZoneInfo("Asia/Kolkata"): India has had this one offset and no summer time since 1945,
 # and a slim container has no time zone database.
 IST = timezone(timedelta(hours=5, minutes=30), "IST")
@@ -154,14 +152,3 @@ def jwt_expiry(token: Secret) -> datetime | None:
         return datetime.fromtimestamp(int(claims["exp"]), UTC)
     except (LookupError, ValueError, TypeError, OverflowError, OSError, RecursionError):
         return None
-
-
-def require_aware(moment: datetime, name: str) -> datetime:
-    """The same moment in UTC.
-
-    Raises:
-        InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
-    """
-    if not isinstance(moment, datetime) or moment.utcoffset() is None:
-        raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
-    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
