@@ -26,7 +26,10 @@ POSTGRES_IMAGE = "postgres:17"
 
 @functools.cache
 def docker_answers() -> bool:
-    import docker
+    try:
+        import docker
+    except ModuleNotFoundError:  # It comes with testcontainers; without both there is still the wheel.
+        return False
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # a client that finds no engine leaves its socket open

