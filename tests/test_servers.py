@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import redis as redis_driver
 from upstox_db_examples import ConfigurationError, StoreUnavailable
 from upstox_db_examples.local import processes
 from upstox_db_examples.local.certificates import make_certificates
+from upstox_db_examples.local.processes import Server
 from upstox_db_examples.local.servers import (
     NOBODY,
     MongoDBServer,
@@ -141,16 +143,51 @@ def test_two_at_once_do_not_collide() -> None:
         assert ask(second, "SELECT to_regclass('mine') IS NULL") is True
 
 
-def test_a_port_that_is_taken_at_the_last_moment_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    with postgresql() as first:
-        taken = int(first.split(":")[3].split("/")[0])
+@pytest.mark.parametrize("by_a_server", [False, True])
+@pytest.mark.parametrize("kind", [PostgreSQLServer, MongoDBServer, RedisServer])
+def test_a_port_that_is_taken_at_the_last_moment_is_replaced(
+    kind: type[Server], by_a_server: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kind() as first, socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = first._port if by_a_server else int(listener.getsockname()[1])
         free = processes._free_port
         chosen = [taken]
         monkeypatch.setattr(processes, "_free_port", lambda: chosen.pop() if chosen else free())
-        with postgresql() as second:
+        with kind() as second:
             assert chosen == []
-            assert ask(second) == ask(first) == 1
-            assert str(taken) not in second.split("@")[1]
+            assert second._port not in (taken, first._port)
+            assert second._process is not None
+            assert second._process.poll() is None
+
+
+def test_it_ends_while_a_forked_child_lives_on() -> None:
+    code = (
+        "import os, time; from upstox_db_examples.local.servers import RedisServer\n"
+        "with RedisServer() as server:\n"
+        "    child = os.fork()\n"
+        "    if not child: time.sleep(30); os._exit(0)\n"
+        "print('ended', flush=True); os.kill(child, 9); os.wait()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=15)
+    assert (done.stdout, done.returncode) == ("ended\n", 0)
+
+
+def test_a_process_that_got_the_stopped_servers_id_is_left_alone() -> None:
+    # The system gives an id a second time after thousands of processes. Here the watchdog is told that the server
+    # was this innocent process, and then the server is reaped as after any stop.
+    with RedisServer() as server, subprocess.Popen(["sleep", "60"]) as innocent:
+        server._tell_watchdog(innocent.pid)
+        server.stop()
+        server.close()
+        assert innocent.poll() is None
+        innocent.kill()
+
+
+def test_what_is_kept_is_closed_in_order(temporary: Path) -> None:
+    for _ in range(2):
+        with postgresql(temporary / "kept") as url:
+            ask(url)
+    assert "not properly shut down" not in (temporary / "kept" / "server.log").read_text()
 
 
 def test_it_ends_and_leaves_nothing_behind(temporary: Path) -> None:

@@ -24,12 +24,15 @@ READY_SECONDS = 20.0
 
 # Waits in a session of its own, so that neither Ctrl-C nor Jupyter's interrupt reaches it, until the pipe to the
 # process that started it is closed: by close(), by the end of that process, or by its kill -9. Handlers at exit
-# would not run then. (A child that is forked while the server runs holds the pipe, too; the server lives until it
-# ends as well.) The last line that came through the pipe is the server's process id.
+# would not run then. (A child that is forked while the server runs holds the pipe, too: after a kill -9 the server
+# lives until that child ends as well. close() does not wait for it, for it says "end".) The last number that came
+# through the pipe is the server's process id, 0 while there is none: the system gives a free id to somebody else.
 WATCHDOG = """
 import shutil, signal, sys, psutil
 pid, folder = 0, sys.argv[1]
-for line in sys.stdin:
+for line in iter(sys.stdin.readline, ""):
+    if line == "end\\n":
+        break
     pid = int(line)
 if pid and psutil.pid_exists(pid):
     main = psutil.Process(pid)
@@ -95,6 +98,7 @@ class Server(ABC):
         self._refuse_if_given()
         log = self._folder / "server.log"
         with log.open("ab") as output:
+            already = output.tell()
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
@@ -103,14 +107,15 @@ class Server(ABC):
                 start_new_session=True,
                 **self._as_user,
             )
-        if self._watchdog and self._watchdog.stdin:
-            self._watchdog.stdin.write(f"{self._process.pid}\n")
-            self._watchdog.stdin.flush()
+        self._tell_watchdog(self._process.pid)
         deadline = time.monotonic() + READY_SECONDS
-        while not self._is_ready():
+        while not (self._listens() and self._is_ready()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._reap()
-                last_words = log.read_text(errors="replace").splitlines()[-5:]
+                said = log.read_bytes()[already:].decode(errors="replace")
+                # MongoDB says much more after the reason, so the reason is sought in all that this start has said.
+                why = [line for line in said.splitlines() if "in use" in line.lower()]
+                last_words = why[-2:] + said.splitlines()[-5:]
                 raise StoreUnavailable(f"{self.name} did not start: {' / '.join(last_words)}")
             time.sleep(0.01)
 
@@ -136,9 +141,11 @@ class Server(ABC):
         if self._process:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._signal(signal.SIGCONT)
-                self._signal(signal.SIGQUIT)
-            self._reap(wait=2)
+                # Data that is kept is closed in order; data that is removed need not be.
+                self._signal(signal.SIGINT if self._kept else signal.SIGQUIT)
+            self._reap(wait=10 if self._kept else 2)
         if self._watchdog:
+            self._tell_watchdog("end")
             self._watchdog.communicate()
             self._watchdog = None
 
@@ -179,10 +186,12 @@ class Server(ABC):
             return
         # Each of PostgreSQL's processes is a group of its own, so there is no group to signal.
         main = psutil.Process(self._process.pid)
-        processes = [main, *main.children(recursive=True)]
         if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT):
-            processes = [main]
-        for process in processes:
+            main.send_signal(number)
+            return
+        if number != signal.SIGCONT:
+            main.send_signal(signal.SIGSTOP)  # It starts no more children while they are listed.
+        for process in [*main.children(recursive=True), main]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
@@ -194,6 +203,21 @@ class Server(ABC):
                 self._signal(signal.SIGKILL)
                 self._process.wait()
             self._process = None
+            self._tell_watchdog(0)
+
+    def _tell_watchdog(self, word: int | str) -> None:
+        if self._watchdog and self._watchdog.stdin:
+            with contextlib.suppress(BrokenPipeError):  # It was killed; then nobody needs to be told.
+                self._watchdog.stdin.write(f"{word}\n")
+                self._watchdog.stdin.flush()
+
+    def _listens(self) -> bool:
+        """Whether the port is ours: another server may have been faster, and answer in place of this one."""
+        with contextlib.suppress(psutil.Error):
+            for each in psutil.Process(self._process.pid).net_connections("tcp4") if self._process else []:
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == self._port:
+                    return True
+        return False
 
     def _refuse_if_given(self) -> None:
         if self._given:
