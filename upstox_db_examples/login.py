@@ -10,20 +10,19 @@ is known beforehand, and `account`, a name of the credentials that shows nothing
 from __future__ import annotations
 
 import base64
-import hmac
+import binascii
+import hashlib
 import logging
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import urlsplit
 
 from upstox_db_examples.errors import (
     ConfigurationError,
-    InvalidInput,
     LoginError,
     LoginInterrupted,
     LoginLimited,
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 
 FIELDS = ("username", "password", "pin_code", "totp_secret", "client_id", "client_secret", "redirect_uri")
 SHORTEST_TOTP_SECRET = 112  # bits; the SDK refuses a shorter one only after an OTP request was spent
-SHORTEST_REDACTED = 4  # characters; blacking out each "a" of a message would tell that the password is "a"
-USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,49}")  # as in storage.py, which imports this module
 
 # Upstox's codes: the API's are documented, the login service's were seen in its answers.
 FIX_CODES = {
@@ -53,14 +50,11 @@ WAIT_CODES = {
     "UDAPI10005": ("too many requests", 60.0),
     "1017069": ("Upstox blocked one-time passwords", 600.0),
 }
-ITS_OWN_FAULT = "Upstox had a fault of its own"
 AGAIN_CODES = {
     "UDAPI100057": "the authorization code was used up",
     "1017076": "the one-time password was used up; a new one comes every 30 seconds",
-    "UDAPI100500": ITS_OWN_FAULT,
+    "UDAPI100500": "Upstox had a fault of its own",
 }
-# Set while this thread or task logs in.
-_logging_in: ContextVar[bool] = ContextVar("_logging_in", default=False)
 
 
 class Login(Protocol):
@@ -85,7 +79,7 @@ class Credentials:
         values = _wrapped(values)
         if unknown := sorted(set(values) - set(FIELDS)):
             raise LoginRefused(f"Unknown credentials: {', '.join(unknown)}. Known are: {', '.join(FIELDS)}.")
-        self._values = {name: _secret(values.get(name)) for name in FIELDS}
+        self._values = {name: _secret(values.get(name, "")) for name in FIELDS}
         if problems := self._problems():
             raise LoginRefused(f"The login cannot work; no request was made: {'; '.join(problems)}.")
 
@@ -99,25 +93,18 @@ class Credentials:
         return {name: secret.reveal() for name, secret in self._values.items()}
 
     def fingerprint(self) -> str:
-        """The same for the same account. Nothing can be guessed from it: the TOTP secret is random and long.
-
-        The client id would not do as the key: it stands in addresses, and a mobile number is guessed in seconds.
-        """
-        plain = self.revealed()
-        account = f"{plain['client_id']}/{plain['username']}"
-        return hmac.digest(plain["totp_secret"].upper().encode(), account.encode(), "sha256").hex()[:16]
+        """The same for the same account, and nothing to guess a mobile number from: the client id is random."""
+        plain = f"{self._values['client_id'].reveal()}/{self._values['username'].reveal()}"
+        return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
     def redact(self, text: str) -> str:
-        """One line of the text without these values, as they are or as they travel, and without any token."""
-        values = self.revealed().values()
-        forms = {form for v in values for form in (v, quote(v, safe=""), base64.b64encode(v.encode()).decode())}
-        # The longest first: else a PIN would be cut out of a longer value, and the rest of that one shown.
-        known = [re.escape(form) for form in sorted(forms, key=len, reverse=True) if len(form) >= SHORTEST_REDACTED]
-        text = re.sub("|".join([*known, r"eyJ[\w.-]+", r"[\w-]{20,}"]), "…", text, flags=re.IGNORECASE)
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        """The text without any of these values, and without anything that looks like a token."""
+        for secret in self._values.values():
+            text = text.replace(secret.reveal(), "…")
+        return re.sub(r"eyJ[\w.-]+", "…", text)
 
     def _problems(self) -> list[str]:
-        plain = self.revealed()
+        plain = {name: secret.reveal() for name, secret in self._values.items()}
         missing = [f"UPSTOX_{name.upper()} ({name})" for name in FIELDS if not plain[name]]
         if missing:
             return [f"{', '.join(missing)} not set"]
@@ -126,15 +113,15 @@ class Credentials:
             problems.append("username is not a mobile number of 10 digits")
         if not re.fullmatch(r"[0-9]{4,8}", plain["pin_code"]):
             problems.append("pin_code is not a PIN of digits")
-        try:  # As pyotp decodes it: small letters and missing padding will do, spaces will not.
+        try:
             padding = "=" * (-len(plain["totp_secret"]) % 8)
             bits = 8 * len(base64.b32decode(plain["totp_secret"] + padding, casefold=True))
-        except ValueError:
+        except binascii.Error:
             problems.append("totp_secret is not base32: only A-Z and 2-7, no spaces")
         else:
             if bits < SHORTEST_TOTP_SECRET:
                 problems.append(f"totp_secret is cut off: it has {bits} bits of at least {SHORTEST_TOTP_SECRET}")
-        if not _url(plain["redirect_uri"]):
+        if urlsplit(plain["redirect_uri"]).scheme not in ("http", "https"):
             problems.append("redirect_uri is not a URL")
         # The SDK puts these three into a form without encoding them, and sends something else than was meant.
         problems += [
@@ -155,12 +142,8 @@ class SdkLogin:
             who names no user without any login, and a wrong account is refused before a login is spent.
         base_domain: where Upstox is, with `{stage}` in it, else UPSTOX_BASE_DOMAIN, else the real one. Plain http
             is taken only on this machine.
-        pause: seconds after each of the SDK's six requests; by default 1, and 0 on this machine.
+        pause: seconds between the SDK's six requests; by default 1, and 0 on this machine.
         timeout: seconds for each request.
-
-    Raises:
-        LoginRefused: the credentials cannot work.
-        InvalidInput: the pause or the timeout is out of range.
     """
 
     def __init__(
@@ -172,11 +155,9 @@ class SdkLogin:
         pause: float | None = None,
         timeout: float = 15.0,
     ) -> None:
-        if credentials is not None and not isinstance(credentials, Credentials):
+        if isinstance(credentials, Mapping):
             credentials = _wrapped(credentials)
             credentials = Credentials(credentials)
-        if not (0.001 <= timeout <= 3600 and 0 <= (pause or 0) <= 3600):  # The HTTP client takes 0 for "for ever".
-            raise InvalidInput("timeout must be 0.001 to 3600 seconds, and pause 0 to 3600.")
         self._credentials = credentials
         self._user_id = user_id
         self._base_domain = base_domain
@@ -186,7 +167,7 @@ class SdkLogin:
     @property
     def user_id(self) -> str | None:
         """Whom this logs in, where that was said."""
-        return self._user_id or os.environ.get("UPSTOX_USER_ID", "").strip() or None
+        return self._user_id or os.environ.get("UPSTOX_USER_ID") or None
 
     @property
     def account(self) -> str | None:
@@ -204,17 +185,12 @@ class SdkLogin:
         """
         if user_id and self.user_id and user_id != self.user_id:
             raise LoginRefused(f"These credentials log {self.user_id} in, not {user_id}. Use Accounts for several.")
-        outcome = _log_in(
+        return _log_in(
             self._credentials or Credentials.from_environment(),
             _checked_base_domain(self._base_domain or os.environ.get("UPSTOX_BASE_DOMAIN") or ""),
             self._pause,
             self._timeout,
         )
-        if isinstance(outcome, BaseException):
-            # Raised here, outside of any except block and of the frame that knew the client: neither __cause__ nor
-            # __context__ nor a traceback leads to the SDK's frames and their secrets.
-            raise outcome
-        return outcome
 
 
 class Accounts:
@@ -223,24 +199,14 @@ class Accounts:
     Args:
         accounts: user id -> credentials, as `Credentials` takes them.
         options: `base_domain`, `pause` and `timeout` of `SdkLogin`, for all of them.
-
-    Raises:
-        LoginRefused: there are none, or one of them cannot work.
     """
 
     def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret]], **options: Any) -> None:
-        accounts = {str(k): _wrapped(v) for k, v in accounts.items()} if isinstance(accounts, Mapping) else {}
+        accounts = {user_id: _wrapped(values) for user_id, values in accounts.items()}
         if not accounts:
-            raise LoginRefused("There are no accounts: a mapping of user ids to credentials, with one at least.")
+            raise LoginRefused("There are no accounts.")
         self._logins: dict[str, SdkLogin] = {}
         for user_id, values in accounts.items():
-            if not values:
-                raise LoginRefused(
-                    f"{user_id} has no credentials of its own. A file has a line such as [AB1234] for each user id, "
-                    "and below it username and so on."
-                )
-            if not USER_ID.fullmatch(user_id):  # Upstox would never log this user in, and each try would cost a login.
-                raise LoginRefused(f"{user_id!r} is no user id: letters and digits, and after the first one . _ @ -.")
             try:
                 self._logins[user_id] = SdkLogin(values, user_id=user_id, **options)
             except LoginRefused as error:
@@ -263,7 +229,7 @@ class Accounts:
                 return cls(tomllib.load(opened), **options)
         except OSError as error:
             raise ConfigurationError(f"The accounts in {file} could not be read: {error.strerror}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError):
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError):
             pass  # The parser's frames hold the file's text. Raised below, our error has no cause that shows it.
         raise ConfigurationError(f"{file} is not a TOML file with one table for each user id, such as [AB1234].")
 
@@ -292,55 +258,29 @@ def _wrapped(values: object) -> dict[str, str | Secret]:
 
 
 def _secret(value: object) -> Secret:
-    """Without the space around it. Empty, and so told as not set, for None and all else that is no text."""
-    if isinstance(value, Secret):
-        value = value.reveal()
-    elif hasattr(value, "get_secret_value"):  # pydantic's, which the SDK takes too; its str() is only stars
-        value = value.get_secret_value()
-    return Secret(str(value).strip() if isinstance(value, str | int) else "")
-
-
-def _url(text: str) -> SplitResult | None:
-    """A URL of a web server, or None. Unlike urlsplit's, its errors hold no text."""
-    try:
-        url = urlsplit(text)
-        return url if url.scheme in ("http", "https") and url.hostname and url.port != 0 else None
-    except ValueError:
-        return None
+    return value if isinstance(value, Secret) else Secret(str(value).strip())
 
 
 def _checked_base_domain(base_domain: str) -> str:
     """Empty for the real Upstox, else a URL with `{stage}` in it, by https or on this machine."""
-    if not base_domain:
-        return ""
-    filled_in = base_domain.replace("{stage}", "api")
-    url = _url(filled_in)
-    # What @, \\ and spaces mean in a URL is read in more than one way, and curl may not read it as Python does.
-    if not url or re.search(r"[\s@\\]", base_domain) or (url.scheme == "http" and not _is_this_machine(base_domain)):
-        raise LoginRefused("base_domain must be https, or http on this machine: the PIN and the secrets travel there.")
-    if filled_in == base_domain or re.search(r"[{}]", filled_in):
-        raise LoginRefused(
-            "base_domain must have {stage} in it, which becomes 'api' or 'service', and no other { or }."
-        )
-    return base_domain.rstrip("/")
+    if base_domain and urlsplit(base_domain).scheme != "https" and not _is_this_machine(base_domain):
+        raise LoginRefused("base_domain must be https: the PIN and the secrets travel there.")
+    if base_domain and "{stage}" not in base_domain:
+        raise LoginRefused("base_domain must have {stage} in it, which becomes 'api' or 'service'.")
+    return base_domain
 
 
 def _is_this_machine(base_domain: str) -> bool:
-    url = _url(base_domain)
-    return bool(url) and url.hostname in ("127.0.0.1", "::1", "localhost")
+    return urlsplit(base_domain).hostname in ("127.0.0.1", "::1", "localhost")
 
 
-def _log_in(
-    credentials: Credentials, base_domain: str, pause: float | None, timeout: float
-) -> AccessTokenData | BaseException:
-    """The token or, returned for the caller to raise, what went wrong."""
+def _log_in(credentials: Credentials, base_domain: str, pause: float | None, timeout: float) -> AccessTokenData:
     from curl_cffi import CurlOpt
     from upstox_totp import UpstoxTOTP
     from upstox_totp.models import AccessTokenResponse
 
     logging.getLogger("upstox-totp").addFilter(_no_debug)
-    quiet = _logging_in.set(True)
-    statuses = [0]
+    response = None
     try:
         # debug is said outright: with UPSTOX_DEBUG the SDK would log every secret.
         with UpstoxTOTP(**credentials.revealed(), debug=False) as client:  # type: ignore[arg-type]
@@ -351,63 +291,49 @@ def _log_in(
                 client.session.curl_options[CurlOpt.NOPROXY] = "*"  # A proxy would look for Upstox on its own machine.
             client.config.sleep_time = pause * 1000  # type: ignore[assignment]  # The constructor ignores it.
             client.session.timeout = timeout
-            request = client.session.request
-
-            def remember(*args: Any, **kwargs: Any) -> Any:
-                # The SDK stumbles over a page instead of JSON, and its error does not tell that it was a 429.
-                response = request(*args, **kwargs)
-                statuses.append(response.status_code)
-                return response
-
-            client.session.request = remember  # type: ignore[method-assign]
             response = client.app_token.get_access_token()
         if isinstance(response, AccessTokenResponse) and response.data:
             return response.data
-        return _explain(response, statuses[-1], credentials)
+        failure = _explain(response, credentials)
     except Exception as error:
-        return _explain(error, statuses[-1], credentials)
-    except BaseException as error:
-        # Ctrl-C goes on its way, but without the frames that it came from.
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-        return error
-    finally:
-        _logging_in.reset(quiet)
+        failure = _explain(error, credentials)
+    # Raised after the except block: neither __cause__ nor __context__ leads to the SDK's frames and their secrets.
+    del response
+    raise failure
 
 
-def _explain(outcome: object, status: int, credentials: Credentials) -> LoginError:
+def _explain(error: object, credentials: Credentials) -> LoginError:
     """Whatever the SDK raised or oddly returned, as one of our errors that says what to do."""
     from curl_cffi.requests.exceptions import RequestException
     from upstox_totp import ConfigurationError as SdkConfigurationError
     from upstox_totp import UpstoxError
 
-    if isinstance(outcome, RequestException):
-        return LoginInterrupted(f"Upstox could not be reached or broke off ({type(outcome).__name__}). Try again.")
-    if isinstance(outcome, SdkConfigurationError):
-        return LoginRefused("The SDK could not be set up. It reads a .env file where it finds one: is that readable?")
-    if isinstance(outcome, UpstoxError):
-        code, message = _code_and_message(outcome)
-        if code not in FIX_CODES | WAIT_CODES | AGAIN_CODES:
-            code = credentials.redact(code)[:40]
-        said = f"Upstox said: {credentials.redact(message)[:200]} ({code})"
+    if isinstance(error, UpstoxError):
+        code, message = _code_and_message(error)
+        said = f"{credentials.redact(message)[:200]} ({code})"
         if code in FIX_CODES:
-            return LoginRefused(f"Fix the credentials: {FIX_CODES[code]}. {said}", code)
-        if code in WAIT_CODES or status == 429:
-            reason, seconds = WAIT_CODES.get(code, WAIT_CODES["UDAPI10005"])
-            return LoginLimited(f"Wait {seconds:.0f} s: {reason}. {said}", code, seconds)
-        if code in AGAIN_CODES or status >= 500:
-            return LoginInterrupted(f"Log in again: {AGAIN_CODES.get(code, ITS_OWN_FAULT)}. {said}", code)
-        return LoginRefused(f"Upstox refused the login. Check the credentials, and this machine's clock. {said}", code)
-    if status == 429:
+            return LoginRefused(f"Fix the credentials: {FIX_CODES[code]}. Upstox said: {said}", code)
+        if code in WAIT_CODES:
+            reason, seconds = WAIT_CODES[code]
+            return LoginLimited(f"Wait {seconds:.0f} s: {reason}. Upstox said: {said}", code, seconds)
+        if code in AGAIN_CODES:
+            return LoginInterrupted(f"Log in again: {AGAIN_CODES[code]}. Upstox said: {said}", code)
+        return LoginRefused(f"Upstox refused the login. It said: {said}", code)
+    if isinstance(error, SdkConfigurationError):
+        return LoginRefused("The SDK does not accept these credentials.")
+    if isinstance(error, RequestException):
+        return LoginInterrupted(f"Upstox could not be reached or broke off ({type(error).__name__}). Try again.")
+    if getattr(error, "status_code", None) == 429:
         return LoginLimited("Wait 60 s: too many requests.", "429")
     return LoginInterrupted(
-        f"Upstox answered in a form that the SDK does not know (status {status}, {type(outcome).__name__}). Try "
-        "again; if it stays, look for a newer upstox-totp or pass a login of your own."
+        f"Upstox answered in a form that the SDK does not know ({type(error).__name__}). Try again; if it stays, "
+        "look for a newer upstox-totp or pass a login of your own."
     )
 
 
 def _code_and_message(error: Any) -> tuple[str, str]:
     """From the raw answer: the SDK maps most codes to one UNKNOWN."""
-    details = error.details if isinstance(error.details, Mapping) else {}
+    details = error.details or {}
     data = details.get("data")
     errors = data.get("errors") if isinstance(data, Mapping) else None
     first = errors[0] if isinstance(errors, list) and errors else details.get("error")
@@ -417,5 +343,5 @@ def _code_and_message(error: Any) -> tuple[str, str]:
 
 
 def _no_debug(record: logging.LogRecord) -> bool:
-    """The SDK's debug messages hold the PIN, the secrets and the token. Whoever else uses the SDK keeps his."""
-    return record.levelno > logging.DEBUG or not _logging_in.get()
+    """The SDK's debug messages hold the PIN, the secrets and the token."""
+    return record.levelno > logging.DEBUG
