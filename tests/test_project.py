@@ -47,6 +47,19 @@ print(f"User statistics: {stats}")
 """
 
 
+GUIDE_USAGE_MONGODB = """
+storage = MongoUpstoxStorage("mongodb://localhost:27017/")
+
+# Store token
+result = storage.store_token()
+print(f"Token stored: {result}")
+
+# Get user dashboard
+dashboard = storage.get_user_dashboard(result['user_id'])
+print(f"User dashboard: {dashboard}")
+"""
+
+
 def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A new Python process in this folder, with nothing of UPSTOX_* but what is given."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
@@ -82,6 +95,20 @@ def test_the_guides_usage_of_postgresql_runs_as_it_stands_but_for_the_url(tmp_pa
     )
 
 
+def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(tmp_path: Path, mongo_server: str) -> None:
+    with LocalUpstox() as upstox:
+        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        usage = GUIDE_USAGE_MONGODB.replace("mongodb://localhost:27017/", mongo_server)
+        done = run("from upstox_db_examples import MongoUpstoxStorage\n" + usage, tmp_path, **environment)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    stored, dashboard = done.stdout.splitlines()
+    assert re.match(r"Token stored: \{'token': eyJ0…\(\d+ chars\), 'user_id': 'AB1234', ", stored)
+    assert re.match(r"User dashboard: \{'user_id': 'AB1234', 'statistics': \{'total_tokens': \d+, ", dashboard)
+    assert "'active_token': {'exists': True, " in dashboard
+    assert "eyJ0eX" not in done.stdout
+
+
 def test_the_conda_environment_installs_what_pyproject_says() -> None:
     text = (ROOT / "environment.yml").read_text()
     assert f"- python{PYPROJECT['project']['requires-python']}" in text
@@ -99,10 +126,13 @@ def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
-def test_a_missing_driver_is_named_with_what_to_install(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['psycopg2'] = None\nfrom upstox_db_examples import PostgreSQLUpstoxStorage"
-    done = run(code, tmp_path)
-    assert "pip install 'upstox-db-examples[postgresql]'" in done.stderr
+@pytest.mark.parametrize(
+    ("name", "driver", "extra"),
+    [("PostgreSQLUpstoxStorage", "psycopg2", "postgresql"), ("MongoUpstoxStorage", "pymongo", "mongodb")],
+)
+def test_a_missing_driver_is_named_with_what_to_install(tmp_path: Path, name: str, driver: str, extra: str) -> None:
+    done = run(f"import sys; sys.modules['{driver}'] = None\nfrom upstox_db_examples import {name}", tmp_path)
+    assert f"pip install 'upstox-db-examples[{extra}]'" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])

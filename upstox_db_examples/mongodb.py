@@ -273,9 +273,10 @@ class MongoUpstoxStorage(TokenStorage):
         with self._database() as db:
             found = list(db.tokens.aggregate([{"$match": {"user_id": user_id}}, {"$group": {"_id": None, **sums}}]))
             active = db.active_tokens.count_documents({"_id": user_id, "expires_at": {"$gt": now}, **_held()})
-        none = {"total_tokens": 0, "total_usage": 0, "avg_usage_per_token": 0.0, "last_generation": None}
-        totals = found[0] if found else {**none, "last_usage": None}
-        return {name: _text(totals[name]) for name in sums} | {"active_tokens": active}
+        names = ("total_tokens", "active_tokens", "total_usage", "avg_usage_per_token", "last_generation", "last_usage")
+        totals = found[0] if found else {**dict.fromkeys(names, 0), "last_generation": None, "last_usage": None}
+        totals["active_tokens"] = active
+        return {name: _text(totals[name]) for name in names}
 
     def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
         with self._database() as db:
