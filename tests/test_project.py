@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from upstox_db_examples.local.servers import MongoDBServer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 ROOT = Path(__file__).parent.parent
@@ -95,10 +96,13 @@ def test_the_guides_usage_of_postgresql_runs_as_it_stands_but_for_the_url(tmp_pa
     )
 
 
-def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(tmp_path: Path, mongo_server: str) -> None:
-    with LocalUpstox() as upstox:
+def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MONGODB_URL", raising=False)  # The guide names no database, and the default one may be in use.
+    with LocalUpstox() as upstox, MongoDBServer() as server:
         environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
-        usage = GUIDE_USAGE_MONGODB.replace("mongodb://localhost:27017/", mongo_server)
+        usage = GUIDE_USAGE_MONGODB.replace("mongodb://localhost:27017/", server.url)
         done = run("from upstox_db_examples import MongoUpstoxStorage\n" + usage, tmp_path, **environment)
     assert done.stderr == ""
     assert done.returncode == 0
