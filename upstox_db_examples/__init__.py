@@ -25,6 +25,7 @@ from upstox_db_examples.storage import TokenStorage
 from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
 
 if TYPE_CHECKING:
+    from upstox_db_examples.hybrid import HybridUpstoxStorage
     from upstox_db_examples.mongodb import MongoUpstoxStorage
     from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
@@ -32,6 +33,7 @@ __all__ = [
     "Accounts",
     "ConfigurationError",
     "ExpiryPolicy",
+    "HybridUpstoxStorage",
     "InvalidInput",
     "KeyRing",
     "KeyUnavailable",
@@ -57,7 +59,11 @@ __all__ = [
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Imported on first use: who keeps tokens in SQLite needs no other database's driver.
-_NEED_A_DRIVER = {"MongoUpstoxStorage": "mongodb", "PostgreSQLUpstoxStorage": "postgresql"}
+_NEED_A_DRIVER = {
+    "PostgreSQLUpstoxStorage": "postgresql",
+    "MongoUpstoxStorage": "mongodb",
+    "HybridUpstoxStorage": "hybrid",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -172,7 +172,7 @@ class MongoUpstoxStorage(TokenStorage):
         record = asdict(token)
         ciphertext, key_id = record.pop("ciphertext"), record.pop("key_id")
         token_id = record["_id"] = ObjectId()
-        del record["token_id"]
+        del record["token_id"], record["source"]
         reason = {"reason": "new_token_generated"}
         ended = self._entry(token.user_id, "deactivated", token.created_at, metadata=reason)
         created = self._entry(token.user_id, "created", token.created_at, token_id)

@@ -390,6 +390,7 @@ def _result(secret: Secret, token: StoredToken) -> TokenResult:
             "created_at": token.created_at.isoformat(),
             "expires_at": token.expires_at.isoformat(),
             "usage_count": token.usage_count,
+            **({"source": token.source} if token.source else {}),
         },
     )
 
