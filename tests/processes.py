@@ -24,7 +24,13 @@ USER = "AB1234"
 # A server that forks: fork itself is not safe in a process with threads, and spawn takes a second each time.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["tests.processes", "upstox_db_examples.postgresql", "upstox_db_examples.mongodb", "tests.naive"]
+    [
+        "tests.processes",
+        "upstox_db_examples.postgresql",
+        "upstox_db_examples.mongodb",
+        "upstox_db_examples.hybrid",
+        "tests.naive",
+    ]
 )
 
 

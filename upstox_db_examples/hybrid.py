@@ -1,0 +1,260 @@
+"""Pattern 4: Redis in front of PostgreSQL. PostgreSQL is the truth, and Redis answers most reads in one round trip."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Unpack
+
+from redis.exceptions import RedisError
+
+from upstox_db_examples.errors import StorageError, StoreUnavailable
+from upstox_db_examples.hybrid_redis import Config, RedisTokens, Use
+from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
+from upstox_db_examples.storage import BATCH, Options
+from upstox_db_examples.token import StoredToken
+
+logger = logging.getLogger(__name__)
+
+FOLD_AT = 500  # uses that wait in Redis
+# The audit trail itself knows which uses are in it, so folding them twice changes nothing.
+FOLDED_ONCE = """
+CREATE UNIQUE INDEX one_entry_a_use ON upstox_token_audit ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL
+"""
+FOLD = """
+WITH uses AS (
+    SELECT t.id AS token_id, u.user_id, u.actor, u.at, u.use
+    FROM unnest(%(tokens)s::bigint[], %(users)s, %(actors)s, %(times)s::timestamptz[], %(uses)s)
+         WITH ORDINALITY AS u (token_id, user_id, actor, at, use, nth)
+    JOIN upstox_tokens AS t ON t.id = u.token_id ORDER BY u.nth
+), added AS (
+    INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
+    SELECT token_id, user_id, 'used', actor, at, jsonb_build_object('use', use) FROM uses
+    ON CONFLICT ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL DO NOTHING
+    RETURNING token_id, performed_at
+), counted AS (
+    SELECT token_id, count(*) AS uses, max(performed_at) AS last FROM added GROUP BY token_id ORDER BY token_id
+)
+UPDATE upstox_tokens AS t
+SET usage_count = t.usage_count + c.uses, last_used_at = greatest(t.last_used_at, c.last)
+FROM counted AS c WHERE t.id = c.token_id RETURNING c.uses
+"""
+
+
+class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
+    """Tokens in PostgreSQL, with copies of their ciphertexts in Redis.
+
+    A copy is believed for `believed` seconds; then one read asks PostgreSQL again. A new or revoked token is out of
+    Redis before the call returns: first a tombstone takes the place of the copy, then PostgreSQL commits, then the new
+    copy is put there. If Redis cannot be reached for that, the call takes `believed` seconds longer: by then nobody
+    believes an older copy, also when Redis comes back with one.
+
+    Without Redis all goes on from PostgreSQL. Without PostgreSQL reads go on from Redis, also of copies older than
+    `believed`; nothing can be stored then, and no login is spent. `result["source"]` says who answered.
+
+    Uses that Redis counts wait there, in a stream, until they are folded into PostgreSQL: after 500 of them, at the
+    next login, and before statistics, history and audit are read.
+
+    Args:
+        redis_config: keyword arguments of `redis.Redis`, a URL, or a client of redis-py (for Sentinel or a cluster),
+            which remains its owner's to close.
+        postgres_config: as `PostgreSQLUpstoxStorage` takes it.
+        redis_timeout: seconds for each answer of Redis.
+        redis_pause: seconds for which Redis is left alone after it gave none.
+        believed: seconds, see above.
+        replicas: how many replicas of Redis must know of a tombstone; else `believed` is waited for as well.
+        redis_prefix: of all keys in Redis, for installations that share one.
+        options: `pool_size`, `timeout`, and see `Options`.
+
+    Raises:
+        ConfigurationError: PostgreSQL or Redis refuses what it was given.
+        StoreUnavailable: PostgreSQL cannot be reached.
+    """
+
+    def __init__(
+        self,
+        redis_config: Config,
+        postgres_config: str,
+        *,
+        redis_timeout: float = 0.25,
+        redis_pause: float = 2.0,
+        believed: float = 5.0,
+        replicas: int = 0,
+        redis_prefix: str = "upstox",
+        pool_size: int = 5,
+        timeout: float = 5.0,
+        **options: Unpack[Options],
+    ) -> None:
+        self._believed = believed
+        self._buried_for = 2 * timeout  # longer than a commit can take
+        self._postgres_again_at = 0.0
+        self._folding = threading.Lock()
+        self._user_of: dict[str, str] = {}
+        self._redis = RedisTokens(
+            redis_config,
+            timeout=redis_timeout,
+            pause=redis_pause,
+            believed=believed,
+            replicas=replicas,
+            prefix=redis_prefix,
+        )
+        del redis_config  # A traceback that prints local variables must not show its password.
+        super().__init__(postgres_config, pool_size=pool_size, timeout=timeout, **options)
+
+    def init_postgres(self) -> None:
+        """Make the tables, as `init_database` does."""
+        self.init_database()
+
+    def init_database(self, runtime_role: str | None = None) -> None:
+        super().init_database(runtime_role)
+        there = "SELECT to_regclass('one_entry_a_use') IS NOT NULL AS there"
+        if not self._run(there)[0]["there"]:
+            with self._lock("schema"):
+                if not self._run(there)[0]["there"]:
+                    self._run(FOLDED_ONCE)
+
+    def fold_uses(self) -> int:
+        """Bring the uses that wait in Redis into PostgreSQL, each exactly once, whoever is killed meanwhile.
+
+        Returns:
+            how many were new there.
+        """
+        folded = 0
+        while uses := self._redis.uses(BATCH):
+            folded += self._fold(uses)
+            self._redis.forget_uses(uses)
+            if len(uses) < BATCH:
+                break
+        return folded
+
+    def close(self) -> None:
+        self._redis.close()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"HybridUpstoxStorage({self._connections.where})"
+
+    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
+        self._connections.refuse_if_closed()
+        found = self._redis.use(user_id, alive_after, now, self._actor)
+        if found.what == "old" and time.monotonic() < self._postgres_again_at:
+            found = self._redis.use(user_id, alive_after, now, self._actor, insist=True)
+        if found.token is not None and found.token.expires_at > alive_after:
+            if found.waiting % FOLD_AT == 0:
+                self._fold_quietly()
+            return found.token
+        try:
+            token = super()._find(user_id, alive_after, now)
+        except StoreUnavailable as error:
+            return self._find_without_postgresql(user_id, alive_after, now, error)
+        if token is None:
+            return None
+        token.source = "postgresql"
+        # A copy only where none was, or an older one of the same token: never in place of a tombstone.
+        if found.what in ("old", "nothing", "dead"):
+            token.usage_count = max(token.usage_count, self._redis.put(token, now, since=found.time) or 0)
+        return token
+
+    def _find_without_postgresql(
+        self, user_id: str, alive_after: datetime, now: datetime, error: StoreUnavailable
+    ) -> StoredToken | None:
+        self._postgres_again_at = time.monotonic() + self._believed
+        found = self._redis.use(user_id, alive_after, now, self._actor, insist=True)
+        if found.what == "no answer":
+            raise StoreUnavailable(f"Neither Redis nor PostgreSQL answers. {error}") from error
+        if found.token is None or found.token.expires_at <= alive_after:
+            raise error  # Redis cannot know that there is no other token.
+        return found.token
+
+    def _insert(self, token: StoredToken) -> int:
+        self._fold_quietly()
+        buried = self._redis.bury([token.user_id], self._buried_for)
+        token_id = super()._insert(token)
+        copied = self._redis.put(replace(token, token_id=token_id), token.created_at)
+        self._wait_until_unbelieved(buried or copied is not None)
+        token.source = "postgresql"
+        return token_id
+
+    def _revoke(self, user_id: str, now: datetime) -> bool:
+        self._fold_quietly()
+        # Until the token dies: a reader that was stopped for long may still come with its copy.
+        until = (self._policy.next_death(now) - now).total_seconds()
+        buried = self._redis.bury([user_id], until)
+        revoked = super()._revoke(user_id, now)
+        self._wait_until_unbelieved(buried)
+        return revoked
+
+    def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+        rows = list(pairs)
+        buried = self._redis.bury([old.user_id for old, _ in rows], self._buried_for)
+        replaced = super()._replace_ciphertexts(rows)
+        self._wait_until_unbelieved(buried)
+        return replaced
+
+    def _wait_until_unbelieved(self, out_of_redis: bool) -> None:
+        if not out_of_redis:
+            logger.warning("Redis could not be told. Waiting %s s, until its copy is not believed.", self._believed)
+            time.sleep(self._believed)
+
+    def _user_of_account(self, account: str) -> str | None:
+        # An account is always the same user's, and a hot read has no time for PostgreSQL.
+        if account not in self._user_of and (user_id := super()._user_of_account(account)):
+            self._user_of[account] = user_id
+        return self._user_of.get(account)
+
+    def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
+        self._fold_quietly()
+        return super()._history(user_id, limit, now)
+
+    def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
+        self._fold_quietly()
+        return super()._statistics(user_id, now)
+
+    def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
+        self._fold_quietly()
+        # A use comes into the table when it is folded, which may be after something later.
+        return sorted(super()._audit(user_id, limit), key=lambda entry: str(entry["performed_at"]), reverse=True)
+
+    def _health(self) -> dict[str, Any]:
+        health = super()._health()
+        begin = time.perf_counter()
+        details: dict[str, Any] = {"redis": {}, "postgresql": {}}
+        try:
+            details["redis"] = self._redis.status()
+            health["redis"] = "healthy"
+        except (RedisError, OSError, ValueError) as error:
+            health["redis"] = f"error: Redis cannot be reached ({type(error).__name__}). Check that it runs."
+        try:
+            begin = time.perf_counter()
+            standby = self._run("SELECT pg_is_in_recovery() AS standby")[0]["standby"]
+            latency = round((time.perf_counter() - begin) * 1000, 2)
+            role = "standby" if standby else "primary"
+            details["postgresql"] = {"latency_ms": latency, "role": role, **self._connections.pool_use()}
+        except StorageError:
+            pass  # Said above.
+        return {"redis": health.pop("redis"), **health, "details": details}
+
+    def _fold_quietly(self) -> None:
+        """If somebody folds already, or PostgreSQL does not answer, the uses go on waiting."""
+        if time.monotonic() >= self._postgres_again_at and self._folding.acquire(blocking=False):
+            try:
+                self.fold_uses()
+            except StoreUnavailable as error:
+                logger.warning("Uses wait in Redis: %s", error)
+            finally:
+                self._folding.release()
+
+    def _fold(self, uses: list[Use]) -> int:
+        rows = self._run(
+            FOLD,
+            tokens=[use.token for use in uses],
+            users=[use.user for use in uses],
+            actors=[use.actor for use in uses],
+            times=[use.at.isoformat() for use in uses],
+            uses=[use.use for use in uses],
+        )
+        return sum(row["uses"] for row in rows)

@@ -1,0 +1,248 @@
+"""The copies of tokens in Redis: what is asked first, may be lost at any time, and is never believed for long."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError
+from redis.retry import Retry
+
+from upstox_db_examples.errors import ConfigurationError
+from upstox_db_examples.token import StoredToken
+
+logger = logging.getLogger(__name__)
+
+Client = redis.Redis | RedisCluster
+Config = Mapping[str, Any] | str | Client
+COPIED = ("user_id", "ciphertext", "key_id", "generation", "user_name", "email")
+LUA = Path(__file__).parent / "lua"
+
+
+class Found(NamedTuple):
+    """What Redis says of a user.
+
+    Attributes:
+        what: "used" (here is the token, and this use is counted), "old" (there is one that has to be confirmed),
+            "nothing", "gone" (it is being replaced, or was revoked), "dead", or "no answer".
+        time: Redis's clock, in milliseconds.
+        token: with "used".
+        waiting: how many uses have not been folded into PostgreSQL yet.
+    """
+
+    what: Literal["used", "old", "nothing", "gone", "dead", "no answer"]
+    time: int = 0
+    token: StoredToken | None = None
+    waiting: int = 0
+
+
+class Use(NamedTuple):
+    """A use that was counted in Redis: `entry` is its id in the stream, `use` one that no other use has."""
+
+    entry: str
+    token: int
+    user: str
+    actor: str
+    at: datetime
+    use: str
+
+
+class RedisTokens:
+    """
+    Args:
+        config: keyword arguments of `redis.Redis`, a URL, or a client of redis-py: so Sentinel and Cluster are used.
+        timeout: seconds for each answer (not of a ready client, which has its own). After a failure Redis is left
+            alone for `pause` seconds, so that not every read waits for it.
+        pause: see `timeout`.
+        believed: seconds for which a copy is believed without asking PostgreSQL.
+        replicas: how many replicas must have a tombstone before it counts as written.
+        prefix: of all keys.
+
+    Raises:
+        ConfigurationError: the configuration is none, or Redis refuses the user or the password.
+    """
+
+    def __init__(
+        self, config: Config, *, timeout: float, pause: float, believed: float, replicas: int, prefix: str
+    ) -> None:
+        self._client, self._owned = _client(config, timeout)
+        self._pause = pause
+        self._believed_ms = int(believed * 1000)
+        self._timeout_ms = max(1, int(timeout * 1000))
+        self._replicas = replicas
+        # In braces, so that a Redis Cluster keeps all of it in one slot: a script may touch only keys of one.
+        self._prefix = f"{{{prefix}}}:"
+        self._uses = f"{self._prefix}uses"
+        self._use = self._client.register_script((LUA / "use.lua").read_text())
+        self._put = self._client.register_script((LUA / "put.lua").read_text())
+        self._closed = self._failed = False
+        self._ask_again_at = 0.0
+        self._lock = threading.Lock()
+        self._answer(lambda: self._client.ping())
+
+    def use(self, user_id: str, alive_after: datetime, now: datetime, actor: str, *, insist: bool = False) -> Found:
+        """One round trip: the token, if it is there and may be believed, with its use counted."""
+        keys = [*self._keys(user_id), self._uses]
+        values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), uuid.uuid4().hex, int(insist)]
+        answer = self._answer(lambda: self._use(keys=keys, args=values))
+        if answer is None:
+            return Found("no answer")
+        what, clock, *more = answer
+        if _text(what) != "used":
+            return Found(_text(what), int(clock))  # type: ignore[arg-type]
+        token, count, waiting = more
+        return Found("used", int(clock), _loaded(_text(token), int(count)), int(waiting))
+
+    def put(self, token: StoredToken, now: datetime, *, since: int = 0) -> int | None:
+        """Keep a copy until the token dies.
+
+        Args:
+            since: Redis's time when a reader found nothing; 0 where a writer stores a new token.
+
+        Returns:
+            the number of uses; -1 if there was something newer, None without an answer.
+        """
+        lifetime = int((token.expires_at - now).total_seconds() * 1000)
+        if lifetime <= 0:
+            return -1
+        keys = self._keys(token.user_id)
+        values: list[str | int] = [_dumped(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
+        values += [token.usage_count, lifetime, self._believed_ms, since]
+        answer = self._answer(lambda: self._put(keys=keys, args=values), insist=not since)
+        return None if answer is None else int(answer)
+
+    def bury(self, user_ids: Iterable[str], seconds: float) -> bool:
+        """A tombstone in place of each copy: it is gone, and a reader that comes late cannot bring it back.
+
+        Returns:
+            whether that is certain.
+        """
+        keys = [self._keys(user_id)[0] for user_id in user_ids]
+
+        def write() -> bool:
+            try:
+                with self._client.pipeline() as pipeline:
+                    for key in keys:
+                        pipeline.set(key, "", px=max(1, int(seconds * 1000)))
+                    pipeline.execute()
+            except OutOfMemoryError:
+                self._client.delete(*keys)  # A full Redis takes no tombstone, and no late copy either.
+            if self._replicas:
+                return int(self._client.wait(self._replicas, self._timeout_ms)) >= self._replicas
+            return True
+
+        return bool(self._answer(write, insist=True))
+
+    def uses(self, limit: int) -> list[Use]:
+        """Uses that wait to be folded, the oldest first."""
+        entries = self._answer(lambda: self._client.xrange(self._uses, count=limit)) or []
+        return [_use(_text(entry), {_text(k): _text(v) for k, v in fields.items()}) for entry, fields in entries]
+
+    def forget_uses(self, uses: Iterable[Use]) -> None:
+        self._answer(lambda: self._client.xdel(self._uses, *(use.entry for use in uses)))
+
+    def status(self) -> dict[str, Any]:
+        """`latency_ms`, `role` and `uses_waiting`.
+
+        Raises:
+            RedisError, OSError: it does not answer.
+        """
+        begin = time.perf_counter()
+        self._client.ping()
+        latency = (time.perf_counter() - begin) * 1000
+        role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
+        return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": self._client.xlen(self._uses)}
+
+    def close(self) -> None:
+        self._closed = True
+        if self._owned:
+            self._client.close()
+
+    def _keys(self, user_id: str) -> list[str]:
+        return [f"{self._prefix}token:{user_id}", f"{self._prefix}count:{user_id}"]
+
+    def _answer(self, ask: Callable[[], Any], *, insist: bool = False) -> Any:
+        """What Redis answers, or None: then PostgreSQL is asked, and Redis again after a while.
+
+        Args:
+            insist: ask also while Redis is left alone. A write does: who cannot tell Redis has to wait longer.
+        """
+        with self._lock:
+            if self._closed or (time.monotonic() < self._ask_again_at and not insist):
+                return None
+            if self._failed:
+                # One caller finds out whether it is back; the others need not wait for that.
+                self._ask_again_at = time.monotonic() + self._pause
+        try:
+            answer = ask()
+        except (AuthenticationError, NoPermissionError) as error:
+            error.__traceback__ = None  # redis-py's own frames hold the password.
+            raise ConfigurationError(
+                "Redis refused the user, its password, or a command that the store needs. Check the configuration."
+            ) from error
+        except (RedisError, OSError) as error:
+            if not self._failed:
+                logger.warning("Redis does not answer (%s). PostgreSQL does it alone.", type(error).__name__)
+            self._failed, self._ask_again_at = True, time.monotonic() + self._pause
+            return None
+        if self._failed:
+            logger.info("Redis answers again.")
+            self._failed, self._ask_again_at = False, 0.0
+        return answer
+
+
+def _client(config: Config, timeout: float) -> tuple[Client, bool]:
+    if isinstance(config, redis.Redis | RedisCluster):
+        return config, False
+    # Without these a dead server takes seconds to be noticed, a stalled one longer, and a use may be counted twice.
+    options: dict[str, Any] = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),
+        "health_check_interval": 0,
+    }
+    try:
+        if isinstance(config, str):
+            return redis.Redis.from_url(config, **options), True
+        return redis.Redis(**{**options, **config}), True
+    except (ValueError, TypeError, RedisError):
+        pass  # Its text may hold the password. Raised below, our error has no cause that shows it.
+    raise ConfigurationError(
+        "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a "
+        "client of redis-py."
+    )
+
+
+def _seconds(moment: datetime) -> int:
+    return int(moment.timestamp())
+
+
+def _dumped(token: StoredToken) -> str:
+    times = {"created_at": _seconds(token.created_at), "expires_at": _seconds(token.expires_at)}
+    return json.dumps({**{name: getattr(token, name) for name in COPIED}, **times, "token_id": token.token_id})
+
+
+def _loaded(text: str, count: int) -> StoredToken:
+    fields = json.loads(text)
+    for name in ("created_at", "expires_at"):
+        fields[name] = datetime.fromtimestamp(fields[name], UTC)
+    return StoredToken(**fields, usage_count=count, source="redis")
+
+
+def _use(entry: str, fields: dict[str, str]) -> Use:
+    at = datetime.fromtimestamp(int(fields["at"]), UTC)
+    return Use(entry, int(fields["token"]), fields["user"], fields["actor"], at, fields["use"])
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

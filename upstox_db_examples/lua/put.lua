@@ -1,0 +1,27 @@
+-- Keep a copy of a token, but never an older one in place of a newer one.
+--
+-- KEYS  token, count
+-- ARGV  token, generation, expires at (seconds since 1970), token id, uses so far, milliseconds until the key ends,
+--       milliseconds for which the copy is believed, since when (Redis's time in milliseconds; 0 for now)
+-- Returns the number of uses, or -1 where the copy was not taken. `since` is given by a reader that found nothing: what
+-- it read in PostgreSQL since then may have been replaced by the time it arrives here.
+local clock = redis.call('TIME')
+local time = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local since, believed = tonumber(ARGV[8]), tonumber(ARGV[7])
+local kept = redis.call('GET', KEYS[1])
+local generation = kept and tonumber(string.match(kept, '^%d+ (%d+) '))
+if since > 0 and (time > since + believed or (kept and not generation)) then
+  return -1  -- too late, or there is a tombstone, which only its writer may replace
+end
+if generation and generation > tonumber(ARGV[2]) then
+  return -1
+end
+local fresh_until = (since > 0 and since or time) + believed
+local header = string.format('%.0f %s %s %s ', fresh_until, ARGV[2], ARGV[3], ARGV[4])
+redis.call('SET', KEYS[1], header .. ARGV[1], 'PX', ARGV[6])
+local uses = tonumber(ARGV[5])
+if generation == tonumber(ARGV[2]) then
+  uses = math.max(uses, tonumber(redis.call('GET', KEYS[2]) or 0) + 1)  -- the reader's own use, too
+end
+redis.call('SET', KEYS[2], uses, 'PX', ARGV[6])
+return uses

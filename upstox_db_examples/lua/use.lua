@@ -1,0 +1,24 @@
+-- Hand a token out and count it, in one step: its expiry is checked, the use counted, and an entry for the audit trail
+-- put into the stream. Nothing of that happens to a token that may be out of date, unless the caller insists.
+--
+-- KEYS  token, count, uses
+-- ARGV  user id, alive after (seconds since 1970), actor, now (seconds since 1970), id of this use, 1 to insist
+-- Returns what was found, Redis's time in milliseconds, and for a token: itself, its count, the length of the stream.
+local clock = redis.call('TIME')
+local time = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local kept = redis.call('GET', KEYS[1])
+if not kept then
+  return {'nothing', time}
+end
+local fresh_until, expires_at, token_id, token = string.match(kept, '^(%d+) %d+ (%d+) (%S+) (.+)$')
+if not token then
+  return {'gone', time}  -- a tombstone: being replaced, or revoked
+end
+if tonumber(expires_at) <= tonumber(ARGV[2]) then
+  return {'dead', time}
+end
+if tonumber(fresh_until) < time and ARGV[6] ~= '1' then
+  return {'old', time}
+end
+redis.call('XADD', KEYS[3], '*', 'token', token_id, 'user', ARGV[1], 'actor', ARGV[3], 'at', ARGV[4], 'use', ARGV[5])
+return {'used', time, token, redis.call('INCR', KEYS[2]), redis.call('XLEN', KEYS[3])}
