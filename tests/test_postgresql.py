@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -154,10 +155,10 @@ class TestPostgreSQL(StoreContract):
 
     @pytest.mark.slow
     def test_each_query_uses_an_index_with_a_million_old_tokens(self, store: PostgreSQLUpstoxStorage) -> None:
-        fill(self.url, 1_000_000)
+        fill(self.url, 1_000_000, store._now())
         values = {
             "user_id": USER, "now": store._now(), "alive_after": store._now(), "actor": "a", "limit": 10, "key_id": "k",
-            "account": "x", "action": "a", "reason": "{}",
+            "account": "x", "action": "a", "reason": "{}", "metadata": "{}",
         }  # fmt: skip
         for name in (
             "USE",
@@ -176,6 +177,8 @@ class TestPostgreSQL(StoreContract):
             assert "Index" in plan, f"{name}\n{plan}"
             if name in ("USE", "ERASE"):
                 assert "one_active_token" in plan, plan
+            if name == "EXPIRE":
+                assert "ciphertext_by_expiry" in plan, plan
         store.store_token()
         begin = time.perf_counter()
         living(store)
@@ -488,7 +491,7 @@ def open_lock() -> Any:
     return contextlib.nullcontext()
 
 
-def fill(url: str, count: int) -> None:
+def fill(url: str, count: int, now: datetime) -> None:
     """Old tokens of a thousand users, as years of use leave them, and a living one of each."""
     bare(
         url,
@@ -500,8 +503,9 @@ def fill(url: str, count: int) -> None:
     )
     bare(
         url,
-        "UPDATE upstox_tokens SET is_active = true, access_token = 'x', expires_at = now() + interval '1 day' "
+        "UPDATE upstox_tokens SET is_active = true, access_token = 'x', expires_at = %s + interval '1 day' "
         "WHERE generation <= 1000",
+        now,
     )
     bare(
         url,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
@@ -140,17 +142,19 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
 
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
         self._connections.refuse_if_closed()
-        found = self._redis.use(user_id, alive_after, now, self._actor)
+        use = uuid.uuid4().hex
+        found = self._redis.use(user_id, alive_after, now, self._actor, use)
         if found.what == "old" and time.monotonic() < self._postgres_again_at:
-            found = self._redis.use(user_id, alive_after, now, self._actor, insist=True)
+            found = self._redis.use(user_id, alive_after, now, self._actor, use, insist=True)
         if found.token is not None and found.token.expires_at > alive_after:
             if found.waiting % FOLD_AT == 0:
                 self._fold_quietly()
             return found.token
         try:
-            token = super()._find(user_id, alive_after, now)
+            # A Redis that gave no answer may still count this use when it wakes up: by its id it is folded once.
+            token = self._use(user_id, alive_after, now, json.dumps({"use": use}))
         except StoreUnavailable as error:
-            return self._find_without_postgresql(user_id, alive_after, now, error)
+            return self._find_without_postgresql(user_id, alive_after, now, use, error)
         if token is None:
             return None
         token.source = "postgresql"
@@ -160,10 +164,10 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return token
 
     def _find_without_postgresql(
-        self, user_id: str, alive_after: datetime, now: datetime, error: StoreUnavailable
+        self, user_id: str, alive_after: datetime, now: datetime, use: str, error: StoreUnavailable
     ) -> StoredToken | None:
         self._postgres_again_at = time.monotonic() + self._believed
-        found = self._redis.use(user_id, alive_after, now, self._actor, insist=True)
+        found = self._redis.use(user_id, alive_after, now, self._actor, use, insist=True)
         if found.what == "no answer":
             raise StoreUnavailable(f"Neither Redis nor PostgreSQL answers. {error}") from error
         if found.token is None or found.token.expires_at <= alive_after:

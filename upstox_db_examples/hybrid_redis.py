@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,10 +89,17 @@ class RedisTokens:
         self._lock = threading.Lock()
         self._answer(lambda: self._client.ping())
 
-    def use(self, user_id: str, alive_after: datetime, now: datetime, actor: str, *, insist: bool = False) -> Found:
-        """One round trip: the token, if it is there and may be believed, with its use counted."""
+    def use(
+        self, user_id: str, alive_after: datetime, now: datetime, actor: str, use: str, *, insist: bool = False
+    ) -> Found:
+        """One round trip: the token, if it is there and may be believed, with its use counted.
+
+        Args:
+            use: an id that no other use has.
+            insist: hand out a copy that is not believed any more, too.
+        """
         keys = [*self._keys(user_id), self._uses]
-        values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), uuid.uuid4().hex, int(insist)]
+        values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use, int(insist)]
         answer = self._answer(lambda: self._use(keys=keys, args=values))
         if answer is None:
             return Found("no answer")

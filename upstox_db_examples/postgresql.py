@@ -43,7 +43,8 @@ CREATE TABLE upstox_tokens (
     CHECK (is_active = (access_token IS NOT NULL))
 ) WITH (fillfactor = 50);
 CREATE UNIQUE INDEX one_active_token ON upstox_tokens (user_id) WHERE is_active;
-CREATE INDEX active_by_expiry ON upstox_tokens (expires_at) WHERE is_active;
+-- Not WHERE is_active: a planner that misjudges how many tokens live would then find a user's token by this index.
+CREATE INDEX ciphertext_by_expiry ON upstox_tokens (expires_at) WHERE access_token IS NOT NULL;
 CREATE INDEX active_by_key ON upstox_tokens (key_id) WHERE is_active;
 CREATE INDEX latest_of_account ON upstox_tokens (account, id) WHERE account IS NOT NULL;
 CREATE TABLE upstox_token_audit (
@@ -76,7 +77,8 @@ WITH used AS (
     RETURNING {_HANDED_OUT}
 ), audited AS (
     {_AUDIT}
-    SELECT token_id, user_id, 'used', %(actor)s, %(now)s, jsonb_build_object('usage_count', usage_count) FROM used
+    SELECT token_id, user_id, 'used', %(actor)s, %(now)s,
+           jsonb_build_object('usage_count', usage_count) || %(metadata)s::jsonb FROM used
 )
 SELECT * FROM used
 """
@@ -101,7 +103,7 @@ WITH stored AS (
 STORE = f"{ERASE};{INSERT}"
 EXPIRE = f"""
 WITH dead AS (
-    SELECT id FROM upstox_tokens WHERE is_active AND expires_at <= %(now)s
+    SELECT id FROM upstox_tokens WHERE access_token IS NOT NULL AND expires_at <= %(now)s
     ORDER BY expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), erased AS (
     UPDATE upstox_tokens SET is_active = false, access_token = NULL WHERE id IN (SELECT id FROM dead)
@@ -224,7 +226,11 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         return version
 
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
-        rows = self._run(USE, user_id=user_id, alive_after=alive_after, now=now, actor=self._actor)
+        return self._use(user_id, alive_after, now, "{}")
+
+    def _use(self, user_id: str, alive_after: datetime, now: datetime, metadata: str) -> StoredToken | None:
+        values = {"user_id": user_id, "alive_after": alive_after, "now": now, "actor": self._actor}
+        rows = self._run(USE, **values, metadata=metadata)
         return _token(rows[0]) if rows else None
 
     def _insert(self, token: StoredToken) -> int:
