@@ -69,7 +69,7 @@ class TokenStorage(ABC):
             raise TypeError(f"{type(self).__name__} does not know {', '.join(unknown)}.")
         self._login: Login = options.get("login") or SdkLogin()
         self._keys = options.get("keys") or KeyRing.default
-        self._clock = options.get("clock") or _utc_now
+        self._clock = options.get("clock") or functools.partial(datetime.now, UTC)
         self._named_actor = options.get("actor")
         self._policy = options.get("policy") or ExpiryPolicy()
         self._login_wait = options.get("login_wait", 60.0)
@@ -387,8 +387,8 @@ def _result(secret: Secret, token: StoredToken) -> TokenResult:
             "user_name": token.user_name,
             "email": token.email,
             "token_id": token.token_id,
-            "created_at": token.created_at.isoformat(),
-            "expires_at": token.expires_at.isoformat(),
+            "created_at": token.created_at,
+            "expires_at": token.expires_at,
             "usage_count": token.usage_count,
         },
     )
@@ -422,13 +422,11 @@ def require_aware(moment: datetime, name: str) -> datetime:
     Raises:
         InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
     """
+    if isinstance(moment, datetime) and moment.tzinfo is UTC:
+        return moment
     if not isinstance(moment, datetime) or moment.utcoffset() is None:
         raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
-    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
+    return moment.astimezone(UTC)
 
 
 @functools.cache
