@@ -145,6 +145,26 @@ def fork_and_read(connection: Connection, address: Address) -> None:
     connection.send((stored, in_the_child, store.get_valid_token(USER)["token"]))
 
 
+def fork_and_compare(connection: Connection, address: Address) -> None:
+    """Use a pool, fork, use it in the child; sends whether the child has the parent's pool or connection."""
+    store = address.open(login=_made_up_login)
+    with store.get_connection() as conn:
+        parents = (id(store._pool), conn)
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        try:
+            with store.get_connection() as conn:
+                same = f"{int(id(store._pool) == parents[0])}{int(conn is parents[1])}"
+            os.write(writing, same.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as opened:
+        pool, connected = (bool(int(digit)) for digit in opened.read())
+    os.wait()
+    connection.send({"the same pool": pool, "the same connection": connected})
+
+
 def _made_up_login(user_id: str | None) -> AccessTokenData:
     return token_data(user_id or USER, f"eyJ0eXAi{random.getrandbits(512):0128x}")
 

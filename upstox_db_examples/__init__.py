@@ -4,6 +4,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from upstox_db_examples.batch import BatchResult, Pace
 from upstox_db_examples.cipher import KeyRing
 from upstox_db_examples.errors import (
     ConfigurationError,
@@ -25,10 +26,12 @@ from upstox_db_examples.storage import TokenStorage
 from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
 
 if TYPE_CHECKING:
+    from upstox_db_examples.pooled import PooledUpstoxStorage
     from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
 __all__ = [
     "Accounts",
+    "BatchResult",
     "ConfigurationError",
     "ExpiryPolicy",
     "InvalidInput",
@@ -39,6 +42,8 @@ __all__ = [
     "LoginLimited",
     "LoginRefused",
     "LoginSuperseded",
+    "Pace",
+    "PooledUpstoxStorage",
     "PostgreSQLUpstoxStorage",
     "SQLiteUpstoxStorage",
     "SdkLogin",
@@ -55,7 +60,7 @@ __all__ = [
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Imported on first use: who keeps tokens in SQLite needs no other database's driver.
-_NEED_A_DRIVER = {"PostgreSQLUpstoxStorage": "postgresql"}
+_NEED_A_DRIVER = {"PooledUpstoxStorage": "pooled", "PostgreSQLUpstoxStorage": "postgresql"}
 
 
 def __getattr__(name: str) -> Any:

@@ -179,7 +179,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         _close_all(self._idle, self._process)
 
     def __repr__(self) -> str:
-        return f"SQLiteUpstoxStorage({str(self.db_path)!r})"
+        return f"{type(self).__name__}({str(self.db_path)!r})"
 
     def _borrow(self) -> sqlite3.Connection:
         if self._process != os.getpid():
@@ -355,7 +355,7 @@ class _Borrowed:
         try:
             self._conn = self._store._borrow()
         except sqlite3.Error as error:
-            raise _explained(error, self._store.db_path) from error
+            raise explained(error, self._store.db_path) from error
         return self._conn
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
@@ -367,7 +367,7 @@ class _Borrowed:
         if error is not None:
             self._conn.close()  # It rolls back, and a connection that saw an error is not used again.
         if isinstance(error, sqlite3.Error):
-            raise _explained(error, self._store.db_path) from error
+            raise explained(error, self._store.db_path) from error
 
 
 def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
@@ -447,7 +447,8 @@ def _checked_path(db_path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _explained(error: sqlite3.Error, path: Path) -> StorageError:
+def explained(error: sqlite3.Error, path: Path) -> StorageError:
+    """What SQLite raised, in our words, with what to do."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
     for start, (kind, what) in _EXPLANATIONS.items():
         if name.startswith(start):

@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
 
+from upstox_db_examples.batch import PACE, BatchResult, Pace, store_batch
 from upstox_db_examples.cipher import Binding, KeyRing, KeySource
 from upstox_db_examples.errors import (
     InvalidInput,
@@ -115,6 +116,32 @@ class TokenStorage(ABC):
         """
         user_id = _check_user_id(user_id) or self._declared_user() or self._user_seen()
         return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, keep_living=True)
+
+    def store_token_batch(
+        self, user_ids: Iterable[str], *, replace: bool = False, progress: bool = True, pace: Pace = PACE
+    ) -> list[BatchResult]:
+        """A living token for each of these accounts. One after another, each committed by itself.
+
+        A living token is kept and costs no login, so a batch that was broken off can simply be run again. What is
+        wrong with one account does not stop the others. Wrong credentials are tried once; after a limit or a broken
+        connection an account is tried again, twice at the most, and never with a one-time password it has used.
+
+        Args:
+            user_ids: whose. One that is named twice is logged in once.
+            replace: log all of them in, whatever is stored. Their earlier tokens die by that.
+            progress: show a progress bar, where tqdm is installed.
+            pace: how fast. All batches of a process share Upstox's limits: 1 login a second, 10 a minute, 60 in half
+                an hour. So 100 accounts take at least 30 minutes.
+
+        Returns:
+            a dict for each of `user_ids`, in their order: `user_id`, `success`; then `token_id`, `expires_at` and
+            `kept` (no login was due), or `error` (what to do) and `error_type` (the name of its class). The error
+            itself is the attribute `exception`, with the token if it could not be stored.
+
+        Raises:
+            InvalidInput: `user_ids` is not a list of texts. No other error: a failed account is a result.
+        """
+        return store_batch(self, user_ids, replace=replace, progress=progress, pace=pace)
 
     def get_token_history(self, user_id: str, limit: int = 10) -> list[dict[str, Any]]:
         """The user's tokens, newest first, without the tokens themselves.
