@@ -76,8 +76,8 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
                 borrowed.close()  # back to the pool
         except PoolTimeout as error:
             raise StoreUnavailable(
-                f"All {self.pool_size} connections to {self.db_path} were in use for {self._timeout:g} s. "
-                "Hold them for a shorter time, or use a larger pool_size."
+                f"No connection to {self.db_path} came free for {self._timeout:g} s; pool_size is {self.pool_size}. "
+                "Hold connections for a shorter time, or use a larger pool_size."
             ) from error
         except sqlite3.Error as error:
             raise explained(error, self.db_path) from error
