@@ -289,6 +289,18 @@ def test_after_a_limit_nobody_logs_in_until_it_is_over(
     assert fake.slept == [60.0], "once, and not for each account"
 
 
+def test_a_store_that_is_down_says_so_for_all_at_once(
+    store: TokenStorage, upstox: LocalUpstox, fake: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: object) -> None:
+        raise StoreUnavailable("the disk is full")
+
+    monkeypatch.setattr(type(store), "_record", down)
+    results = batch(store, IDS, replace=True, pace=Pace(clock=fake.clock, sleep=fake.sleep))
+    assert {result["error_type"] for result in results} == {"StoreUnavailable"}
+    assert (upstox.attempts(), fake.slept) == (0, [])
+
+
 def test_a_limit_that_stays_is_given_up(store: TokenStorage, upstox: LocalUpstox, fake: FakeTime) -> None:
     upstox.fail("otp_blocked", times=9)
     (result,) = batch(store, IDS[:1], pace=Pace(limits=(), clock=fake.clock, sleep=fake.sleep))

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from upstox_db_examples.errors import InvalidInput, LoginInterrupted, LoginLimited, LoginRefused, StorageError
+from upstox_db_examples.errors import (
+    InvalidInput,
+    LoginError,
+    LoginInterrupted,
+    LoginLimited,
+    LoginRefused,
+    StorageError,
+    TokenNotStored,
+)
 from upstox_db_examples.token import TokenResult
 
 if TYPE_CHECKING:
@@ -52,7 +60,7 @@ class Pace:
         self._next_code: dict[str, float] = {}  # when this account has a one-time password that was not used
         self._lock = threading.Lock()
 
-    @contextmanager
+    @contextlib.contextmanager
     def turn(self, user_id: str) -> Iterator[None]:
         """Wait for this account's turn, then log in inside. A `LoginLimited` in there holds all accounts back."""
         with self._lock:
@@ -67,6 +75,13 @@ class Pace:
             yield
         except LoginLimited as error:
             self._held_until = self._clock() + error.retry_after
+            raise
+        except (LoginError, TokenNotStored):
+            raise
+        except StorageError:
+            # No login was begun. A store that is down says so for a hundred accounts at once, and not in half an hour.
+            with self._lock, contextlib.suppress(ValueError):
+                self._begun.remove(begin)
             raise
         finally:
             self._next_code[user_id] = self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS
@@ -151,7 +166,7 @@ def _checked(user_ids: Iterable[str]) -> list[str]:
     return given
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
     """A function to call for each account that is done. Without tqdm there is simply no bar."""
     try:
