@@ -122,9 +122,10 @@ class TokenStorage(ABC):
     ) -> list[BatchResult]:
         """A living token for each of these accounts. One after another, each committed by itself.
 
-        A living token is kept and costs no login, so a batch that was broken off can simply be run again. What is
-        wrong with one account does not stop the others. Wrong credentials are tried once; after a limit or a broken
-        connection an account is tried again, twice at the most, and never with a one-time password it has used.
+        A living token is kept and costs no login, so a batch that was broken off can simply be run again. (Where reads
+        are counted, finding it counts as one.) What is wrong with one account does not stop the others. Wrong
+        credentials are tried once; after a limit or a broken connection an account is tried again, twice at the most,
+        and never with a one-time password it has used.
 
         Args:
             user_ids: whose. One that is named twice is logged in once.
