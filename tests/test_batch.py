@@ -38,14 +38,18 @@ from .processes import KEY, Address, token_data
 
 IDS = [f"CD{number:04}" for number in range(100)]
 AT_ONCE = Pace(limits=(), sleep=lambda _: None)
-KINDS = ["SQLiteUpstoxStorage", "PooledUpstoxStorage", "PostgreSQLUpstoxStorage"]
+KINDS = ["SQLiteUpstoxStorage", "PooledUpstoxStorage", "PostgreSQLUpstoxStorage", "MongoUpstoxStorage"]
 
 
 @pytest.fixture(params=KINDS)
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     """Each store in turn, empty."""
-    where = request.getfixturevalue("postgres_url") if "PostgreSQL" in request.param else str(tmp_path / "upstox.db")
-    return Address(f"upstox_db_examples:{request.param}", (where,))
+    where: tuple[str, ...] = (str(tmp_path / "upstox.db"),)
+    if request.param == "PostgreSQLUpstoxStorage":
+        where = (request.getfixturevalue("postgres_url"),)
+    elif request.param == "MongoUpstoxStorage":
+        where = tuple(request.getfixturevalue("mongo"))
+    return Address(f"upstox_db_examples:{request.param}", where)
 
 
 @pytest.fixture

@@ -310,8 +310,10 @@ class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
         )
 
         def counted() -> Counts:
-            active = bare(postgres_url, "SELECT id FROM upstox_tokens WHERE is_active ORDER BY id")
-            return Counts([row["id"] for row in active], bare(postgres_url, orphans)[0]["orphans"])
+            rows = bare(postgres_url, "SELECT id, generation, is_active FROM upstox_tokens")
+            active = [row["id"] for row in rows if row["is_active"]]
+            generations = {row["id"]: row["generation"] for row in rows}
+            return Counts(active, generations, bare(postgres_url, orphans)[0]["orphans"])
 
         return counted
 

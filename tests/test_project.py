@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from upstox_db_examples.local.servers import MongoDBServer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,19 @@ pooled_storage = PooledUpstoxStorage("upstox_pooled.db", pool_size=10)
 user_ids = ["user1", "user2", "user3"]
 results = pooled_storage.store_token_batch(user_ids)
 print(f"Batch results: {results}")
+"""
+
+
+GUIDE_USAGE_MONGODB = """
+storage = MongoUpstoxStorage("mongodb://localhost:27017/")
+
+# Store token
+result = storage.store_token()
+print(f"Token stored: {result}")
+
+# Get user dashboard
+dashboard = storage.get_user_dashboard(result['user_id'])
+print(f"User dashboard: {dashboard}")
 """
 
 
@@ -116,6 +130,23 @@ def test_a_pool_needs_no_progress_bar(tmp_path: Path) -> None:
     assert "'success': False" in run(code, tmp_path).stdout
 
 
+def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MONGODB_URL", raising=False)  # The guide names no database, and the default one may be in use.
+    with LocalUpstox() as upstox, MongoDBServer() as server:
+        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        usage = GUIDE_USAGE_MONGODB.replace("mongodb://localhost:27017/", server.url)
+        done = run("from upstox_db_examples import MongoUpstoxStorage\n" + usage, tmp_path, **environment)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    stored, dashboard = done.stdout.splitlines()
+    assert re.match(r"Token stored: \{'token': eyJ0…\(\d+ chars\), 'user_id': 'AB1234', ", stored)
+    assert re.match(r"User dashboard: \{'user_id': 'AB1234', 'statistics': \{'total_tokens': \d+, ", dashboard)
+    assert "'active_token': {'exists': True, " in dashboard
+    assert "eyJ0eX" not in done.stdout
+
+
 def test_the_conda_environment_installs_what_pyproject_says() -> None:
     text = (ROOT / "environment.yml").read_text()
     assert f"- python{PYPROJECT['project']['requires-python']}" in text
@@ -135,12 +166,15 @@ def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("driver", "store", "extra"),
-    [("psycopg2", "PostgreSQLUpstoxStorage", "postgresql"), ("sqlalchemy", "PooledUpstoxStorage", "pooled")],
+    ("name", "driver", "extra"),
+    [
+        ("PostgreSQLUpstoxStorage", "psycopg2", "postgresql"),
+        ("MongoUpstoxStorage", "pymongo", "mongodb"),
+        ("PooledUpstoxStorage", "sqlalchemy", "pooled"),
+    ],
 )
-def test_a_missing_driver_is_named_with_what_to_install(tmp_path: Path, driver: str, store: str, extra: str) -> None:
-    code = f"import sys; sys.modules['{driver}'] = None\nfrom upstox_db_examples import {store}"
-    done = run(code, tmp_path)
+def test_a_missing_driver_is_named_with_what_to_install(tmp_path: Path, name: str, driver: str, extra: str) -> None:
+    done = run(f"import sys; sys.modules['{driver}'] = None\nfrom upstox_db_examples import {name}", tmp_path)
     assert f"pip install 'upstox-db-examples[{extra}]'" in done.stderr
 
 

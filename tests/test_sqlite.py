@@ -321,12 +321,13 @@ class TestANaiveStoreUnderCrowdsAndKills:
 def count(path: Path) -> Counts:
     with bare(path) as conn:
         active = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens WHERE is_active ORDER BY id")]
+        ids = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens")]  # each later than the one before
         created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
         orphans = conn.execute(
             f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
             f"(SELECT count(*) FROM ({created}) WHERE token_id NOT IN (SELECT id FROM upstox_tokens))"
         ).fetchone()[0]
-    return Counts(active, orphans)
+    return Counts(active, dict(zip(ids, ids, strict=True)), orphans)
 
 
 @contextlib.contextmanager

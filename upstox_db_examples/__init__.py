@@ -26,6 +26,8 @@ from upstox_db_examples.storage import TokenStorage
 from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
 
 if TYPE_CHECKING:
+    from upstox_db_examples.hybrid import HybridUpstoxStorage
+    from upstox_db_examples.mongodb import MongoUpstoxStorage
     from upstox_db_examples.pooled import PooledUpstoxStorage
     from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
@@ -34,6 +36,7 @@ __all__ = [
     "BatchResult",
     "ConfigurationError",
     "ExpiryPolicy",
+    "HybridUpstoxStorage",
     "InvalidInput",
     "KeyRing",
     "KeyUnavailable",
@@ -42,6 +45,7 @@ __all__ = [
     "LoginLimited",
     "LoginRefused",
     "LoginSuperseded",
+    "MongoUpstoxStorage",
     "Pace",
     "PooledUpstoxStorage",
     "PostgreSQLUpstoxStorage",
@@ -60,7 +64,12 @@ __all__ = [
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # Imported on first use: who keeps tokens in SQLite needs no other database's driver.
-_NEED_A_DRIVER = {"PooledUpstoxStorage": "pooled", "PostgreSQLUpstoxStorage": "postgresql"}
+_NEED_A_DRIVER = {
+    "PostgreSQLUpstoxStorage": "postgresql",
+    "MongoUpstoxStorage": "mongodb",
+    "HybridUpstoxStorage": "hybrid",
+    "PooledUpstoxStorage": "pooled",
+}
 
 
 def __getattr__(name: str) -> Any:

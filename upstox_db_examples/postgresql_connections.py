@@ -114,7 +114,7 @@ class PostgreSQLConnections:
         outer: connection | None = getattr(self._holding, "conn", None)
         try:
             with self._in_our_words():
-                self._refuse_if_closed()
+                self.refuse_if_closed()
                 conn = outer or self._connect()
             try:
                 with self._in_our_words():
@@ -128,6 +128,18 @@ class PostgreSQLConnections:
                     conn.close()  # The end of the session frees the lock, as its death does.
         finally:
             local.release()
+
+    def refuse_if_closed(self) -> None:
+        """
+        Raises:
+            StoreUnavailable: it is closed.
+        """
+        if self._closed:
+            raise StoreUnavailable("This store is closed.")
+
+    def pool_use(self) -> dict[str, int]:
+        """`pool_size`, and how many connections are `in_use`, at this moment."""
+        return {"pool_size": self._pool.size(), "in_use": self._pool.checkedout()}
 
     def close(self) -> None:
         self._closed = True
@@ -170,7 +182,7 @@ class PostgreSQLConnections:
         if self._process != os.getpid():
             # A forked child may not use the parent's connections, nor close them.
             self._inherited, self._pool, self._process = self._pool, self._pool.recreate(), os.getpid()
-        self._refuse_if_closed()
+        self.refuse_if_closed()
         while True:
             borrowed = self._pool.connect()
             # An idle connection has nothing to say: one that has was closed by the server.
@@ -178,10 +190,6 @@ class PostgreSQLConnections:
                 return borrowed
             borrowed.invalidate()
             borrowed.close()
-
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise StoreUnavailable("This store is closed.")
 
     @contextmanager
     def _in_our_words(self) -> Iterator[None]:

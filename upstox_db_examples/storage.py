@@ -418,6 +418,7 @@ def _result(secret: Secret, token: StoredToken) -> TokenResult:
             "created_at": token.created_at,
             "expires_at": token.expires_at,
             "usage_count": token.usage_count,
+            **({"source": token.source} if token.source else {}),
         },
     )
 

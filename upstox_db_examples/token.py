@@ -56,6 +56,7 @@ class StoredToken:
         account: which credentials made it, so that a caller who names no user finds his own again.
         created_at, expires_at, last_used_at: aware datetimes, UTC.
         token_id: the store's own id of the row, once it is stored.
+        source: which database answered, where a store has two.
     """
 
     user_id: str
@@ -74,6 +75,7 @@ class StoredToken:
     metadata: dict[str, Any] = field(default_factory=dict)
     token_id: int | str | None = None
     usage_count: int = 0
+    source: str | None = None
 
 
 class TokenResult(Mapping[str, Any]):

@@ -1,0 +1,708 @@
+"""MongoDB: the contract, and what is MongoDB's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from urllib.parse import quote_plus
+
+import pymongo
+import pytest
+from bson import ObjectId
+from bson.codec_options import CodecOptions
+from pymongo.collection import Collection
+from pymongo.errors import AutoReconnect, DuplicateKeyError, PyMongoError, WriteError
+from upstox_totp.models import AccessTokenData
+
+from upstox_db_examples import (
+    ConfigurationError,
+    ExpiryPolicy,
+    InvalidInput,
+    KeyRing,
+    LoginSuperseded,
+    MongoUpstoxStorage,
+    Secret,
+    StorageError,
+    StoreUnavailable,
+    TokenNotStored,
+    TokenStorage,
+)
+from upstox_db_examples.local.certificates import make_certificates
+from upstox_db_examples.local.servers import MongoDBServer
+from upstox_db_examples.local.upstox import LocalUpstox
+
+from . import processes, reliability
+from .conftest import Clock, shown_with_locals
+from .contract import OpenStore, StoreContract, ist, living
+from .databases import MongoDatabase
+from .processes import USER, Address, token_data
+from .reliability import Counts, ReliabilityContract
+
+
+class TestMongoDB(StoreContract):
+    @pytest.fixture(autouse=True)
+    def _database(self, mongo: MongoDatabase) -> None:
+        self.mongo = mongo
+
+    def connect(self, **options: Any) -> TokenStorage:
+        return MongoUpstoxStorage(self.mongo.url, self.mongo.name, **options)
+
+    def raw_rows(self) -> list[dict[str, Any]]:
+        with self.mongo.bare() as db:
+            active = {each["token_id"]: each for each in db.active_tokens.find()}
+            return [
+                {
+                    "id": record["_id"],
+                    "access_token": active.get(record["_id"], {}).get("ciphertext"),
+                    "key_id": active.get(record["_id"], {}).get("key_id"),
+                }
+                for record in db.tokens.find().sort("_id")
+            ]
+
+    def write_raw(self, token_id: Any, **values: Any) -> None:
+        change = {"ciphertext" if name == "access_token" else name: value for name, value in values.items()}
+        with self.mongo.bare() as db:
+            db.active_tokens.with_options(CodecOptions(tz_aware=True)).update_one(
+                {"token_id": token_id}, {"$set": change}, bypass_document_validation=True
+            )
+
+    @pytest.fixture
+    def store(self, open_store: OpenStore) -> MongoUpstoxStorage:
+        store = open_store()
+        assert isinstance(store, MongoUpstoxStorage)
+        return store
+
+    # The layout
+
+    def test_the_ciphertext_and_the_record_lie_apart(self, store: MongoUpstoxStorage) -> None:
+        stored = store.store_token()
+        with self.mongo.bare() as db:
+            (active,), (record,) = db.active_tokens.find(), db.tokens.find()
+        assert active["_id"] == USER
+        assert active["ciphertext"].startswith("v1.")
+        assert str(active["token_id"]) == str(record["_id"]) == stored["token_id"]
+        assert "v1." not in str(record)
+        assert record["products"] == ["I", "D", "CO", "MTF"] or record["products"]
+
+    def test_a_read_with_its_count_and_audit_is_two_round_trips(self, store: MongoUpstoxStorage) -> None:
+        store.store_token()
+        with self.mongo.bare() as db:
+            db.command("profile", 2)
+            living(store)
+            db.command("profile", 0)
+            seen = db.system.profile.find({"appName": "upstox_db_examples"})
+            assert [next(iter(each["command"])) for each in seen] == ["find", "findAndModify"]
+
+    def test_audit_entries_move_out_of_the_record_and_none_is_lost(self, store: MongoUpstoxStorage) -> None:
+        store.store_token()
+        for _ in range(250):
+            living(store)
+        with self.mongo.bare() as db:
+            (record,) = db.tokens.find()
+            assert record["usage_count"] == 250
+            assert len(record["audit"]) == 50
+            assert db.token_audit.count_documents({"action": "used"}) == 200
+        told = store.get_audit_trail(USER, limit=1000)
+        assert len([entry for entry in told if entry["action"] == "used"]) == 250
+        store.store_token()
+        assert len([e for e in store.get_audit_trail(USER, limit=1000) if e["action"] == "used"]) == 250
+
+    def test_entries_whose_move_was_cut_off_are_told_once(self, store: MongoUpstoxStorage) -> None:
+        store.store_token(USER)
+        living(store)
+        with self.mongo.bare() as db:
+            (record,) = db.tokens.find()
+            db.token_audit.insert_many(record["audit"])  # moved, and killed before they were taken out of the record
+        assert [e["action"] for e in store.get_audit_trail(USER)] == ["used", "created", "login"]
+        store.revoke_token(USER)
+        assert [e["action"] for e in store.get_audit_trail(USER)] == ["revoked", "used", "created", "login"]
+
+    def test_the_database_itself_refuses_a_second_active_token_and_plaintext(self, store: MongoUpstoxStorage) -> None:
+        store.store_token()
+        with self.mongo.bare() as db:
+            (active,), (record,) = db.active_tokens.find(), db.tokens.find()
+            with pytest.raises(DuplicateKeyError):
+                db.active_tokens.insert_one(active)
+            with pytest.raises(DuplicateKeyError):
+                db.tokens.insert_one({**record, "_id": ObjectId()})
+            for oddity in ({"ciphertext": "eyJ0eXAi" * 9}, {"expires_at": "tomorrow"}, {"access_token": "x"}):
+                with pytest.raises(WriteError):
+                    db.active_tokens.update_one({"_id": USER}, {"$set": oddity})
+            with pytest.raises(WriteError):
+                db.tokens.update_one({"_id": record["_id"]}, {"$set": {"access_token": "x"}})
+
+    def test_writes_wait_for_a_majority_and_its_journals(self, store: MongoUpstoxStorage) -> None:
+        with store._database() as db:
+            assert db.write_concern.document == {"w": "majority", "j": True}
+
+    def test_each_query_uses_an_index(self, store: MongoUpstoxStorage) -> None:
+        store.store_token()
+        living(store)
+        now = store._now()
+        dead = {"is_active": True, "expires_at": {"$lte": now}}
+        queries: list[tuple[str, dict[str, Any], list[tuple[str, int]]]] = [
+            ("active_tokens", {"_id": USER, "expires_at": {"$gt": now}, "ciphertext": {"$exists": True}}, []),
+            ("active_tokens", {"key_id": {"$gt": "", "$ne": "other"}}, []),
+            ("tokens", {"user_id": USER}, [("generation", -1)]),
+            ("tokens", {"user_id": USER, "is_active": True, "generation": {"$lt": 9}}, [("generation", 1)]),
+            ("tokens", {"created_at": {"$gte": now, "$lte": now}}, [("created_at", -1)]),
+            ("tokens", {"account": "x"}, [("created_at", -1), ("_id", -1)]),
+            ("tokens", dead, [("expires_at", 1)]),
+            ("tokens", {"audit.user_id": USER}, []),
+            ("token_audit", {"user_id": USER}, [("performed_at", -1), ("_id", -1)]),
+            ("token_audit", {"performed_at": {"$lt": now}}, []),
+        ]
+        with self.mongo.bare() as db:
+            for collection, query, order in queries:
+                found = db[collection].find(query)
+                plan = (found.sort(order) if order else found).explain()["queryPlanner"]["winningPlan"]
+                assert "COLLSCAN" not in str(plan), (collection, query, plan)
+                assert "IXSCAN" in str(plan) or "IDHACK" in str(plan), (collection, query, plan)
+                assert "'SORT'" not in str(plan), (collection, query, plan)
+
+    def test_an_ended_record_leaves_the_index_of_those_that_hold_audit_entries(self, store: MongoUpstoxStorage) -> None:
+        for _ in range(5):
+            store.store_token()
+        with self.mongo.bare() as db:
+            stats = db.tokens.find({"audit.user_id": USER}).explain()["executionStats"]
+        assert stats["totalKeysExamined"] == 1
+
+    # Other programs, other versions
+
+    def test_the_guides_collection_with_tokens_in_it_is_refused_and_left_alone(self, mongo: MongoDatabase) -> None:
+        with mongo.bare() as db:
+            db.tokens.create_index("expires_at")
+            db.tokens.insert_one({"user_id": USER, "access_token": "plain"})
+        with pytest.raises(ConfigurationError, match="made by another program"):
+            self.connect()
+        with mongo.bare() as db:
+            assert db.list_collection_names() == ["tokens"]
+            assert set(db.tokens.index_information()) == {"_id_", "expires_at_1"}
+
+    def test_the_guides_collection_as_its_failed_start_leaves_it_is_taken_over(self, open_store: OpenStore) -> None:
+        with self.mongo.bare() as db:
+            db.tokens.create_index([("user_id", 1), ("is_active", 1), ("expires_at", -1)])
+            db.tokens.create_index([("expires_at", 1)])
+            db.tokens.create_index([("created_at", -1)])
+            db.token_audit.create_index([("user_id", 1), ("performed_at", -1)])
+            with pytest.raises(PyMongoError):
+                db.tokens.create_index([("expires_at", 1)], expireAfterSeconds=0)  # code 85: here the guide ends
+        assert open_store().store_token()["token"] == living(open_store())["token"]
+
+    @pytest.mark.parametrize("options", [{}, {"expireAfterSeconds": 3600}])
+    def test_another_index_on_the_time_of_death_becomes_the_ttl(
+        self, open_store: OpenStore, options: dict[str, int]
+    ) -> None:
+        with self.mongo.bare() as db:
+            db.active_tokens.create_index("expires_at", **options)
+        open_store()
+        with self.mongo.bare() as db:
+            assert db.active_tokens.index_information()["expires_at_1"]["expireAfterSeconds"] == 0
+
+    def test_an_index_in_the_way_is_named(self) -> None:
+        with self.mongo.bare() as db:
+            db.tokens.create_index([("user_id", 1), ("generation", -1)])
+        with pytest.raises(ConfigurationError, match=r"another index on user_id, generation of tokens\. Drop it"):
+            self.connect()
+
+    def test_a_later_version_is_refused_and_a_start_that_was_cut_off_goes_on(self, open_store: OpenStore) -> None:
+        open_store().store_token()
+        with self.mongo.bare() as db:
+            db.schema_version.update_one({}, {"$set": {"version": 0}})
+            db.tokens.drop_index("created_at_-1")
+        open_store()
+        with self.mongo.bare() as db:
+            assert "created_at_-1" in db.tokens.index_information()
+            db.schema_version.update_one({}, {"$set": {"version": 2}})
+        with pytest.raises(ConfigurationError, match="schema version 2"):
+            self.connect()
+
+    def test_many_can_make_the_collections_at_once(self, open_store: OpenStore) -> None:
+        with ThreadPoolExecutor(8) as threads:
+            stores = list(threads.map(lambda _: open_store(), range(8)))
+        assert stores[0].store_token()["token"] == living(stores[7])["token"]
+
+    # The lease and its fence
+
+    def test_a_login_that_comes_too_late_is_refused(self, store: MongoUpstoxStorage, open_store: OpenStore) -> None:
+        def login_while_another_is_faster(_: str | None) -> AccessTokenData:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store, "_lock", lambda _: nullcontext())
+                store.store_token(USER)
+            return token_data(USER)
+
+        late = open_store(login=login_while_another_is_faster)
+        with pytest.raises(LoginSuperseded):
+            late.store_token(USER)
+        assert len([row for row in self.raw_rows() if row["access_token"]]) == 1
+        assert living(store)["token"] != token_data(USER).access_token
+
+    @pytest.mark.parametrize("user_id", [USER, None])
+    def test_a_login_whose_lease_was_taken_over_is_refused(self, open_store: OpenStore, user_id: str | None) -> None:
+        def login_while_the_lease_goes(_: str | None) -> AccessTokenData:
+            with self.mongo.bare() as db:
+                db.leases.update_many({}, {"$set": {"owner": "somebody else"}})
+            return token_data(USER)
+
+        late = open_store(login=login_while_the_lease_goes)
+        with pytest.raises(LoginSuperseded, match="took over"):
+            late.store_token(user_id)
+        assert self.raw_rows() == []
+
+    def test_an_older_token_cannot_come_back_after_a_revocation(self, store: MongoUpstoxStorage) -> None:
+        store.store_token()
+        with self.mongo.bare() as db:
+            (older,) = db.active_tokens.find()
+        store.store_token()
+        store.revoke_token(USER)
+        with self.mongo.bare() as db, pytest.raises(DuplicateKeyError):
+            user_id = older.pop("_id")
+            db.active_tokens.replace_one({"_id": user_id, "generation": {"$lt": 1}}, older, upsert=True)
+        assert store.get_valid_token(USER) is None
+
+    def test_a_slow_login_keeps_its_lease(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
+        upstox.login_seconds = 1.0  # a request; a login has six
+        slow, other = open_store(lease=1), open_store(lease=1)
+        with ThreadPoolExecutor(2) as threads:
+            results = [threads.submit(store.get_or_create_token, USER) for store in (slow, other)]
+            assert len({result.result()["token"] for result in results}) == 1
+        assert upstox.logins() == 1
+
+    def test_the_clock_of_this_machine_does_not_matter_for_the_lease(
+        self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        holder, other = open_store(), open_store(login_wait=0.3)
+        with holder._lock(USER):
+            monkeypatch.setattr(time, "time", lambda: datetime.now(UTC).timestamp() + 3600)
+            with pytest.raises(StoreUnavailable, match="Waited"), other._lock(USER):
+                raise AssertionError
+
+    # What is cut off in the middle
+
+    def test_a_record_without_its_swap_changes_nothing_and_is_ended_by_the_next_store(
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first = store.store_token(USER)["token"]
+        with pytest.raises(TokenNotStored), cut_off_before(monkeypatch, "find_one_and_replace"):
+            store.store_token(USER)
+        assert living(store)["token"] == first
+        assert [row["is_active"] for row in store.get_token_history(USER)] == [False, True]
+        third = store.store_token(USER)["token"]
+        assert living(store)["token"] == third
+        with self.mongo.bare() as db:
+            assert db.tokens.count_documents({"is_active": True}) == 1
+        ended = [e["action"] for e in store.get_audit_trail(USER) if e["action"] in ("created", "deactivated")]
+        assert sorted(ended) == ["created"] * 3 + ["deactivated"] * 2
+
+    def test_a_swap_whose_tidying_up_fails_is_stored_all_the_same(
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.store_token(USER)
+        with cut_off_before(monkeypatch, "bulk_write"):
+            second = store.store_token(USER)["token"]
+        assert living(store)["token"] == second
+        assert [row["is_active"] for row in store.get_token_history(USER)] == [True, False]
+        store.store_token(USER)
+        told = [e["action"] for e in store.get_audit_trail(USER) if e["action"] == "deactivated"]
+        assert told == ["deactivated"] * 2
+
+    def test_a_revocation_that_is_cut_off_holds_and_is_told_later(
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.store_token(USER)
+        with pytest.raises(StoreUnavailable), cut_off_before(monkeypatch, "bulk_write"):
+            store.revoke_token(USER)
+        assert store.get_valid_token(USER) is None
+        store.store_token(USER)
+        told = [e["action"] for e in store.get_audit_trail(USER) if e["action"] not in ("login",)]
+        assert sorted(told) == ["created", "created", "revoked"]
+
+    def test_a_token_whose_record_is_gone_is_not_handed_out_uncounted(self, store: MongoUpstoxStorage) -> None:
+        store.store_token(USER)
+        with self.mongo.bare() as db:
+            db.tokens.delete_many({})
+        with pytest.raises(StoreUnavailable, match="no record in which to count"):
+            store.get_valid_token(USER)
+
+    # The guide's own methods
+
+    def test_the_dashboard(self, store: MongoUpstoxStorage, clock: Clock) -> None:
+        store.store_token()
+        stored = store.store_token()
+        living(store)
+        board = store.get_user_dashboard(USER)
+        assert list(board) == ["user_id", "statistics", "recent_activity", "active_token"]
+        assert board["active_token"] == {"exists": True, "expires_at": stored["expires_at"], "usage_count": 1}
+        assert board["statistics"] == {
+            "total_tokens": 2,
+            "active_tokens": 1,
+            "total_usage": 1,
+            "avg_usage": 0.5,
+            "last_generation": clock.now.astimezone(UTC).isoformat(),
+            "last_usage": clock.now.astimezone(UTC).isoformat(),
+        }
+        assert board["recent_activity"][0]["action"] == "used"
+        told = json.dumps(board)
+        assert "v1." not in told
+        assert "eyJ" not in told
+
+    def test_the_dashboard_of_an_unknown_user_has_the_same_keys(self, store: MongoUpstoxStorage) -> None:
+        store.store_token()
+        known, unknown = store.get_user_dashboard(USER), store.get_user_dashboard("NOBODY")
+        assert list(known["statistics"]) == list(unknown["statistics"])
+        assert unknown["active_token"] == {"exists": False, "expires_at": None, "usage_count": 0}
+        assert unknown["recent_activity"] == []
+        assert set(unknown["statistics"].values()) == {0, None}
+
+    def test_the_dashboard_knows_of_revoked_and_dead_tokens(self, store: MongoUpstoxStorage, clock: Clock) -> None:
+        store.store_token()
+        clock.set(7, 3, 30)
+        assert store.get_user_dashboard(USER)["active_token"]["exists"] is False
+        store.store_token()
+        store.revoke_token(USER)
+        assert store.get_user_dashboard(USER)["active_token"]["exists"] is False
+
+    def test_tokens_by_timeframe(self, open_store: OpenStore, clock: Clock) -> None:
+        store = open_store(login=lambda user_id: token_data(user_id or USER))
+        assert isinstance(store, MongoUpstoxStorage)
+        for user_id in ("CD0001", "CD0002", "CD0001"):
+            store.store_token(user_id)
+            clock.advance(hours=1)
+        found = store.get_tokens_by_timeframe(ist(6, 20), ist(6, 22))
+        assert [(each["user_id"], each["is_active"]) for each in found] == [
+            ("CD0001", True),
+            ("CD0002", True),
+            ("CD0001", False),
+        ]
+        assert len(store.get_tokens_by_timeframe(ist(6, 21), ist(6, 21))) == 1
+        assert store.get_tokens_by_timeframe(ist(7, 21), ist(8, 21)) == []
+        told = json.dumps(found)
+        assert "v1." not in told
+        assert {"token_id", "user_id", "user_name", "created_at", "expires_at", "usage_count", "metadata"} <= set(
+            found[0]
+        )
+
+    def test_a_timeframe_without_a_time_zone_or_the_wrong_way_round_is_refused(self, store: MongoUpstoxStorage) -> None:
+        with pytest.raises(InvalidInput, match="start_date must be a datetime with a time zone"):
+            store.get_tokens_by_timeframe(datetime(2099, 1, 1), ist(7, 0))
+        with pytest.raises(InvalidInput, match="end_date must be a datetime with a time zone"):
+            store.get_tokens_by_timeframe(ist(7, 0), datetime(2099, 1, 1))
+        with pytest.raises(InvalidInput, match="must not be later"):
+            store.get_tokens_by_timeframe(ist(8, 0), ist(7, 0))
+
+    def test_old_audit_entries_are_deleted_and_the_counts_stay(self, store: MongoUpstoxStorage, clock: Clock) -> None:
+        store.store_token()
+        for _ in range(3):
+            living(store)
+        clock.advance(days=89)
+        assert store.cleanup_old_audit_entries() == 0
+        clock.advance(days=2)
+        store.store_token()
+        assert store.cleanup_old_audit_entries() == 5, "login, created and three uses"
+        assert store.cleanup_old_audit_entries() == 0
+        assert store.get_user_statistics(USER)["total_usage"] == 3
+        assert [entry["action"] for entry in store.get_audit_trail(USER)] == ["created", "deactivated", "login"]
+        assert store.cleanup_old_audit_entries(days_to_keep=0) == 0
+
+    @pytest.mark.parametrize("days", [-1, 1.5, "90", None, True, 10**6])
+    def test_an_odd_number_of_days_is_refused(self, store: MongoUpstoxStorage, days: Any) -> None:
+        with pytest.raises(InvalidInput, match="days_to_keep"):
+            store.cleanup_old_audit_entries(days)
+
+    # Connections
+
+    def test_a_forked_child_has_connections_of_its_own(self, mongo: MongoDatabase) -> None:
+        address = Address("upstox_db_examples:MongoUpstoxStorage", mongo)
+        process, connection = processes.start(processes.fork_and_read, address)
+        assert len(set(connection.recv())) == 1
+        process.join()
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            "",
+            "mongodb://",
+            "mongodb://user:hunter2hunter2@host:port/",
+            "mongodb://us:er:hunter2@hunter2@host/",
+            "postgresql://user:hunter2hunter2@host/",
+            None,
+            7,
+        ],
+    )
+    def test_a_bad_connection_string_is_refused_without_showing_it(self, bad: Any) -> None:
+        with pytest.raises(StorageError) as caught:
+            MongoUpstoxStorage(bad, timeout=0.5)
+        assert "hunter2" not in shown_with_locals(caught.value)
+
+    @pytest.mark.parametrize("name", ["", "a b", "a.b", "a/b", "x" * 70, None])
+    def test_a_bad_database_name_is_refused(self, name: Any) -> None:
+        with pytest.raises(StorageError):
+            MongoUpstoxStorage(self.mongo.url, name)
+
+    def test_a_wrong_password_is_said_and_not_shown(self) -> None:
+        host = self.mongo.url.rpartition("@")[2]
+        with pytest.raises(StoreUnavailable, match="refused the user or its password") as caught:
+            MongoUpstoxStorage(f"mongodb://test:{quote_plus('hunter2/hunter2')}@{host}")
+        assert "hunter2" not in shown_with_locals(caught.value)
+
+
+class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
+    takeover = 3
+
+    @pytest.fixture
+    def address(self, mongo: MongoDatabase) -> Address:
+        MongoUpstoxStorage(*mongo).close()
+        return Address("tests.test_mongodb:WithALease", (*mongo, self.takeover))
+
+    def test_a_holder_that_was_stopped_and_is_woken_late_stores_nothing(self, address: Address) -> None:
+        late, from_late = processes.start(processes.log_in_slowly, address, 1.0)
+        assert from_late.recv() == "logging in"
+        assert late.pid is not None
+        os.kill(late.pid, signal.SIGSTOP)
+        faster, from_faster = processes.start(processes.log_in_slowly, address, 0.0)
+        assert from_faster.recv() == "logging in", "the lease has ended"
+        token = from_faster.recv()
+        os.kill(late.pid, signal.SIGCONT)
+        assert "LoginSuperseded" in from_late.recv()
+        with address.open() as store:
+            assert living(store)["token"] == token
+        for process in (late, faster):
+            process.join()
+
+    @pytest.mark.slow
+    def test_a_writer_can_be_killed_200_times(self, address: Address, count: Callable[[], Counts]) -> None:
+        # Each killed writer leaves a lease to wait for, so this one is short.
+        short = Address(address.kind, (*address.arguments[:2], 0.1))
+        reliability.a_writer_can_be_killed_at_any_moment(short, count, within=0.2)
+
+    @pytest.fixture
+    def count(self, mongo: MongoDatabase) -> Callable[[], Counts]:
+        def counted() -> Counts:
+            with mongo.bare() as db:
+                records = {each["_id"]: each for each in db.tokens.find()}
+                created = {e["token_id"] for e in db.token_audit.find({"action": "created"})}
+                created |= {
+                    e["token_id"] for each in records.values() for e in each["audit"] if e["action"] == "created"
+                }
+                active = [str(each["token_id"]) for each in db.active_tokens.find({"_id": USER})]
+            generations = {str(token_id): record["generation"] for token_id, record in records.items()}
+            return Counts(active, generations, len(created ^ set(records)))
+
+        return counted
+
+
+class WithALease(MongoUpstoxStorage):
+    """So that the tests need not wait ten seconds for a killed holder's lease to end."""
+
+    def __init__(self, url: str, name: str, lease: float, **options: Any) -> None:
+        super().__init__(url, name, lease=lease, **options)
+
+
+class TestTheTTL:
+    """On a server whose TTL monitor runs each second; here time is the real one."""
+
+    @pytest.fixture
+    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[MongoDBServer]:
+        monkeypatch.delenv("MONGODB_URL", raising=False)
+        with MongoDBServer(settings={"ttlMonitorSleepSecs": "1"}) as server:
+            yield server
+
+    def test_the_ciphertext_goes_by_itself_and_the_history_stays(self, server: MongoDBServer, keys: KeyRing) -> None:
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        with MongoUpstoxStorage(server.url, login=login, keys=keys, policy=FewSeconds()) as store:
+            stored = store.store_token(USER)
+            assert living(store)["usage_count"] == 1
+            with pymongo.MongoClient[Any](server.url) as client:
+                db = client.upstox_db
+                assert db.active_tokens.count_documents({}) == 1
+                wait_until(lambda: db.active_tokens.count_documents({}) == 0)
+                assert "v1." not in "".join(map(str, [*db.tokens.find(), *db.token_audit.find()]))
+            assert store.get_valid_token(USER) is None
+            assert store.get_token_history(USER)[0]["token_id"] == stored["token_id"]
+            assert store.get_user_statistics(USER)["total_usage"] == 1
+            assert [entry["action"] for entry in store.get_audit_trail(USER)] == ["used", "created", "login"]
+            assert store.cleanup_expired_tokens() == 1
+            assert store.get_audit_trail(USER)[0]["action"] == "expired"
+
+    def test_a_read_does_not_wait_for_the_ttl(self, keys: KeyRing, mongo: MongoDatabase) -> None:
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        options: dict[str, Any] = {"login": login, "keys": keys, "policy": FewSeconds()}
+        with MongoUpstoxStorage(*mongo, **options) as store:
+            store.store_token(USER)
+            time.sleep(3)
+            assert store.get_valid_token(USER) is None
+
+
+class FewSeconds(ExpiryPolicy):
+    """Tokens that die soon, so that a test need not wait until 03:30."""
+
+    def __init__(self) -> None:
+        super().__init__(margin=timedelta(0))
+
+    def expires_at(self, _: Secret, now: datetime) -> datetime:
+        return now + timedelta(seconds=2)
+
+
+class TestAServerThatFails:
+    """On a server of our own, which can be stopped, killed and stalled."""
+
+    @pytest.fixture
+    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[MongoDBServer]:
+        monkeypatch.delenv("MONGODB_URL", raising=False)
+        with MongoDBServer() as server:
+            yield server
+
+    @pytest.fixture
+    def store(self, server: MongoDBServer, keys: KeyRing, clock: Clock) -> Iterator[MongoUpstoxStorage]:
+        self.logins = 0
+        with MongoUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock, timeout=1) as store:
+            yield store
+
+    def login(self, user_id: str | None) -> AccessTokenData:
+        self.logins += 1
+        return token_data(user_id or USER, f"eyJ0eXAi{self.logins:060}")
+
+    def test_that_is_restarted_between_two_calls_goes_unnoticed(
+        self, server: MongoDBServer, keys: KeyRing, clock: Clock
+    ) -> None:
+        self.logins = 0
+        with MongoUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock) as store:
+            token = store.store_token(USER)["token"]
+            for end in (server.stop, server.kill):
+                end()
+                server.start()
+                assert living(store)["token"] == token
+        assert self.logins == 1
+
+    def test_that_is_down_is_a_clear_error_and_costs_no_login(
+        self, server: MongoDBServer, store: MongoUpstoxStorage
+    ) -> None:
+        token = store.store_token(USER)["token"]
+        password = server.url.partition("root:")[2].partition("@")[0]
+        server.kill()
+        for call in (store.get_valid_token, store.get_or_create_token, store.store_token):
+            with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
+                call(USER)
+            assert password not in shown_with_locals(caught.value)
+        assert self.logins == 1
+        assert store.get_storage_status()["mongodb"].startswith("error: ")
+        server.start()
+        wait_until(lambda: store.get_storage_status()["mongodb"] == "healthy")
+        assert living(store)["token"] == token
+
+    def test_that_stalls_is_given_up_in_time_and_costs_no_login(
+        self, server: MongoDBServer, store: MongoUpstoxStorage
+    ) -> None:
+        token = store.store_token(USER)["token"]
+        server.pause()
+        for call in (store.get_valid_token, store.store_token):
+            begin = time.monotonic()
+            with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
+                call(USER)
+            assert time.monotonic() - begin < 1.2
+        assert self.logins == 1
+        server.resume()
+        wait_until(lambda: store.get_storage_status()["mongodb"] == "healthy")
+        assert living(store)["token"] == token
+
+    def test_that_dies_during_the_login_gives_the_token_in_the_error(
+        self, server: MongoDBServer, store: MongoUpstoxStorage
+    ) -> None:
+        first = store.store_token(USER)["token"]
+
+        def login_while_the_server_dies(user_id: str | None) -> AccessTokenData:
+            server.kill()
+            return self.login(user_id)
+
+        store._login = login_while_the_server_dies
+        with pytest.raises(TokenNotStored) as caught:
+            store.store_token(USER)
+        server.start()
+        wait_until(lambda: store.get_storage_status()["mongodb"] == "healthy")
+        assert living(store)["token"] == first
+        assert caught.value.token.reveal() != first
+
+    def test_that_is_killed_again_and_again_loses_nothing_it_acknowledged(
+        self, server: MongoDBServer, store: MongoUpstoxStorage
+    ) -> None:
+        acknowledged: list[str] = []
+        stop = threading.Event()
+
+        def keep_storing() -> None:
+            while not stop.is_set():
+                try:
+                    acknowledged.append(store.store_token(USER)["token_id"])
+                except StorageError:
+                    time.sleep(0.01)
+
+        with ThreadPoolExecutor(1) as thread:
+            writer = thread.submit(keep_storing)
+            for _ in range(5):
+                time.sleep(1)
+                server.kill()
+                server.start()
+            time.sleep(1)
+            stop.set()
+            writer.result()
+        with pymongo.MongoClient[Any](server.url) as client:
+            records = {str(each["_id"]): each["generation"] for each in client.upstox_db.tokens.find()}
+            active = [str(each["token_id"]) for each in client.upstox_db.active_tokens.find()]
+        assert len(acknowledged) > 20
+        assert set(acknowledged) <= set(records)
+        assert len(active) == 1
+        assert records[active[0]] >= max(records[each] for each in acknowledged)
+
+    def test_eight_threads_count_exactly_what_they_were_handed_through_a_stall(
+        self, server: MongoDBServer, keys: KeyRing, clock: Clock
+    ) -> None:
+        self.logins = 0
+        with MongoUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock, timeout=5) as store:
+            store.store_token(USER)
+            with ThreadPoolExecutor(9) as threads:
+                reads = [threads.submit(living, store) for _ in range(800)]
+                time.sleep(0.3)
+                server.pause()
+                time.sleep(2)
+                server.resume()
+                counts = sorted(read.result()["usage_count"] for read in reads)
+            assert counts == list(range(1, 801))
+            told = store.get_audit_trail(USER, limit=2000)
+        assert len([entry for entry in told if entry["action"] == "used"]) == 800
+
+    def test_tls_is_verified(self, keys: KeyRing, clock: Clock, tmp_path_factory: pytest.TempPathFactory) -> None:
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        stranger, _, _ = make_certificates(tmp_path_factory.mktemp("another_authority"))
+        with MongoDBServer(tls=True) as server:
+            url = server.url if "tls=true" in server.url else f"{server.url}&tls=true"
+            with MongoUpstoxStorage(f"{url}&tlsCAFile={server.ca_file}", login=login, keys=keys, clock=clock) as store:
+                assert store.store_token(USER)["token"] == living(store)["token"]
+            for refused in (f"{url}&tlsCAFile={stranger}", url):
+                with pytest.raises(StoreUnavailable):
+                    MongoUpstoxStorage(refused, timeout=1)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"it did not come true within {seconds} s"
+        time.sleep(0.05)
+
+
+@contextmanager
+def cut_off_before(patch: pytest.MonkeyPatch, method: str) -> Iterator[None]:
+    """Where pymongo's collection would do this, the connection is lost."""
+
+    def lost(*_: object, **__: object) -> None:
+        raise AutoReconnect("connection closed")
+
+    with patch.context() as patched:
+        patched.setattr(Collection, method, lost)
+        yield

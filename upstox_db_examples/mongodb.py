@@ -1,0 +1,376 @@
+"""Pattern 3: MongoDB with a TTL. What is dangerous disappears by itself, what is history stays."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from datetime import datetime, timedelta
+from typing import Any, Unpack
+
+from bson import ObjectId
+from pymongo import DESCENDING, DeleteOne, ReturnDocument, UpdateOne
+from pymongo.database import Database
+from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
+
+from upstox_db_examples.errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
+from upstox_db_examples.mongodb_connection import Document, MongoDBConnection
+from upstox_db_examples.mongodb_lease import Leases
+from upstox_db_examples.mongodb_schema import make_collections
+from upstox_db_examples.storage import BATCH, Options, TokenStorage, require_aware
+from upstox_db_examples.token import Secret, StoredToken
+
+MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
+ATTEMPTS = 5  # at a read while the token is being replaced
+
+
+class MongoUpstoxStorage(TokenStorage):
+    """Tokens in MongoDB 6.0 or newer, a replica set or a single server.
+
+    Three collections. `active_tokens` has one document a user, whose `_id` is the user's id: the ciphertext. A TTL
+    index removes it when the token dies. `tokens` has one record a token, without the ciphertext, and inside it the
+    audit entries of its last uses; older entries are in `token_audit`.
+
+    The token changes by one atomic change of the one document in `active_tokens`. What stands around it is written
+    before or can be made up for later, so a client or a server that dies between two writes leaves nothing wrong, and
+    no transaction is needed. Each write is acknowledged when a majority of the replica set has it in its journal. A
+    single server has it in its own journal; there the driver does not retry a write whose answer was lost.
+
+    Args:
+        connection_string: a `mongodb://` or `mongodb+srv://` URL, as `pymongo.MongoClient` takes it.
+        database_name: the database.
+        timeout: seconds for each call's answers together, elections of a new primary included.
+        lease: seconds after which another caller may log a user in whose login's process has died. A login that takes
+            longer keeps its lease.
+        options: see `Options`.
+
+    Raises:
+        ConfigurationError: the URL or the database is not usable.
+        StoreUnavailable: the server cannot be reached.
+    """
+
+    def __init__(
+        self,
+        connection_string: str,
+        database_name: str = "upstox_db",
+        *,
+        timeout: float = 5.0,
+        lease: float = 10.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(**options)
+        url = Secret(connection_string)
+        del connection_string  # A traceback that prints local variables must not show its password.
+        self._connection = MongoDBConnection(url, database_name, timeout)
+        self._database = self._connection.database
+        self._leases = Leases(self._database, lease)
+        # As in the guide, nobody has to close a store.
+        weakref.finalize(self, self._connection.close)
+        self.init_database()
+
+    def init_database(self) -> None:
+        """Make the collections, their validators and indexes. Safe to repeat and to run at once."""
+        with self._database() as db:
+            make_collections(db, self._connection.where)
+
+    def get_user_dashboard(self, user_id: str) -> dict[str, Any]:
+        """All about a user in one JSON-friendly dict, without the token.
+
+        Returns:
+            `user_id`; `statistics` (`total_tokens`, `active_tokens`, `total_usage`, `avg_usage`, `last_generation`,
+            `last_usage`); `recent_activity`, the last ten audit entries; `active_token` (`exists`, `expires_at`,
+            `usage_count`). Times are ISO text in UTC. An unknown user has zeros, None and an empty list.
+        """
+        statistics = self.get_user_statistics(user_id)
+        statistics["avg_usage"] = statistics.pop("avg_usage_per_token")
+        newest = next((row for row in self.get_token_history(user_id, limit=1) if row["is_active"]), None)
+        return {
+            "user_id": user_id,
+            "statistics": statistics,
+            "recent_activity": self.get_audit_trail(user_id, limit=10),
+            "active_token": {
+                "exists": newest is not None,
+                "expires_at": newest["expires_at"] if newest else None,
+                "usage_count": newest["usage_count"] if newest else 0,
+            },
+        }
+
+    def get_tokens_by_timeframe(self, start_date: datetime, end_date: datetime) -> list[dict[str, Any]]:
+        """The records of all tokens made from `start_date` to `end_date`, both included, newest first.
+
+        Args:
+            start_date, end_date: aware datetimes.
+
+        Raises:
+            InvalidInput: one has no time zone, or they are in the wrong order.
+        """
+        start, end = require_aware(start_date, "start_date"), require_aware(end_date, "end_date")
+        if start > end:
+            raise InvalidInput("start_date must not be later than end_date.")
+        made = {"created_at": {"$gte": start, "$lte": end}}
+        with self._database() as db:
+            records = list(db.tokens.find(made, {"audit": 0}).sort("created_at", DESCENDING))
+            users = {record["user_id"] for record in records}
+            active = {each["token_id"] for each in db.active_tokens.find({"_id": {"$in": list(users)}, **_held()})}
+        now = self._now()
+        return [_shown(record, is_active=record["_id"] in active and record["expires_at"] > now) for record in records]
+
+    def cleanup_old_audit_entries(self, days_to_keep: int = 90) -> int:
+        """Delete audit entries older than this many days, in batches; tokens' records and counts stay.
+
+        Returns:
+            how many there were.
+        """
+        if type(days_to_keep) is not int or not 0 <= days_to_keep <= 36_500:
+            raise InvalidInput("days_to_keep must be a whole number of days from 0 up.")
+        old = {"performed_at": {"$lt": self._now() - timedelta(days=days_to_keep)}}
+        with self._database() as db:
+            _move_audit(db, [record["_id"] for record in db.tokens.find({"audit": {"$elemMatch": old}}, {"_id": 1})])
+        deleted = 0
+        while True:
+            with self._database() as db:
+                ids = [entry["_id"] for entry in db.token_audit.find(old, {"_id": 1}).limit(BATCH)]
+                if not ids:
+                    return deleted
+                deleted += db.token_audit.delete_many({"_id": {"$in": ids}}).deleted_count
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __repr__(self) -> str:
+        return f"MongoUpstoxStorage({self._connection.where})"
+
+    # Reading and writing
+
+    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
+        entry = self._entry(user_id, "used", now)
+        use = {"$inc": {"usage_count": 1}, "$set": {"last_used_at": now}, "$push": {"audit": entry}}
+        shown = {"user_name": 1, "email": 1, "usage_count": 1}
+        with self._database() as db:
+            for _ in range(ATTEMPTS):
+                # The TTL runs once a minute: until then, only this filter keeps a dead token back.
+                active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": alive_after}, **_held()})
+                if active is None:
+                    return None
+                entry["token_id"] = active["token_id"]
+                record = db.tokens.find_one_and_update(
+                    {"_id": active["token_id"], "is_active": True}, use, shown, return_document=ReturnDocument.AFTER
+                )
+                if record is not None:
+                    if record["usage_count"] % MOVE_AFTER == 0:
+                        with contextlib.suppress(
+                            PyMongoError
+                        ):  # They are as good inside the record; the next one tries.
+                            _move_audit(db, [active["token_id"]])
+                    return _token(active, **{name: record.get(name) for name in shown})
+                # Between the two it was replaced or revoked: look again.
+        raise StoreUnavailable(f"{self._connection.where} has no record in which to count this use. Store a new token.")
+
+    def _insert(self, token: StoredToken) -> str:
+        record = asdict(token)
+        ciphertext, key_id = record.pop("ciphertext"), record.pop("key_id")
+        token_id = record["_id"] = ObjectId()
+        del record["token_id"], record["source"]
+        reason = {"reason": "new_token_generated"}
+        ended = self._entry(token.user_id, "deactivated", token.created_at, metadata=reason)
+        created = self._entry(token.user_id, "created", token.created_at, token_id)
+        active = {"token_id": token_id, "ciphertext": ciphertext, "key_id": key_id}
+        active |= {name: record[name] for name in ("generation", "created_at", "expires_at")}
+        try:
+            with self._database() as db:
+                self._leases.prove_held()
+                # Until the next line has run, nothing leads to this record. Its generation is unique: whoever lost
+                # his lease comes to an end here, or on the next line if he was stopped between the two.
+                db.tokens.insert_one({**record, "is_active": True, "last_used_at": None, "audit": [created]})
+                before = db.active_tokens.find_one_and_replace(
+                    {"_id": token.user_id, "generation": {"$lt": token.generation}}, active, upsert=True
+                )
+        except StoreUnavailable as error:
+            if isinstance(error.__cause__, DuplicateKeyError):
+                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+            raise
+        # It is stored. What now fails is made up for by the next store.
+        with contextlib.suppress(StorageError), self._database() as db:
+            earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
+            for old in [each["_id"] for each in db.tokens.find(earlier, {"_id": 1}).sort("generation")]:
+                cut_off = before["ended"] if before and before["token_id"] == old and "ended" in before else None
+                _end(db, [{**(cut_off or ended), "token_id": old}])
+                ended = {**ended, "_id": ObjectId()}
+        return str(token_id)
+
+    def _revoke(self, user_id: str, now: datetime) -> bool:
+        entry = self._entry(user_id, "revoked", now)
+        with self._database() as db:
+            # The document stays, empty, until its expiry: a login that was under way cannot slip in an older token.
+            erased = db.active_tokens.find_one_and_update(
+                {"_id": user_id, **_held()},
+                {"$unset": {"ciphertext": 1, "key_id": 1}, "$set": {"ended": entry}},
+            )
+            if erased:
+                _end(db, [{**entry, "token_id": erased["token_id"]}])
+        return erased is not None
+
+    def _expire(self, now: datetime, limit: int) -> int:
+        with self._database() as db:
+            dead = {"is_active": True, "expires_at": {"$lte": now}}
+            records = list(db.tokens.find(dead, {"user_id": 1}).sort("expires_at").limit(limit))
+            if not records:
+                return 0
+            # Usually the TTL was here before.
+            db.active_tokens.bulk_write(
+                [DeleteOne({"_id": each["user_id"], "token_id": each["_id"]}) for each in records], ordered=False
+            )
+            return _end(db, [self._entry(each["user_id"], "expired", now, each["_id"]) for each in records])
+
+    def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
+        with self._database() as db:
+            db.token_audit.insert_one(self._entry(user_id, action, now, metadata=metadata))
+
+    def _entry(
+        self,
+        user_id: str | None,
+        action: str,
+        now: datetime,
+        token_id: ObjectId | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Document:
+        """An audit entry. Its id is made here, so that writing it twice is noticed."""
+        entry = {"_id": ObjectId(), "token_id": token_id, "user_id": user_id, "action": action}
+        return {**entry, "actor": self._actor, "performed_at": now, "metadata": metadata or {}}
+
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        return self._leases.held(name, self._login_wait)
+
+    def _generation(self, user_id: str) -> int:
+        with self._database() as db:
+            newest = db.tokens.find_one({"user_id": user_id}, {"generation": 1}, sort=[("generation", DESCENDING)])
+        return int(newest["generation"]) if newest else 0
+
+    def _user_of_account(self, account: str) -> str | None:
+        with self._database() as db:
+            newest = [("created_at", DESCENDING), ("_id", DESCENDING)]
+            record = db.tokens.find_one({"account": account}, {"user_id": 1}, sort=newest)
+        return record["user_id"] if record else None
+
+    def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
+        names = ("created_at", "expires_at", "user_name", "email", "broker", "usage_count", "last_used_at")
+        with self._database() as db:
+            found = db.tokens.find({"user_id": user_id}, dict.fromkeys(names, 1))
+            records = list(found.sort("generation", DESCENDING).limit(limit))
+            active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": now}, **_held()}) or {}
+        return [_shown(record, is_active=record["_id"] == active.get("token_id")) for record in records]
+
+    def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
+        sums = {
+            "total_tokens": {"$sum": 1},
+            "total_usage": {"$sum": "$usage_count"},
+            "avg_usage_per_token": {"$avg": "$usage_count"},
+            "last_generation": {"$max": "$created_at"},
+            "last_usage": {"$max": "$last_used_at"},
+        }
+        with self._database() as db:
+            found = list(db.tokens.aggregate([{"$match": {"user_id": user_id}}, {"$group": {"_id": None, **sums}}]))
+            active = db.active_tokens.count_documents({"_id": user_id, "expires_at": {"$gt": now}, **_held()})
+        names = ("total_tokens", "active_tokens", "total_usage", "avg_usage_per_token", "last_generation", "last_usage")
+        totals = found[0] if found else {**dict.fromkeys(names, 0), "last_generation": None, "last_usage": None}
+        totals["active_tokens"] = active
+        return {name: _text(totals[name]) for name in names}
+
+    def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
+        with self._database() as db:
+            # First what is inside the records: an entry that is moved meanwhile is then seen twice, and not missed.
+            inside = [e for record in db.tokens.find({"audit.user_id": user_id}, {"audit": 1}) for e in record["audit"]]
+            order = [("performed_at", DESCENDING), ("_id", DESCENDING)]
+            entries = {
+                e["_id"]: e for e in [*inside, *db.token_audit.find({"user_id": user_id}).sort(order).limit(limit)]
+            }
+            newest = sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]), reverse=True)[:limit]
+            ids = {entry["token_id"] for entry in newest}
+            created = {
+                each["_id"]: each["created_at"]
+                for each in db.tokens.find({"_id": {"$in": list(ids)}}, {"created_at": 1})
+            }
+        names = ("action", "performed_at", "actor", "metadata", "user_id", "token_id")
+        return [
+            {**{name: _text(entry[name]) for name in names}, "token_created": _text(created.get(entry["token_id"]))}
+            for entry in newest
+        ]
+
+    def _under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
+        with self._database() as db:
+            return [_token(each) for each in db.active_tokens.find({"key_id": {"$gt": "", "$ne": key_id}}).limit(limit)]
+
+    def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+        changes = [
+            UpdateOne(
+                {"_id": old.user_id, "ciphertext": old.ciphertext},
+                {"$set": {"ciphertext": new.ciphertext, "key_id": new.key_id}},
+            )
+            for old, new in pairs
+        ]
+        with self._database() as db:
+            return db.active_tokens.bulk_write(changes, ordered=False).modified_count
+
+    def _count_keys(self) -> dict[str, int]:
+        each_key: list[Document] = [
+            {"$match": {"key_id": {"$gt": ""}}},
+            {"$group": {"_id": "$key_id", "count": {"$sum": 1}}},
+        ]
+        with self._database() as db:
+            return {row["_id"]: row["count"] for row in db.active_tokens.aggregate(each_key)}
+
+    def _health(self) -> dict[str, Any]:
+        try:
+            self._count_keys()
+        except StorageError as error:
+            return {"mongodb": f"error: {error}"}
+        return {"mongodb": "healthy"}
+
+
+def _held() -> Document:
+    """Not revoked."""
+    return {"ciphertext": {"$exists": True}}
+
+
+def _token(active: Document, **more: Any) -> StoredToken:
+    names = ("token_id", "ciphertext", "key_id", "generation", "created_at", "expires_at")
+    return StoredToken(
+        user_id=active["_id"], **{name: active[name] for name in names} | {"token_id": str(active["token_id"])}, **more
+    )
+
+
+def _end(db: Database[Document], entries: list[Document]) -> int:
+    """The records of these audit entries' tokens are no longer active; how many were until now."""
+    ending = [
+        UpdateOne({"_id": e["token_id"], "is_active": True}, {"$set": {"is_active": False}, "$push": {"audit": e}})
+        for e in entries
+    ]
+    ended = db.tokens.bulk_write(ending, ordered=False).modified_count
+    _move_audit(db, [entry["token_id"] for entry in entries])
+    return ended
+
+
+def _move_audit(db: Database[Document], token_ids: list[ObjectId]) -> None:
+    """From inside the records to a collection of their own. Cut off anywhere, it is done again without harm."""
+    for record in db.tokens.find({"_id": {"$in": token_ids}, "audit.0": {"$exists": True}}, {"audit": 1}):
+        try:
+            db.token_audit.insert_many(record["audit"], ordered=False)
+        except BulkWriteError as error:
+            if any(fault["code"] != 11000 for fault in error.details["writeErrors"]):
+                raise
+        moved = [entry["_id"] for entry in record["audit"]]
+        db.tokens.update_one({"_id": record["_id"]}, {"$pull": {"audit": {"_id": {"$in": moved}}}})
+
+
+def _shown(record: Mapping[str, Any], *, is_active: bool) -> dict[str, Any]:
+    """The record as callers see it, ready for JSON."""
+    named = {"token_id" if name == "_id" else name: _text(value) for name, value in record.items()}
+    return {**named, "is_active": is_active}
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, ObjectId) else value

@@ -1,0 +1,129 @@
+"""A connection to MongoDB: each call within a set time, each error in our words, nothing of the URL shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC
+from typing import Any
+
+import pymongo
+from bson.errors import BSONError
+from pymongo import MongoClient
+from pymongo.database import Database
+from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.read_preferences import ReadPreference
+from pymongo.uri_parser import parse_uri
+from pymongo.write_concern import WriteConcern
+
+from upstox_db_examples.errors import ConfigurationError, StorageError, StoreUnavailable
+from upstox_db_examples.token import Secret
+
+Document = dict[str, Any]
+
+
+class MongoDBConnection:
+    """pymongo's client and its pool, shared by the threads of a process.
+
+    Args:
+        url: as `pymongo.MongoClient` takes it.
+        name: the database.
+        timeout: seconds for all that one `with database()` does, elections of a new primary included.
+
+    Raises:
+        ConfigurationError: the URL or the name is none.
+    """
+
+    def __init__(self, url: Secret, name: str, timeout: float) -> None:
+        self._url = url
+        self._name = name
+        self._timeout = timeout
+        self._closed = False
+        self.where = _described(url, name)
+        self._connect()
+
+    @contextmanager
+    def database(self) -> Iterator[Database[Document]]:
+        """The database, for one call's time.
+
+        Raises:
+            StoreUnavailable, ConfigurationError: whatever pymongo raised inside, in our words.
+        """
+        if self._closed:
+            raise StoreUnavailable("This store is closed.")
+        if self._process != os.getpid():  # A forked child may not use the parent's connections, nor close them.
+            self._inherited = self._client
+            self._connect()
+        try:
+            with pymongo.timeout(self._timeout):
+                yield self._db
+        except (PyMongoError, BSONError) as error:
+            _forget_frames(error)
+            raise _explained(error, self.where, self._timeout) from error
+
+    def close(self) -> None:
+        self._closed = True
+        if self._process == os.getpid():
+            self._client.close()
+
+    def _connect(self) -> None:
+        client: MongoClient[Document] | None = None
+        try:
+            client = MongoClient(self._url.reveal(), tz_aware=True, tzinfo=UTC, appname="upstox_db_examples")
+            # Whatever the URL says: a secondary may not know yet that a token was revoked, and a write that only one
+            # server has can be lost.
+            self._db = client.get_database(
+                self._name,
+                read_preference=ReadPreference.PRIMARY,
+                write_concern=WriteConcern(w="majority", j=True),
+            )
+            self._client, self._process = client, os.getpid()
+            return
+        except (PyMongoError, ValueError, TypeError):
+            if client:
+                client.close()
+        # Raised out here, our error has no cause that shows the URL.
+        raise ConfigurationError(f"{self.where} is not a database that pymongo can use. Check the URL and the name.")
+
+
+def _described(url: Secret, name: str) -> str:
+    """Where the database is, without any password."""
+    try:
+        if url.reveal().startswith("mongodb+srv://"):  # The hosts are in the DNS.
+            return url.reveal().rpartition("@")[2].removeprefix("mongodb+srv://").partition("/")[0] + f"/{name}"
+        hosts = parse_uri(url.reveal(), validate=False)["nodelist"]
+        return ",".join(f"{host}:{port}" for host, port in hosts) + f"/{name}"
+    except (PyMongoError, ValueError, TypeError, AttributeError):
+        pass  # Its text may hold the password. Raised below, our error has no cause that shows it.
+    raise ConfigurationError(
+        "The connection string is not one that MongoDB understands, such as mongodb://user:password@host/. A password "
+        "with special characters is written by urllib.parse.quote_plus."
+    )
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """pymongo's own frames hold credentials and documents, which a traceback with local variables would show."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+_EXPLANATIONS: dict[int, tuple[type[StorageError], str]] = {
+    13: (ConfigurationError, "does not allow this user to do that. Grant him readWrite on the database."),
+    18: (StoreUnavailable, "refused the user or its password. Check both."),
+    121: (StoreUnavailable, "refused the document by its validator. Was it changed by hand?"),
+    14031: (StoreUnavailable, "has a full disk. Make room and try again."),
+}
+
+
+def _explained(error: Exception, where: str, timeout: float) -> StorageError:
+    code = getattr(error, "code", None)
+    if code in _EXPLANATIONS:
+        kind, what = _EXPLANATIONS[code]
+        return kind(f"MongoDB at {where} {what}")
+    if isinstance(error, OperationFailure) and not error.timeout:
+        return StoreUnavailable(f"MongoDB at {where} could not do it (code {code}). Try again.")
+    return StoreUnavailable(
+        f"MongoDB at {where} cannot be reached, or gave no answer for {timeout:g} s. Check that it runs and try again."
+    )
