@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from upstox_totp.models import AccessTokenData
 
-from upstox_db_examples import KeyRing, SdkLogin
+from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin
 
 KEY = KeyRing(b"the same key for all processes..")
 USER = "AB1234"
@@ -165,6 +165,33 @@ def fork_and_read(connection: Connection, address: Address) -> None:
         in_the_child = opened.read()
     os.wait()
     connection.send((stored, in_the_child, store.get_valid_token(USER)["token"]))
+
+
+def store_batch(_: Connection, address: Address, upstox: str, credentials: dict[str, dict[str, str]]) -> None:
+    """Log all of these accounts in, as fast as it goes."""
+    os.environ["no_proxy"] = "127.0.0.1"
+    with address.open(login=Accounts(credentials, base_domain=upstox)) as store:
+        store.store_token_batch(list(credentials), progress=False, pace=Pace(limits=()))
+
+
+def fork_and_compare(connection: Connection, address: Address) -> None:
+    """Use a pool, fork, use it in the child; sends whether the child has the parent's pool or connection."""
+    store = address.open(login=made_up_login)
+    with store.get_connection() as conn:
+        parents = (id(store._pool), conn)
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        try:
+            with store.get_connection() as conn:
+                same = f"{int(id(store._pool) == parents[0])}{int(conn is parents[1])}"
+            os.write(writing, same.encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as opened:
+        pool, connected = (bool(int(digit)) for digit in opened.read())
+    os.wait()
+    connection.send({"the same pool": pool, "the same connection": connected})
 
 
 def made_up_login(user_id: str | None) -> AccessTokenData:

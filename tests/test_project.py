@@ -47,6 +47,15 @@ stats = storage.get_user_statistics(result['user_id'])
 print(f"User statistics: {stats}")
 """
 
+GUIDE_USAGE_POOLED = """
+pooled_storage = PooledUpstoxStorage("upstox_pooled.db", pool_size=10)
+
+# Batch token generation
+user_ids = ["user1", "user2", "user3"]
+results = pooled_storage.store_token_batch(user_ids)
+print(f"Batch results: {results}")
+"""
+
 
 GUIDE_USAGE_MONGODB = """
 storage = MongoUpstoxStorage("mongodb://localhost:27017/")
@@ -96,6 +105,31 @@ def test_the_guides_usage_of_postgresql_runs_as_it_stands_but_for_the_url(tmp_pa
     )
 
 
+def test_the_guides_usage_of_the_pool_runs_as_it_stands(tmp_path: Path) -> None:
+    with LocalUpstox() as upstox:
+        one_account = {**upstox.add_account("user1").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        usage = "from upstox_db_examples import PooledUpstoxStorage\n" + GUIDE_USAGE_POOLED
+        unknown = run(usage, tmp_path, **one_account)
+        assert unknown.stdout.count("'success': False") == 3
+        assert upstox.attempts() == 0, "one account's credentials are not tried on three users"
+        named = run(usage, tmp_path, **one_account, UPSTOX_USER_ID="user1")
+        assert upstox.attempts() == upstox.logins("user1") == 1
+    for done in (unknown, named):
+        assert done.returncode == 0
+        assert re.fullmatch(r"(\r|Accounts: .*|\n)*", done.stderr), "nothing but the progress bar"
+    assert re.fullmatch(
+        r"Batch results: \[\{'user_id': 'user1', 'token_id': 1, 'success': True, .*\}, "
+        r"\{'user_id': 'user2', 'success': False, .*\}, \{'user_id': 'user3', 'success': False, .*\}\]\n",
+        named.stdout,
+    )
+
+
+def test_a_pool_needs_no_progress_bar(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['tqdm'] = sys.modules['tqdm.auto'] = None\n"
+    code += "from upstox_db_examples import PooledUpstoxStorage as P; print(P('x.db').store_token_batch(['AB1234']))"
+    assert "'success': False" in run(code, tmp_path).stdout
+
+
 def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +158,8 @@ def test_the_conda_environment_installs_what_pyproject_says() -> None:
 def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
     code = (
         "import sys; import upstox_db_examples as u; u.SQLiteUpstoxStorage('x.db').get_valid_token('AB1234')\n"
-        "print([name for name in ('psycopg2', 'sqlalchemy', 'pymongo', 'redis', 'upstox_totp') if name in sys.modules])"
+        "drivers = ('psycopg2', 'sqlalchemy', 'tqdm', 'pymongo', 'redis', 'upstox_totp')\n"
+        "print([name for name in drivers if name in sys.modules])"
     )
     done = run(code, tmp_path)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
@@ -132,7 +167,11 @@ def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "driver", "extra"),
-    [("PostgreSQLUpstoxStorage", "psycopg2", "postgresql"), ("MongoUpstoxStorage", "pymongo", "mongodb")],
+    [
+        ("PostgreSQLUpstoxStorage", "psycopg2", "postgresql"),
+        ("MongoUpstoxStorage", "pymongo", "mongodb"),
+        ("PooledUpstoxStorage", "sqlalchemy", "pooled"),
+    ],
 )
 def test_a_missing_driver_is_named_with_what_to_install(tmp_path: Path, name: str, driver: str, extra: str) -> None:
     done = run(f"import sys; sys.modules['{driver}'] = None\nfrom upstox_db_examples import {name}", tmp_path)

@@ -266,6 +266,8 @@ class TestSQLite(StoreContract):
         with pytest.raises(ZeroDivisionError), store.get_connection() as conn:
             conn.execute("BEGIN IMMEDIATE")
             raise ZeroDivisionError
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            conn.execute("SELECT 1")
         assert store.store_token()
 
     def test_a_forked_child_uses_connections_of_its_own(self, path: Path) -> None:

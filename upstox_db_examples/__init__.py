@@ -4,6 +4,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from upstox_db_examples.batch import BatchResult, Pace
 from upstox_db_examples.cipher import KeyRing
 from upstox_db_examples.errors import (
     ConfigurationError,
@@ -27,10 +28,12 @@ from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
 if TYPE_CHECKING:
     from upstox_db_examples.hybrid import HybridUpstoxStorage
     from upstox_db_examples.mongodb import MongoUpstoxStorage
+    from upstox_db_examples.pooled import PooledUpstoxStorage
     from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
 __all__ = [
     "Accounts",
+    "BatchResult",
     "ConfigurationError",
     "ExpiryPolicy",
     "HybridUpstoxStorage",
@@ -43,6 +46,8 @@ __all__ = [
     "LoginRefused",
     "LoginSuperseded",
     "MongoUpstoxStorage",
+    "Pace",
+    "PooledUpstoxStorage",
     "PostgreSQLUpstoxStorage",
     "SQLiteUpstoxStorage",
     "SdkLogin",
@@ -63,6 +68,7 @@ _NEED_A_DRIVER = {
     "PostgreSQLUpstoxStorage": "postgresql",
     "MongoUpstoxStorage": "mongodb",
     "HybridUpstoxStorage": "hybrid",
+    "PooledUpstoxStorage": "pooled",
 }
 
 

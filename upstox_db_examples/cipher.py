@@ -30,6 +30,8 @@ from upstox_db_examples.token import Secret
 VERSION = "v1"
 KEY_BYTES = 32
 NONCE_BYTES = 12
+# Makes the URL-safe alphabet the ordinary one and the reverse, which `binascii` alone does not know.
+_OTHER_ALPHABET = bytes.maketrans(b"-_+/", b"+/-_")
 DEFAULT_KEY_FILE = "~/.config/upstox_db_examples/keys"
 
 
@@ -42,10 +44,10 @@ class Binding(NamedTuple):
     kind: str = "access_token"
 
     def encoded(self, key_id: str) -> bytes:
+        user_id, expires_at, generation, kind = self
         # Only the user id can hold a separator, so its length stands before it: no two bindings are the same bytes.
-        expiry = int(self.expires_at.timestamp())
-        whose = f"{len(self.user_id)}:{self.user_id}"
-        return f"{VERSION}|{self.kind}|{whose}|{key_id}|{expiry}|{self.generation}".encode()
+        whose = f"{len(user_id)}:{user_id}"
+        return f"{VERSION}|{kind}|{whose}|{key_id}|{int(expires_at.timestamp())}|{generation}".encode()
 
 
 class KeyRing:
@@ -95,12 +97,16 @@ class KeyRing:
             raise TokenRefused("The stored token is not encrypted as it should be. Log in again with store_token().")
         if key_id not in self._ciphers:
             raise KeyUnavailable(key_id)
-        with contextlib.suppress(InvalidTag, binascii.Error, ValueError):
-            sealed = base64.urlsafe_b64decode(encoded)
+        try:
+            # `binascii` and not `base64`, which does the same in twice the time: every read comes by here.
+            text = encoded.encode().translate(_OTHER_ALPHABET)
+            sealed = binascii.a2b_base64(text)
             # A loose decoder skips foreign characters: only the one canonical spelling is taken.
-            if base64.urlsafe_b64encode(sealed).decode() == encoded:
+            if binascii.b2a_base64(sealed, newline=False) == text:
                 nonce, body = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
                 return Secret(self._ciphers[key_id].decrypt(nonce, body, binding.encoded(key_id)).decode())
+        except (InvalidTag, ValueError):  # binascii.Error is a ValueError.
+            pass
         raise TokenRefused(
             f"The stored token of {binding.user_id} was changed or belongs to another row. Find out who wrote to "
             "the database, then log in again with store_token()."

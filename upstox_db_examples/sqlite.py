@@ -8,8 +8,8 @@ import sqlite3
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Unpack
@@ -166,31 +166,20 @@ class SQLiteUpstoxStorage(TokenStorage):
                 step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"
                 conn.executescript(f"BEGIN IMMEDIATE; {step} COMMIT;")
 
-    @contextmanager
-    def get_connection(self) -> Iterator[sqlite3.Connection]:
+    def get_connection(self) -> AbstractContextManager[sqlite3.Connection]:
         """A connection in autocommit mode. A transaction that is left open is rolled back.
 
         Raises:
             StoreUnavailable, ConfigurationError: whatever SQLite raised inside, in our words.
         """
-        try:
-            conn = self._borrow()
-            try:
-                yield conn
-                conn.rollback()
-            except BaseException:
-                conn.close()  # It rolls back, and a connection that saw an error is not used again.
-                raise
-            self._give_back(conn)
-        except sqlite3.Error as error:
-            raise _explained(error, self.db_path) from error
+        return _Borrowed(self)
 
     def close(self) -> None:
         self._closed = True
         _close_all(self._idle, self._process)
 
     def __repr__(self) -> str:
-        return f"SQLiteUpstoxStorage({str(self.db_path)!r})"
+        return f"{type(self).__name__}({str(self.db_path)!r})"
 
     def _borrow(self) -> sqlite3.Connection:
         if self._process != os.getpid():
@@ -215,6 +204,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         return conn
 
     def _give_back(self, conn: sqlite3.Connection) -> None:
+        conn.rollback()
         if self._closed:
             conn.close()
         else:
@@ -262,7 +252,8 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
         if not self._audit_reads:
-            return next(map(_token, self._rows(FIND, user_id, _seconds(alive_after))), None)
+            rows = self._rows(FIND, user_id, _seconds(alive_after))
+            return _token(rows[0]) if rows else None
         with self._transaction() as conn:
             row = conn.execute(USE, (_seconds(now), user_id, _seconds(alive_after))).fetchone()
             if row:
@@ -352,6 +343,33 @@ class SQLiteUpstoxStorage(TokenStorage):
         conn.execute(RECORD, (token_id, user_id, action, self._actor, _seconds(now), json.dumps(metadata or {})))
 
 
+class _Borrowed:
+    """A connection on loan. A class and not a generator: entering and leaving it takes a third of the time."""
+
+    __slots__ = ("_conn", "_store")
+
+    def __init__(self, store: SQLiteUpstoxStorage) -> None:
+        self._store = store
+
+    def __enter__(self) -> sqlite3.Connection:
+        try:
+            self._conn = self._store._borrow()
+        except sqlite3.Error as error:
+            raise explained(error, self._store.db_path) from error
+        return self._conn
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None:
+            try:
+                self._store._give_back(self._conn)
+            except sqlite3.Error as failed:
+                error = failed
+        if error is not None:
+            self._conn.close()  # It rolls back, and a connection that saw an error is not used again.
+        if isinstance(error, sqlite3.Error):
+            raise explained(error, self._store.db_path) from error
+
+
 def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
     while idle and os.getpid() == process:
         idle.pop().close()
@@ -359,21 +377,31 @@ def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
 
 def _columns(token: StoredToken) -> dict[str, object]:
     """A token as SQLite takes it: times as seconds, lists and dicts as JSON."""
-    return {
-        name: _seconds(value)
-        if isinstance(value, datetime)
-        else json.dumps(value)
-        if type(value) in (list, dict)
-        else value
-        for name, value in asdict(token).items()
-    }
+    # Not by `asdict`, whose deep copies take three times as long.
+    columns: dict[str, object] = {field.name: getattr(token, field.name) for field in fields(token)}
+    for name, value in columns.items():
+        if isinstance(value, datetime):
+            columns[name] = _seconds(value)
+        elif isinstance(value, list | dict):
+            columns[name] = json.dumps(value)
+    return columns
 
 
 def _token(row: sqlite3.Row) -> StoredToken:
-    columns = dict(row)
-    for name in ("created_at", "expires_at"):
-        columns[name] = datetime.fromtimestamp(columns[name], UTC)
-    return StoredToken(**columns)
+    # In the order of _HANDED_OUT, for every read comes by here and looking columns up by name takes twice as long.
+    token_id, user_id, ciphertext, key_id, generation, created_at, expires_at, user_name, email, usage_count = row
+    return StoredToken(
+        user_id,
+        ciphertext,
+        key_id,
+        generation,
+        datetime.fromtimestamp(created_at, UTC),
+        datetime.fromtimestamp(expires_at, UTC),
+        user_name,
+        email,
+        token_id=token_id,
+        usage_count=usage_count,
+    )
 
 
 def _shown(row: sqlite3.Row) -> dict[str, Any]:
@@ -419,7 +447,8 @@ def _checked_path(db_path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _explained(error: sqlite3.Error, path: Path) -> StorageError:
+def explained(error: sqlite3.Error, path: Path) -> StorageError:
+    """What SQLite raised, in our words, with what to do."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
     for start, (kind, what) in _EXPLANATIONS.items():
         if name.startswith(start):

@@ -20,6 +20,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
 
+from upstox_db_examples.batch import PACE, BatchResult, Pace, store_batch
 from upstox_db_examples.cipher import Binding, KeyRing, KeySource
 from upstox_db_examples.errors import (
     InvalidInput,
@@ -69,7 +70,7 @@ class TokenStorage(ABC):
             raise TypeError(f"{type(self).__name__} does not know {', '.join(unknown)}.")
         self._login: Login = options.get("login") or SdkLogin()
         self._keys = options.get("keys") or KeyRing.default
-        self._clock = options.get("clock") or _utc_now
+        self._clock = options.get("clock") or functools.partial(datetime.now, UTC)
         self._named_actor = options.get("actor")
         self._policy = options.get("policy") or ExpiryPolicy()
         self._login_wait = options.get("login_wait", 60.0)
@@ -115,6 +116,33 @@ class TokenStorage(ABC):
         """
         user_id = _check_user_id(user_id) or self._declared_user() or self._user_seen()
         return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, keep_living=True)
+
+    def store_token_batch(
+        self, user_ids: Iterable[str], *, replace: bool = False, progress: bool = True, pace: Pace = PACE
+    ) -> list[BatchResult]:
+        """A living token for each of these accounts. One after another, each committed by itself.
+
+        A living token is kept and costs no login, so a batch that was broken off can simply be run again. (Where reads
+        are counted, finding it counts as one.) What is wrong with one account does not stop the others. Wrong
+        credentials are tried once; after a limit or a broken connection an account is tried again, twice at the most,
+        and never with a one-time password it has used.
+
+        Args:
+            user_ids: whose. One that is named twice is logged in once.
+            replace: log all of them in, whatever is stored. Their earlier tokens die by that.
+            progress: show a progress bar, where tqdm is installed.
+            pace: how fast. All batches of a process share Upstox's limits: 1 login a second, 10 a minute, 60 in half
+                an hour. So 100 accounts take at least 30 minutes.
+
+        Returns:
+            a dict for each of `user_ids`, in their order: `user_id`, `success`; then `token_id`, `expires_at` and
+            `kept` (no login was due), or `error` (what to do) and `error_type` (the name of its class). The error
+            itself is the attribute `exception`, with the token if it could not be stored.
+
+        Raises:
+            InvalidInput: `user_ids` is not a list of texts. No other error: a failed account is a result.
+        """
+        return store_batch(self, user_ids, replace=replace, progress=progress, pace=pace)
 
     def get_token_history(self, user_id: str, limit: int = 10) -> list[dict[str, Any]]:
         """The user's tokens, newest first, without the tokens themselves.
@@ -387,8 +415,8 @@ def _result(secret: Secret, token: StoredToken) -> TokenResult:
             "user_name": token.user_name,
             "email": token.email,
             "token_id": token.token_id,
-            "created_at": token.created_at.isoformat(),
-            "expires_at": token.expires_at.isoformat(),
+            "created_at": token.created_at,
+            "expires_at": token.expires_at,
             "usage_count": token.usage_count,
             **({"source": token.source} if token.source else {}),
         },
@@ -423,13 +451,11 @@ def require_aware(moment: datetime, name: str) -> datetime:
     Raises:
         InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
     """
+    if isinstance(moment, datetime) and moment.tzinfo is UTC:
+        return moment
     if not isinstance(moment, datetime) or moment.utcoffset() is None:
         raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
-    return moment if moment.tzinfo is UTC else moment.astimezone(UTC)
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
+    return moment.astimezone(UTC)
 
 
 @functools.cache

@@ -81,7 +81,8 @@ class StoredToken:
 class TokenResult(Mapping[str, Any]):
     """What a store hands out. Reads like a dict; `result["token"]` is the whole token, any display is masked.
 
-    A Mapping and not a dict: json.dumps, pprint, rich and pytest look inside a dict and would show the token.
+    A Mapping and not a dict: json.dumps, pprint, rich and pytest look inside a dict and would show the token. Times
+    are given as ISO text, made when they are looked at: most callers want the token alone.
     """
 
     __slots__ = ("_fields", "_token")
@@ -91,7 +92,10 @@ class TokenResult(Mapping[str, Any]):
         self._fields = fields
 
     def __getitem__(self, key: str) -> Any:
-        return self._token.reveal() if key == "token" else self._fields[key]
+        if key == "token":
+            return self._token.reveal()
+        value = self._fields[key]
+        return value.isoformat() if isinstance(value, datetime) else value
 
     def __iter__(self) -> Iterator[str]:
         yield "token"
@@ -101,7 +105,7 @@ class TokenResult(Mapping[str, Any]):
         return 1 + len(self._fields)
 
     def __repr__(self) -> str:
-        return repr({"token": self._token, **self._fields})
+        return repr({"token": self._token, **{name: self[name] for name in self._fields}})
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("A result is not pickled, for a pickle shows its token. Pass result['token'] on yourself.")

@@ -1,0 +1,180 @@
+"""Log several accounts in, one after another, at a pace that Upstox allows. Works on every store."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from upstox_db_examples.errors import (
+    InvalidInput,
+    LoginError,
+    LoginInterrupted,
+    LoginLimited,
+    LoginRefused,
+    StorageError,
+    TokenNotStored,
+)
+from upstox_db_examples.token import TokenResult
+
+if TYPE_CHECKING:
+    from upstox_db_examples.storage import TokenStorage
+
+logger = logging.getLogger(__name__)
+
+LIMITS = ((1, 1.0), (10, 60.0), (60, 1800.0))  # at most so many logins in so many seconds
+ROUNDS = 3  # how often an account's login is begun, where trying again can help
+TOTP_SECONDS = 30  # a one-time password serves once, and the next one comes after this time
+
+
+class Pace:
+    """When the next login may begin. Safe to share between threads.
+
+    These are 25 lines and no package for rate limits: such a package knows neither one-time passwords nor how long
+    Upstox said to wait.
+
+    Args:
+        limits: at most so many logins in so many seconds, for all accounts together: whether Upstox counts for each
+            account or for each address is not documented.
+        clock: gives seconds that only go forward.
+        sleep: waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        limits: Iterable[tuple[int, float]] = LIMITS,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self._limits = tuple(limits)
+        self._clock = clock
+        self._sleep = sleep
+        self._begun: deque[float] = deque(maxlen=max((count for count, _ in self._limits), default=1))
+        self._held_until = 0.0
+        self._next_code: dict[str, float] = {}  # when this account has a one-time password that was not used
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def turn(self, user_id: str) -> Iterator[None]:
+        """Wait for this account's turn, then log in inside. A `LoginLimited` in there holds all accounts back."""
+        with self._lock:
+            now = self._clock()
+            full = [self._begun[-count] + seconds for count, seconds in self._limits if len(self._begun) >= count]
+            begin = max(now, self._held_until, self._next_code.get(user_id, now), *full)
+            self._begun.append(begin)
+        if begin > now:
+            logger.info("Waiting %.0f s before the login of %s", begin - now, user_id)
+            self._sleep(begin - now)
+        try:
+            yield
+        except LoginLimited as error:
+            self._held_until = self._clock() + error.retry_after
+            raise
+        except (LoginError, TokenNotStored):
+            raise
+        except StorageError:
+            # No login was begun. A store that is down says so for a hundred accounts at once, and not in half an hour.
+            with self._lock, contextlib.suppress(ValueError):
+                self._begun.remove(begin)
+            raise
+        finally:
+            self._next_code[user_id] = self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS
+
+
+# One for the process: Upstox counts logins, whichever batch or store they are for.
+PACE = Pace()
+
+
+class BatchResult(dict[str, Any]):
+    """What came of one account: plain data without any token, as `store_token_batch` describes it.
+
+    Attributes:
+        exception: why it failed. A `TokenNotStored` carries a token that lives and that no database has.
+    """
+
+    exception: Exception | None = None
+
+
+def store_batch(
+    store: TokenStorage, user_ids: Iterable[str], *, replace: bool, progress: bool, pace: Pace
+) -> list[BatchResult]:
+    """See `TokenStorage.store_token_batch`."""
+    given = _checked(user_ids)
+    due = list(dict.fromkeys(given))
+    results: dict[str, BatchResult] = {}
+    with _progress_bar(len(due), progress) as advance:
+        # In rounds, so that while one account waits for its next one-time password the others get their turn.
+        for tries_left in reversed(range(ROUNDS)):
+            again = []
+            for user_id in due:
+                results[user_id] = result = _store_one(store, user_id, replace, len(given) > 1, pace)
+                if tries_left and isinstance(result.exception, LoginLimited | LoginInterrupted):
+                    again.append(user_id)
+                else:
+                    advance()
+            due = again
+    return [results[user_id] for user_id in given]
+
+
+def _store_one(store: TokenStorage, user_id: str, replace: bool, several: bool, pace: Pace) -> BatchResult:
+    try:
+        if not replace and (living := store.get_valid_token(user_id)):
+            return _success(living, kept=True)
+        _refuse_a_guess(store, user_id, several)
+        # The turn is waited for here and not in the login, which holds the user's lock.
+        with pace.turn(user_id):
+            return _success(store.store_token(user_id) if replace else store.get_or_create_token(user_id), kept=False)
+    except Exception as error:
+        return _failure(user_id, error)
+
+
+def _refuse_a_guess(store: TokenStorage, user_id: str, several: bool) -> None:
+    """One account's credentials can serve one user of the list. Trying them on the others would cost a login each."""
+    if not getattr(store._login, "account", None):
+        return
+    known = store._declared_user()
+    if known is None and several:
+        raise LoginRefused("The store's login knows one account, not whose. Set UPSTOX_USER_ID, or use Accounts.")
+    if known not in (None, user_id):
+        raise LoginRefused(f"The store's login knows the account of {known}, not {user_id}. Use Accounts for several.")
+
+
+def _success(token: TokenResult, *, kept: bool) -> BatchResult:
+    whose = {"user_id": token["user_id"], "token_id": token["token_id"], "success": True}
+    return BatchResult(whose, expires_at=token["expires_at"], kept=kept)
+
+
+def _failure(user_id: str, error: Exception) -> BatchResult:
+    kind = type(error).__name__
+    # Our own errors hold no secret. What a login of somebody else's says may hold one.
+    text = str(error) if isinstance(error, StorageError) else f"{kind}: its text may hold a secret; see .exception."
+    result = BatchResult(user_id=user_id, success=False, error=text, error_type=kind)
+    result.exception = error
+    return result
+
+
+def _checked(user_ids: Iterable[str]) -> list[str]:
+    given = [] if isinstance(user_ids, str | bytes) else list(user_ids)
+    if isinstance(user_ids, str | bytes) or not all(isinstance(user_id, str) for user_id in given):
+        raise InvalidInput("user_ids is a list of user ids, each of them text.")
+    return given
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
+    """A function to call for each account that is done. Without tqdm there is simply no bar."""
+    try:
+        tqdm = importlib.import_module("tqdm.auto").tqdm if shown else None
+    except ModuleNotFoundError:
+        tqdm = None
+    if tqdm is None:
+        yield lambda: None
+    else:
+        with tqdm(total=total, desc="Accounts", unit="account") as bar:
+            yield bar.update
