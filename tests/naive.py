@@ -8,8 +8,13 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
+
+from upstox_db_examples.hybrid import HybridUpstoxStorage
+from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
+from upstox_db_examples.token import StoredToken
 
 
 class NaiveStorage:
@@ -54,3 +59,13 @@ class NaiveStorage:
 
     def __exit__(self, *_: object) -> None:
         self.conn.close()
+
+
+class DeletesFirst(HybridUpstoxStorage):
+    """The order that looks right: out of Redis, into PostgreSQL, into Redis; and a reader fills what he finds empty."""
+
+    def _insert(self, token: StoredToken) -> int:
+        self._redis._client.delete(*self._redis._keys(token.user_id))
+        token_id = PostgreSQLUpstoxStorage._insert(self, token)
+        self._redis.put(replace(token, token_id=token_id), token.created_at)
+        return token_id

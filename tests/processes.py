@@ -39,10 +39,11 @@ class Address(NamedTuple):
 
     kind: str
     arguments: tuple[Any, ...]
+    options: dict[str, Any] = {}
 
     def open(self, **options: Any) -> Any:
         module, name = self.kind.split(":")
-        return getattr(importlib.import_module(module), name)(*self.arguments, keys=KEY, **options)
+        return getattr(importlib.import_module(module), name)(*self.arguments, keys=KEY, **self.options, **options)
 
 
 def start(job: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
@@ -148,6 +149,14 @@ def enter_and_leave(connection: Connection, address: Address, folder: str, secon
             time.sleep(random.uniform(0, 0.0005))
             inside.unlink(missing_ok=True)
     connection.send((entries, overlaps))
+
+
+def fold_on_and_on(connection: Connection, address: Address) -> None:
+    """Fold the uses that wait in Redis, again and again."""
+    with address.open(login=made_up_login) as store:
+        connection.send("ready")
+        while True:
+            store.fold_uses()
 
 
 def fork_and_read(connection: Connection, address: Address) -> None:

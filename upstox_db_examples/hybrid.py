@@ -8,14 +8,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, Unpack
 
-from redis.exceptions import RedisError
-
 from upstox_db_examples.errors import StorageError, StoreUnavailable
-from upstox_db_examples.hybrid_redis import Config, RedisTokens, Use
+from upstox_db_examples.hybrid_redis import Config, RedisTokens, Use, client_of
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 from upstox_db_examples.storage import BATCH, Options
 from upstox_db_examples.token import StoredToken
@@ -74,7 +73,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
 
     Raises:
         ConfigurationError: PostgreSQL or Redis refuses what it was given.
-        StoreUnavailable: PostgreSQL cannot be reached.
+        StoreUnavailable: neither PostgreSQL nor Redis can be reached.
     """
 
     def __init__(
@@ -96,16 +95,27 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         self._postgres_again_at = 0.0
         self._folding = threading.Lock()
         self._user_of: dict[str, str] = {}
+        client, owned = client_of(redis_config, redis_timeout)
+        del redis_config  # A traceback that prints local variables must not show its password.
         self._redis = RedisTokens(
-            redis_config,
+            client,
+            owned,
             timeout=redis_timeout,
             pause=redis_pause,
             believed=believed,
             replicas=replicas,
             prefix=redis_prefix,
         )
-        del redis_config  # A traceback that prints local variables must not show its password.
-        super().__init__(postgres_config, pool_size=pool_size, timeout=timeout, **options)
+        self._schema_unseen = False
+        try:
+            super().__init__(postgres_config, pool_size=pool_size, timeout=timeout, **options)
+        except StoreUnavailable as error:
+            if not self._redis.answers():
+                self.close()
+                raise
+            # A program that starts while PostgreSQL is away reads on from Redis, as one that runs already does.
+            self._schema_unseen = True
+            logger.warning("Reads come from Redis alone: %s", error)
 
     def init_postgres(self) -> None:
         """Make the tables, as `init_database` does."""
@@ -118,6 +128,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             with self._lock("schema"):
                 if not self._run(there)[0]["there"]:
                     self._run(FOLDED_ONCE)
+        self._schema_unseen = False
 
     def fold_uses(self) -> int:
         """Bring the uses that wait in Redis into PostgreSQL, each exactly once, whoever is killed meanwhile.
@@ -140,6 +151,11 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
     def __repr__(self) -> str:
         return f"HybridUpstoxStorage({self._connections.where})"
 
+    def _lock(self, name: str) -> AbstractContextManager[None]:
+        if self._schema_unseen and name != "schema":
+            self.init_database()
+        return super()._lock(name)
+
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
         self._connections.refuse_if_closed()
         use = uuid.uuid4().hex
@@ -147,7 +163,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         if found.what == "old" and time.monotonic() < self._postgres_again_at:
             found = self._redis.use(user_id, alive_after, now, self._actor, use, insist=True)
         if found.token is not None and found.token.expires_at > alive_after:
-            if found.waiting % FOLD_AT == 0:
+            if found.waiting % FOLD_AT == 0 and time.monotonic() >= self._postgres_again_at:
                 self._fold_quietly()
             return found.token
         try:
@@ -175,16 +191,15 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return found.token
 
     def _insert(self, token: StoredToken) -> int:
-        self._fold_quietly()
         buried = self._redis.bury([token.user_id], self._buried_for)
         token_id = super()._insert(token)
         copied = self._redis.put(replace(token, token_id=token_id), token.created_at)
         self._wait_until_unbelieved(buried or copied is not None)
         token.source = "postgresql"
+        self._fold_quietly()
         return token_id
 
     def _revoke(self, user_id: str, now: datetime) -> bool:
-        self._fold_quietly()
         # Until the token dies: a reader that was stopped for long may still come with its copy.
         until = (self._policy.next_death(now) - now).total_seconds()
         buried = self._redis.bury([user_id], until)
@@ -211,27 +226,26 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return self._user_of.get(account)
 
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
-        self._fold_quietly()
+        self.fold_uses()
         return super()._history(user_id, limit, now)
 
     def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
-        self._fold_quietly()
+        self.fold_uses()
         return super()._statistics(user_id, now)
 
     def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
-        self._fold_quietly()
+        self.fold_uses()
         # A use comes into the table when it is folded, which may be after something later.
         return sorted(super()._audit(user_id, limit), key=lambda entry: str(entry["performed_at"]), reverse=True)
 
     def _health(self) -> dict[str, Any]:
         health = super()._health()
-        begin = time.perf_counter()
         details: dict[str, Any] = {"redis": {}, "postgresql": {}}
         try:
             details["redis"] = self._redis.status()
             health["redis"] = "healthy"
-        except (RedisError, OSError, ValueError) as error:
-            health["redis"] = f"error: Redis cannot be reached ({type(error).__name__}). Check that it runs."
+        except StoreUnavailable as error:
+            health["redis"] = f"error: {error}"
         try:
             begin = time.perf_counter()
             standby = self._run("SELECT pg_is_in_recovery() AS standby")[0]["standby"]
@@ -244,10 +258,10 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
 
     def _fold_quietly(self) -> None:
         """If somebody folds already, or PostgreSQL does not answer, the uses go on waiting."""
-        if time.monotonic() >= self._postgres_again_at and self._folding.acquire(blocking=False):
+        if self._folding.acquire(blocking=False):
             try:
                 self.fold_uses()
-            except StoreUnavailable as error:
+            except StorageError as error:
                 logger.warning("Uses wait in Redis: %s", error)
             finally:
                 self._folding.release()

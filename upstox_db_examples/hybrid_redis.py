@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,17 +16,22 @@ import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from upstox_db_examples.errors import ConfigurationError
+from upstox_db_examples.errors import ConfigurationError, StoreUnavailable, TokenRefused
 from upstox_db_examples.token import StoredToken
 
 logger = logging.getLogger(__name__)
 
 Client = redis.Redis | RedisCluster
 Config = Mapping[str, Any] | str | Client
-COPIED = ("user_id", "ciphertext", "key_id", "generation", "user_name", "email")
+COPIED = ("ciphertext", "key_id", "generation", "user_name", "email")
 LUA = Path(__file__).parent / "lua"
+NO_CONFIGURATION = (
+    "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a client "
+    "of redis-py."
+)
 
 
 class Found(NamedTuple):
@@ -59,10 +65,10 @@ class Use(NamedTuple):
 class RedisTokens:
     """
     Args:
-        config: keyword arguments of `redis.Redis`, a URL, or a client of redis-py: so Sentinel and Cluster are used.
-        timeout: seconds for each answer (not of a ready client, which has its own). After a failure Redis is left
-            alone for `pause` seconds, so that not every read waits for it.
-        pause: see `timeout`.
+        client: of `client_of`.
+        owned: whether `close` closes it.
+        timeout: seconds that replicas have for a tombstone.
+        pause: seconds for which Redis is left alone after it gave no answer, so that not every read waits for it.
         believed: seconds for which a copy is believed without asking PostgreSQL.
         replicas: how many replicas must have a tombstone before it counts as written.
         prefix: of all keys.
@@ -72,9 +78,19 @@ class RedisTokens:
     """
 
     def __init__(
-        self, config: Config, *, timeout: float, pause: float, believed: float, replicas: int, prefix: str
+        self,
+        client: Client | None,
+        owned: bool,
+        *,
+        timeout: float,
+        pause: float,
+        believed: float,
+        replicas: int,
+        prefix: str,
     ) -> None:
-        self._client, self._owned = _client(config, timeout)
+        if client is None:
+            raise ConfigurationError(NO_CONFIGURATION)
+        self._client, self._owned = client, owned
         self._pause = pause
         self._believed_ms = int(believed * 1000)
         self._timeout_ms = max(1, int(timeout * 1000))
@@ -87,7 +103,7 @@ class RedisTokens:
         self._closed = self._failed = False
         self._ask_again_at = 0.0
         self._lock = threading.Lock()
-        self._answer(lambda: self._client.ping())
+        self._answer(self._refuse_a_wrong_configuration)
 
     def use(
         self, user_id: str, alive_after: datetime, now: datetime, actor: str, use: str, *, insist: bool = False
@@ -107,7 +123,7 @@ class RedisTokens:
         if _text(what) != "used":
             return Found(_text(what), int(clock))  # type: ignore[arg-type]
         token, count, waiting = more
-        return Found("used", int(clock), _loaded(_text(token), int(count)), int(waiting))
+        return Found("used", int(clock), _loaded(user_id, _text(token), int(count)), int(waiting))
 
     def put(self, token: StoredToken, now: datetime, *, since: int = 0) -> int | None:
         """Keep a copy until the token dies.
@@ -161,18 +177,42 @@ class RedisTokens:
         """`latency_ms`, `role` and `uses_waiting`.
 
         Raises:
-            RedisError, OSError: it does not answer.
+            StoreUnavailable: it does not answer.
         """
-        begin = time.perf_counter()
-        self._client.ping()
-        latency = (time.perf_counter() - begin) * 1000
-        role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
-        return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": self._client.xlen(self._uses)}
+        if self._closed:
+            raise StoreUnavailable("This store is closed.")
+        try:
+            begin = time.perf_counter()
+            self._client.ping()
+            latency = (time.perf_counter() - begin) * 1000
+            role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
+            return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": self._client.xlen(self._uses)}
+        except (RedisError, OSError) as error:
+            raise StoreUnavailable(f"Redis gave no answer ({type(error).__name__}). Check that it runs.") from error
+
+    def answers(self) -> bool:
+        return self._answer(self._client.ping, insist=True) is not None
 
     def close(self) -> None:
         self._closed = True
         if self._owned:
             self._client.close()
+
+    def _refuse_a_wrong_configuration(self) -> None:
+        """Only at the start: a password that is changed later is an outage, which PostgreSQL bridges."""
+        try:
+            self._client.ping()
+            return
+        except (ValueError, TypeError):  # redis-py looks at a port, for one, only when it connects.
+            raise ConfigurationError(NO_CONFIGURATION) from None
+        except (AuthenticationError, NoPermissionError):
+            wrong = "the user or the password"
+        except RedisConnectionError as error:
+            if not isinstance(error.__context__, ssl.SSLError):
+                raise
+            wrong = "TLS: its certificate, or the authority that should vouch for it"
+        # Raised out here our error has no cause: redis-py's own frames hold the password.
+        raise ConfigurationError(f"Redis and this configuration do not agree on {wrong}. Check redis_config.")
 
     def _keys(self, user_id: str) -> list[str]:
         return [f"{self._prefix}token:{user_id}", f"{self._prefix}count:{user_id}"]
@@ -191,11 +231,6 @@ class RedisTokens:
                 self._ask_again_at = time.monotonic() + self._pause
         try:
             answer = ask()
-        except (AuthenticationError, NoPermissionError) as error:
-            error.__traceback__ = None  # redis-py's own frames hold the password.
-            raise ConfigurationError(
-                "Redis refused the user, its password, or a command that the store needs. Check the configuration."
-            ) from error
         except (RedisError, OSError) as error:
             if not self._failed:
                 logger.warning("Redis does not answer (%s). PostgreSQL does it alone.", type(error).__name__)
@@ -207,7 +242,16 @@ class RedisTokens:
         return answer
 
 
-def _client(config: Config, timeout: float) -> tuple[Client, bool]:
+def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
+    """A client for keyword arguments of `redis.Redis` or a URL, or the client of redis-py that was given.
+
+    Args:
+        timeout: seconds for each answer; a ready client has its own.
+
+    Returns:
+        the client, None if the configuration is none; and whether it was made here. (It does not raise: the traceback
+        would show the configuration, and with it a password.)
+    """
     if isinstance(config, redis.Redis | RedisCluster):
         return config, False
     # Without these a dead server takes seconds to be noticed, a stalled one longer, and a use may be counted twice.
@@ -222,11 +266,7 @@ def _client(config: Config, timeout: float) -> tuple[Client, bool]:
             return redis.Redis.from_url(config, **options), True
         return redis.Redis(**{**options, **config}), True
     except (ValueError, TypeError, RedisError):
-        pass  # Its text may hold the password. Raised below, our error has no cause that shows it.
-    raise ConfigurationError(
-        "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a "
-        "client of redis-py."
-    )
+        return None, False
 
 
 def _seconds(moment: datetime) -> int:
@@ -238,11 +278,15 @@ def _dumped(token: StoredToken) -> str:
     return json.dumps({**{name: getattr(token, name) for name in COPIED}, **times, "token_id": token.token_id})
 
 
-def _loaded(text: str, count: int) -> StoredToken:
-    fields = json.loads(text)
-    for name in ("created_at", "expires_at"):
-        fields[name] = datetime.fromtimestamp(fields[name], UTC)
-    return StoredToken(**fields, usage_count=count, source="redis")
+def _loaded(user_id: str, text: str, count: int) -> StoredToken:
+    # The user who was asked for and not one that the copy names: else another user's copy would be let through.
+    try:
+        fields = json.loads(text)
+        for name in ("created_at", "expires_at"):
+            fields[name] = datetime.fromtimestamp(fields[name], UTC)
+        return StoredToken(user_id, **fields, usage_count=count, source="redis")
+    except (ValueError, TypeError, KeyError) as error:
+        raise TokenRefused(f"The copy of {user_id}'s token in Redis is not one of ours. Delete its key.") from error
 
 
 def _use(entry: str, fields: dict[str, str]) -> Use:

@@ -1,0 +1,338 @@
+"""HybridUpstoxStorage: the promises of every store, a hot read in one message, and nothing stale whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis.connection
+from redis import Redis
+
+from upstox_db_examples import (
+    ConfigurationError,
+    HybridUpstoxStorage,
+    KeyRing,
+    TokenRefused,
+    TokenStorage,
+)
+from upstox_db_examples.token import StoredToken
+
+from . import processes
+from .conftest import Clock, shown_with_locals
+from .contract import OpenStore, StoreContract, living
+from .naive import DeletesFirst
+from .processes import USER, Address, token_data
+from .reliability import Counts, ReliabilityContract, a_writer_can_be_killed_at_any_moment
+from .test_postgresql import bare, count_messages
+
+
+class TestHybrid(StoreContract):
+    @pytest.fixture(autouse=True)
+    def _servers(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Iterator[None]:
+        self.url, self.redis_url, self.prefix = postgres_url, redis_server, redis_prefix
+        with Redis.from_url(redis_server, decode_responses=True) as self.redis:
+            yield
+
+    def connect(self, **options: Any) -> TokenStorage:
+        return HybridUpstoxStorage(self.redis_url, self.url, redis_prefix=self.prefix, **options)
+
+    def raw_rows(self) -> list[dict[str, Any]]:
+        return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
+
+    def write_raw(self, token_id: Any, **values: Any) -> None:
+        for column, value in values.items():
+            bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
+        for key in self.redis.scan_iter(self.key("*")):
+            self.redis.delete(key)
+
+    def key(self, user_id: str = USER) -> str:
+        return f"{{{self.prefix}}}:token:{user_id}"
+
+    @pytest.fixture
+    def store(self, open_store: OpenStore) -> HybridUpstoxStorage:
+        store = open_store()
+        assert isinstance(store, HybridUpstoxStorage)
+        return store
+
+    # Who answers
+
+    def test_a_hot_read_with_its_count_and_audit_is_one_message_to_redis(
+        self, store: HybridUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.store_token()
+        living(store)
+        to_postgresql, to_redis = count_messages(monkeypatch), count_messages_to_redis(monkeypatch)
+        assert living(store)["source"] == "redis"
+        assert (to_postgresql, to_redis) == ([], ["EVALSHA"])
+        assert store.get_user_statistics(USER)["total_usage"] == 2
+
+    def test_who_named_no_user_reads_from_redis_too(
+        self, store: HybridUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.get_or_create_token()
+        store.get_or_create_token()  # asks PostgreSQL whose account this is
+        to_postgresql = count_messages(monkeypatch)
+        assert store.get_or_create_token()["source"] == "redis"
+        assert to_postgresql == []
+
+    def test_a_miss_is_answered_by_postgresql_and_warms_redis(self, store: HybridUpstoxStorage) -> None:
+        token = store.store_token()["token"]
+        self.redis.delete(self.key())
+        reads = [living(store) for _ in range(3)]
+        assert [read["source"] for read in reads] == ["postgresql", "redis", "redis"]
+        assert [read["usage_count"] for read in reads] == [1, 2, 3]
+        assert {read["token"] for read in reads} == {token}
+
+    def test_a_copy_that_is_not_believed_any_more_is_confirmed_once(self, open_store: OpenStore) -> None:
+        store = open_store(believed=0.3)
+        store.store_token()
+        time.sleep(0.35)
+        assert [living(store)["source"] for _ in range(3)] == ["postgresql", "redis", "redis"]
+        assert store.get_user_statistics(USER)["total_usage"] == 3
+
+    def test_scripts_that_redis_forgot_are_sent_again(self, store: HybridUpstoxStorage) -> None:
+        store.store_token()
+        self.redis.script_flush()
+        assert living(store)["source"] == "redis"
+
+    # What lies in Redis
+
+    def test_redis_holds_ciphertext_and_nothing_of_the_token(self, store: HybridUpstoxStorage) -> None:
+        stored = store.store_token()
+        living(store)
+        everything = json.dumps(list(self._everything()))
+        assert "v1." in everything
+        assert USER in everything, "what is searched for would be found"
+        token = stored["token"]
+        assert all(token[at : at + 16] not in everything for at in range(len(token) - 15))
+
+    def _everything(self) -> Iterator[str]:
+        for key in self.redis.scan_iter(f"{{{self.prefix}}}:*"):
+            kind = self.redis.type(key)
+            yield f"{key} {self.redis.get(key) if kind == 'string' else self.redis.xrange(key)}"
+
+    def test_a_copy_never_outlives_its_token(self, store: HybridUpstoxStorage, clock: Clock) -> None:
+        clock.set(7, 3, 29, 30)
+        store.store_token()
+        for key in (self.key(), self.key().replace(":token:", ":count:")):
+            assert 0 < self.redis.pttl(key) <= 30_000
+
+    def test_a_changed_copy_is_refused(self, open_store: OpenStore) -> None:
+        store = open_store(login=lambda user_id: token_data(user_id or USER))
+        store.store_token("CD0001")
+        store.store_token("CD0002")
+        self.redis.set(self.key("CD0002"), self.redis.get(self.key("CD0001")))
+        with pytest.raises(TokenRefused):
+            store.get_valid_token("CD0002")
+
+    def test_a_copy_that_is_none_is_refused(self, store: HybridUpstoxStorage) -> None:
+        store.store_token()
+        header = self.redis.get(self.key()).split(" ", 4)[:4]
+        for nonsense in ("nonsense", "[]", "{}", '{"expires_at": 10000000000000000}'):
+            self.redis.set(self.key(), " ".join([*header, nonsense]))
+            with pytest.raises(TokenRefused, match="not one of ours"):
+                store.get_valid_token(USER)
+
+    def test_two_installations_share_a_redis(self, store: HybridUpstoxStorage, open_store: OpenStore) -> None:
+        store.store_token()
+        self.prefix += "_other"
+        assert living(open_store())["source"] == "postgresql"
+
+    # Nothing stale
+
+    @pytest.mark.parametrize("change", ["store_token", "revoke_token", "rotate_keys"])
+    def test_a_reader_that_comes_late_brings_nothing_old_back(self, open_store: OpenStore, change: str) -> None:
+        old, new = KeyRing.new_key(), KeyRing.new_key()
+        open_store(keys=KeyRing(old)).store_token()
+        writer, reader = open_store(keys=KeyRing(new, old)), open_store(keys=KeyRing(new, old))
+        assert isinstance(reader, HybridUpstoxStorage)
+        read_postgresql = reader._use
+
+        def and_then_something_changes(*values: Any) -> StoredToken | None:
+            token: StoredToken | None = read_postgresql(*values)
+            assert getattr(writer, change)(*([] if change == "rotate_keys" else [USER]))
+            return token
+
+        self.redis.delete(self.key())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reader, "_use", and_then_something_changes)
+            assert reader.get_valid_token(USER), "it was alive when the read began"
+        (row,) = (row for row in self.raw_rows() if row["is_active"] or change == "revoke_token")
+        for store in (reader, writer, open_store(keys=KeyRing(new))):
+            read = store.get_valid_token(USER)
+            assert (read and read["token_id"]) == (row["id"] if row["is_active"] else None)
+
+    def test_a_copy_that_comes_back_from_the_past_is_not_believed_for_long(self, open_store: OpenStore) -> None:
+        store = open_store(believed=0.3)
+        store.store_token()
+        old = self.redis.get(self.key())
+        new = store.store_token()["token"]
+        self.redis.set(self.key(), old)  # as an old snapshot or a failover that lost writes does
+        time.sleep(0.35)
+        assert living(store)["token"] == new
+
+    # What is counted
+
+    def test_uses_are_folded_after_some_hundred(self, store: HybridUpstoxStorage) -> None:
+        store.store_token()
+        for _ in range(499):
+            living(store)
+        assert bare(self.url, "SELECT usage_count FROM upstox_tokens") == [{"usage_count": 0}]
+        living(store)
+        assert bare(self.url, "SELECT usage_count FROM upstox_tokens") == [{"usage_count": 500}]
+        assert store.fold_uses() == 0
+
+    def test_uses_that_were_folded_and_not_forgotten_are_not_folded_again(
+        self, store: HybridUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.store_token()
+        for _ in range(7):
+            living(store)
+        with monkeypatch.context() as killed_before_that:
+            killed_before_that.setattr(store._redis, "forget_uses", lambda _: None)
+            assert store.fold_uses() == 7
+        assert store.fold_uses() == 0
+        assert self.redis.xlen(f"{{{self.prefix}}}:uses") == 0
+        assert store.get_user_statistics(USER)["total_usage"] == 7
+        used = [entry for entry in store.get_audit_trail(USER) if entry["action"] == "used"]
+        assert len(used) == len({entry["metadata"]["use"] for entry in used}) == 7
+
+    def test_many_fold_at_once_and_each_use_counts_once(self, open_store: OpenStore) -> None:
+        stores = [open_store() for _ in range(4)]
+        stores[0].store_token()
+        for _ in range(300):
+            living(stores[0])
+        with ThreadPoolExecutor(4) as threads:
+            assert sum(threads.map(lambda store: store.fold_uses(), stores)) == 300
+        assert stores[0].get_user_statistics(USER)["total_usage"] == 300
+
+    # Configuration
+
+    def test_the_guides_configuration_and_a_client_of_ones_own(self, store: HybridUpstoxStorage, keys: KeyRing) -> None:
+        token = store.store_token()["token"]
+        found = self.redis.connection_pool.connection_kwargs
+        as_in_the_guide = {name: found.get(name) for name in ("host", "port", "db", "password")}
+        for config in ({**as_in_the_guide, "decode_responses": True}, as_in_the_guide, self.redis):
+            with HybridUpstoxStorage(
+                config, self.url, redis_prefix=self.prefix, keys=keys, clock=store._clock
+            ) as again:
+                again.init_postgres()
+                assert again.get_valid_token(USER)["token"] == token  # type: ignore[index]
+                assert again.get_valid_token(USER)["source"] == "redis"  # type: ignore[index]
+        assert self.redis.ping(), "who made the client closes it"
+
+    @pytest.mark.parametrize(
+        "bad", [{"hist": "x", "password": "hunter2hunter2"}, "hunter2hunter2@host", None, 7, {"port": "x"}]
+    )
+    def test_a_configuration_that_is_none_is_refused_without_showing_it(self, bad: Any) -> None:
+        with pytest.raises(ConfigurationError, match="redis_config must be") as caught:
+            HybridUpstoxStorage(bad, self.url)
+        assert "hunter2" not in shown_with_locals(caught.value)
+
+    def test_the_status_says_it_of_each(self, store: HybridUpstoxStorage) -> None:
+        store.store_token()
+        living(store)
+        status = store.get_storage_status()
+        assert status["redis"] == status["postgresql"] == "healthy"
+        details: Any = status["details"]
+        assert details["redis"].pop("latency_ms") > 0
+        assert details["postgresql"].pop("latency_ms") > 0
+        assert details == {
+            "redis": {"role": "master", "uses_waiting": 1},
+            "postgresql": {"role": "primary", "pool_size": 5, "in_use": 0},
+        }
+
+    def test_a_forked_child_uses_connections_of_its_own(self) -> None:
+        address = Address(
+            "upstox_db_examples:HybridUpstoxStorage", (self.redis_url, self.url), {"redis_prefix": self.prefix}
+        )
+        process, connection = processes.start(processes.fork_and_read, address)
+        assert connection.poll(20)
+        assert len(set(connection.recv())) == 1
+        process.join()
+
+
+class TestHybridUnderCrowdsAndKills(ReliabilityContract):
+    kind = "upstox_db_examples:HybridUpstoxStorage"
+
+    @pytest.fixture
+    def address(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Address:
+        address = Address(self.kind, (redis_server, postgres_url), {"redis_prefix": redis_prefix})
+        address.open().close()
+        return address
+
+    @pytest.fixture
+    def count(self, postgres_url: str, address: Address) -> Iterator[Callable[[], Counts]]:
+        """What lies in PostgreSQL, where a reader that warms Redis all the time gets nothing older."""
+        created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
+        orphans = f"SELECT count(*) AS orphans FROM upstox_tokens WHERE id NOT IN ({created})"
+        stop = threading.Event()
+
+        def counted() -> Counts:
+            rows = bare(postgres_url, "SELECT id, generation, is_active FROM upstox_tokens")
+            active = [row["id"] for row in rows if row["is_active"]]
+            handed_out = store.get_valid_token(USER)
+            assert not active or (handed_out and handed_out["token_id"] >= active[0]), "a stale token was handed out"
+            generations = {row["id"]: row["generation"] for row in rows}
+            return Counts(active, generations, bare(postgres_url, orphans)[0]["orphans"])
+
+        def keep_reading() -> int:
+            reads = 0
+            while not stop.is_set():
+                store.get_valid_token(USER)
+                reads += 1
+                time.sleep(0.001)
+            return reads
+
+        with address.open() as store, ThreadPoolExecutor(1) as thread:
+            reading = thread.submit(keep_reading)
+            yield counted
+            stop.set()
+            assert reading.result() > 0
+
+    @pytest.mark.slow
+    def test_without_a_tombstone_a_stale_token_is_handed_out(
+        self, address: Address, count: Callable[[], Counts]
+    ) -> None:
+        careless = address._replace(kind=f"{DeletesFirst.__module__}:DeletesFirst")
+        with pytest.raises(AssertionError, match="stale"):
+            a_writer_can_be_killed_at_any_moment(careless, count)
+
+    @pytest.mark.slow
+    def test_who_folds_can_be_killed_at_any_moment(self, address: Address) -> None:
+        dice = random.Random(1)
+        with address.open(login=processes.made_up_login) as store:
+            store.store_token(USER)
+            reads = 0
+            for _ in range(40):
+                process, connection = processes.start(processes.fold_on_and_on, address)
+                assert connection.recv() == "ready"
+                end = time.monotonic() + dice.uniform(0, 0.05)
+                while time.monotonic() < end:
+                    store.get_valid_token(USER)
+                    reads += 1
+                processes.kill(process)
+                connection.close()
+            assert reads > 100
+            assert store.get_user_statistics(USER)["total_usage"] == reads
+            used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
+            assert len(used) == reads
+
+
+def count_messages_to_redis(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that are sent from now on, one entry for each message."""
+    messages: list[str] = []
+    real: Any = redis.connection.Connection.send_packed_command
+
+    def counted(connection: Any, command: Any, check_health: bool = True) -> Any:
+        messages.append(b"".join(command).split(b"\r\n")[2].decode())
+        return real(connection, command, check_health)
+
+    monkeypatch.setattr(redis.connection.Connection, "send_packed_command", counted)
+    return messages
