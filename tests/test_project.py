@@ -9,10 +9,11 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from upstox_db_examples.local.servers import MongoDBServer
+from upstox_db_examples.local.servers import MongoDBServer, RedisServer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,21 @@ print(f"Token stored: {result}")
 # Get user dashboard
 dashboard = storage.get_user_dashboard(result['user_id'])
 print(f"User dashboard: {dashboard}")
+"""
+
+GUIDE_USAGE_HYBRID = """
+storage = HybridUpstoxStorage(
+    redis_config={"host": "localhost", "port": 6379, "db": 0},
+    postgres_config="postgresql://user:password@localhost/upstox_db"
+)
+
+# Store token
+result = storage.store_token()
+print(f"Token stored in hybrid storage: {result}")
+
+# Get storage status
+status = storage.get_storage_status()
+print(f"Storage status: {status}")
 """
 
 
@@ -147,6 +163,23 @@ def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(
     assert "eyJ0eX" not in done.stdout
 
 
+def test_the_guides_usage_of_the_hybrid_runs_as_it_stands_but_for_host_port_and_url(
+    tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    with LocalUpstox() as upstox, RedisServer() as redis:
+        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        parts = urlsplit(redis.url)
+        usage = GUIDE_USAGE_HYBRID.replace("postgresql://user:password@localhost/upstox_db", postgres_url)
+        usage = usage.replace('"port": 6379', f'"port": {parts.port}, "password": "{parts.password}"')
+        done = run("from upstox_db_examples import HybridUpstoxStorage\n" + usage, tmp_path, **environment)
+    assert done.stderr == ""
+    assert done.returncode == 0
+    stored, status = done.stdout.splitlines()
+    assert re.fullmatch(r"Token stored in hybrid storage: \{'token': eyJ0…\(\d+ chars\), .*\}", stored)
+    assert status.startswith("Storage status: {'redis': 'healthy', 'postgresql': 'healthy', ")
+
+
 def test_the_conda_environment_installs_what_pyproject_says() -> None:
     text = (ROOT / "environment.yml").read_text()
     assert f"- python{PYPROJECT['project']['requires-python']}" in text
@@ -170,6 +203,7 @@ def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
     [
         ("PostgreSQLUpstoxStorage", "psycopg2", "postgresql"),
         ("MongoUpstoxStorage", "pymongo", "mongodb"),
+        ("HybridUpstoxStorage", "redis", "hybrid"),
         ("PooledUpstoxStorage", "sqlalchemy", "pooled"),
     ],
 )
