@@ -38,7 +38,13 @@ from .processes import KEY, Address, token_data
 
 IDS = [f"CD{number:04}" for number in range(100)]
 AT_ONCE = Pace(limits=(), sleep=lambda _: None)
-KINDS = ["SQLiteUpstoxStorage", "PooledUpstoxStorage", "PostgreSQLUpstoxStorage", "MongoUpstoxStorage"]
+KINDS = [
+    "SQLiteUpstoxStorage",
+    "PooledUpstoxStorage",
+    "PostgreSQLUpstoxStorage",
+    "MongoUpstoxStorage",
+    "HybridUpstoxStorage",
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -49,6 +55,10 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
         where = (request.getfixturevalue("postgres_url"),)
     elif request.param == "MongoUpstoxStorage":
         where = tuple(request.getfixturevalue("mongo"))
+    elif request.param == "HybridUpstoxStorage":
+        where = (request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url"))
+        options = {"redis_prefix": request.getfixturevalue("redis_prefix")}
+        return Address(f"upstox_db_examples:{request.param}", where, options)
     return Address(f"upstox_db_examples:{request.param}", where)
 
 
