@@ -16,6 +16,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
@@ -25,6 +26,8 @@ import pytest
 import redis
 
 from upstox_db_examples.local import servers
+
+from .processes import Address
 
 
 class Engine(NamedTuple):
@@ -194,6 +197,29 @@ def redis_prefix(redis_server: str) -> Iterator[str]:
         with redis.Redis.from_url(redis_server) as client:
             for key in client.scan_iter(f"{{{prefix}}}:*"):
                 client.delete(key)
+
+
+@pytest.fixture(
+    params=[
+        "SQLiteUpstoxStorage",
+        "PooledUpstoxStorage",
+        "PostgreSQLUpstoxStorage",
+        "MongoUpstoxStorage",
+        "HybridUpstoxStorage",
+    ]
+)
+def each_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
+    """Each store in turn, empty."""
+    where: tuple[Any, ...] = (str(tmp_path / "upstox.db"),)
+    options = {}
+    if request.param == "PostgreSQLUpstoxStorage":
+        where = (request.getfixturevalue("postgres_url"),)
+    elif request.param == "MongoUpstoxStorage":
+        where = tuple(request.getfixturevalue("mongo"))
+    elif request.param == "HybridUpstoxStorage":
+        where = (request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url"))
+        options = {"redis_prefix": request.getfixturevalue("redis_prefix")}
+    return Address(f"upstox_db_examples:{request.param}", where, options)
 
 
 def _run(url: str, sql: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from upstox_totp.models import AccessTokenData
 
-from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin
+from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin, storage
 
 KEY = KeyRing(b"the same key for all processes..")
 USER = "AB1234"
@@ -43,7 +43,9 @@ class Address(NamedTuple):
 
     def open(self, **options: Any) -> Any:
         module, name = self.kind.split(":")
-        return getattr(importlib.import_module(module), name)(*self.arguments, keys=KEY, **self.options, **options)
+        return getattr(importlib.import_module(module), name)(
+            *self.arguments, **{"keys": KEY, **self.options, **options}
+        )
 
 
 def start(job: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
@@ -149,6 +151,14 @@ def enter_and_leave(connection: Connection, address: Address, folder: str, secon
             time.sleep(random.uniform(0, 0.0005))
             inside.unlink(missing_ok=True)
     connection.send((entries, overlaps))
+
+
+def rotate(connection: Connection, address: Address, old: bytes, new: bytes) -> None:
+    """Rotate the keys, in small batches, so that there is a moment between two of them."""
+    storage.BATCH = 5
+    with address.open(keys=KeyRing(new, old)) as store:
+        connection.send("ready")
+        connection.send(store.rotate_keys())
 
 
 def fold_on_and_on(connection: Connection, address: Address) -> None:

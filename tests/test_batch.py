@@ -38,28 +38,11 @@ from .processes import KEY, Address, token_data
 
 IDS = [f"CD{number:04}" for number in range(100)]
 AT_ONCE = Pace(limits=(), sleep=lambda _: None)
-KINDS = [
-    "SQLiteUpstoxStorage",
-    "PooledUpstoxStorage",
-    "PostgreSQLUpstoxStorage",
-    "MongoUpstoxStorage",
-    "HybridUpstoxStorage",
-]
 
 
-@pytest.fixture(params=KINDS)
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
-    """Each store in turn, empty."""
-    where: tuple[str, ...] = (str(tmp_path / "upstox.db"),)
-    if request.param == "PostgreSQLUpstoxStorage":
-        where = (request.getfixturevalue("postgres_url"),)
-    elif request.param == "MongoUpstoxStorage":
-        where = tuple(request.getfixturevalue("mongo"))
-    elif request.param == "HybridUpstoxStorage":
-        where = (request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url"))
-        options = {"redis_prefix": request.getfixturevalue("redis_prefix")}
-        return Address(f"upstox_db_examples:{request.param}", where, options)
-    return Address(f"upstox_db_examples:{request.param}", where)
+@pytest.fixture
+def address(each_address: Address) -> Address:
+    return each_address
 
 
 @pytest.fixture

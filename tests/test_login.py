@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyotp
 import pytest
 
 from upstox_db_examples import (
@@ -140,7 +139,7 @@ class TestAFailure:
         [
             ("username", "9999999999", "mobile number"),
             ("pin_code", "000001", "the PIN is wrong; five wrong ones lock the account"),
-            ("totp_secret", pyotp.random_base32(), "refused"),
+            ("totp_secret", "JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP", "refused"),
             ("client_id", "somebody-elses", "the client id or the redirect URI is not the app's"),
             ("client_secret", "not-the-secret", "the client id or secret is wrong"),
             ("redirect_uri", "https://example.com/elsewhere", "the client id or the redirect URI is not the app's"),
