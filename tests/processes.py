@@ -82,7 +82,8 @@ def run_all(count: int, job: Any, *arguments: Any, seconds: float = 120) -> list
 
 def kill(process: BaseProcess) -> None:
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has come to its end
+        os.kill(process.pid, signal.SIGKILL)
     process.join()
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from upstox_db_examples import KeyRing, StorageError
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from . import processes
@@ -81,6 +86,66 @@ def a_writer_can_be_killed_at_any_moment(
     assert not any(faults.values()), faults
 
 
+def a_holder_that_is_stopped_and_woken_late_makes_no_second_token(address: Address) -> None:
+    slow, from_slow = processes.start(processes.log_in_slowly, address, 0.5)
+    assert from_slow.recv() == "logging in"
+    assert slow.pid is not None
+    os.kill(slow.pid, signal.SIGSTOP)
+    with address.open(login=processes.made_up_login, login_wait=4) as store:
+        try:  # Where the holder has a lock this waits in vain; where it has a lease that ends, this one logs in.
+            other = store.get_or_create_token(processes.USER)["token"]
+        except StorageError as error:
+            other = repr(error)
+        os.kill(slow.pid, signal.SIGCONT)
+        assert from_slow.poll(20)
+        believed = [answer for answer in (from_slow.recv(), other) if answer.startswith("eyJ0eXAi")]
+        read = store.get_valid_token(processes.USER)
+        assert read
+        assert believed == [read["token"]], "two tokens are believed to live, and one of them is dead"
+    slow.join()
+
+
+def a_rotation_can_be_killed_at_any_moment(address: Address, users: int = 60, kills: int = 20) -> None:
+    old, new = KeyRing.new_key(), KeyRing.new_key()
+    both, only_new = KeyRing(new, old), KeyRing(new)
+    dice, stop = random.Random(1), threading.Event()
+    with address.open(login=processes.made_up_login, keys=KeyRing(old)) as store:
+        tokens = {f"CD{n:04}": store.store_token(f"CD{n:04}")["token"] for n in range(users)}
+
+    def keep_reading() -> int:
+        reads = 0
+        with address.open(keys=both) as store:
+            while not stop.is_set():
+                user_id = dice.choice(list(tokens))
+                assert (store.get_valid_token(user_id) or {}).get("token") == tokens[user_id]
+                reads += 1
+        return reads
+
+    with ThreadPoolExecutor(1) as thread:
+        reader = thread.submit(keep_reading)
+        killed_in_time = 0
+        try:
+            for _ in range(kills):
+                process, connection = processes.start(processes.rotate, address, old, new)
+                assert connection.recv() == "ready"
+                time.sleep(dice.uniform(0, 0.02))
+                processes.kill(process)
+                try:
+                    connection.recv()
+                except EOFError:
+                    killed_in_time += 1
+                connection.close()
+        finally:
+            stop.set()
+        assert reader.result() > 0
+    assert killed_in_time, "each rotation was done before it was killed"
+    with address.open(keys=both) as store:
+        store.rotate_keys()
+        assert store.keys_in_use() == {only_new.key_ids[0]: users}
+    with address.open(keys=only_new) as store:
+        assert {user_id: store.get_valid_token(user_id)["token"] for user_id in tokens} == tokens
+
+
 def the_lock_lets_one_in_at_a_time(address: Address, folder: Path, seconds: float = 20) -> None:
     results = processes.run_all(8, processes.enter_and_leave, address, str(folder), seconds, seconds=seconds + 60)
     entries, overlaps = (sum(column) for column in zip(*results, strict=True))
@@ -111,6 +176,13 @@ class ReliabilityContract(ABC):
 
     def test_a_killed_login_holds_nobody_up(self, address: Address, upstox: LocalUpstox, account: Account) -> None:
         a_login_whose_process_is_killed_holds_nobody_up(address, upstox, account, self.takeover)
+
+    def test_a_holder_woken_late_makes_no_second_token(self, address: Address) -> None:
+        a_holder_that_is_stopped_and_woken_late_makes_no_second_token(address)
+
+    @pytest.mark.slow
+    def test_a_rotation_can_be_killed_at_any_moment(self, address: Address) -> None:
+        a_rotation_can_be_killed_at_any_moment(address)
 
     @pytest.mark.slow
     def test_a_writer_can_be_killed_200_times(self, address: Address, count: Callable[[], Counts]) -> None:
