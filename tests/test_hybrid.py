@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis.connection
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from upstox_db_examples import (
     ConfigurationError,
@@ -21,6 +23,7 @@ from upstox_db_examples import (
     TokenRefused,
     TokenStorage,
 )
+from upstox_db_examples.hybrid_redis import runtime_acl
 from upstox_db_examples.token import StoredToken
 
 from . import processes
@@ -234,6 +237,40 @@ class TestHybrid(StoreContract):
         with pytest.raises(ConfigurationError, match="redis_config must be") as caught:
             HybridUpstoxStorage(bad, self.url)
         assert "hunter2" not in shown_with_locals(caught.value)
+
+    def test_a_user_with_the_least_rights_can_do_all_that_is_due_and_nothing_else(self, open_store: OpenStore) -> None:
+        name, url = f"user_{self.prefix}", urlsplit(self.redis_url)
+        rules = runtime_acl(self.prefix)
+        self.redis.execute_command("ACL", "SETUSER", name, *rules, "on", ">secret")
+        try:
+            self.redis_url = f"redis://{name}:secret@{url.hostname}:{url.port}/0"
+            store = open_store()
+            store.store_token()
+            assert living(store)["source"] == "redis"
+            assert store.get_user_statistics(USER)["total_usage"] == 1
+            assert store.get_storage_status()["redis"] == "healthy"
+            assert store.revoke_token(USER)
+            assert store.get_valid_token(USER) is None
+            with Redis.from_url(self.redis_url) as thief:
+                for forbidden in (
+                    ("GET", "another"),
+                    ("SET", "another", "x"),
+                    ("KEYS", "*"),
+                    ("SCAN", "0"),
+                    ("FLUSHALL",),
+                    ("CONFIG", "GET", "*"),
+                    ("ACL", "LIST"),
+                    ("MONITOR",),
+                    ("EVAL", "return redis.call('GET', 'another')", "0"),
+                    ("SHUTDOWN",),
+                ):
+                    with pytest.raises(ResponseError, match=r"(?i)permission"):
+                        thief.execute_command(*forbidden)
+                script = thief.script_load("return redis.call('GET', 'another')")
+                with pytest.raises(ResponseError, match=r"(?i)permission"):
+                    thief.evalsha(script, 0)
+        finally:
+            self.redis.execute_command("ACL", "DELUSER", name)
 
     def test_the_status_says_it_of_each(self, store: HybridUpstoxStorage) -> None:
         store.store_token()

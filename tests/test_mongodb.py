@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import quote_plus
+from urllib.parse import quote_plus, urlsplit
 
 import pymongo
 import pytest
 from bson import ObjectId
 from bson.codec_options import CodecOptions
 from pymongo.collection import Collection
-from pymongo.errors import AutoReconnect, DuplicateKeyError, PyMongoError, WriteError
+from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, PyMongoError, WriteError
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import (
@@ -38,6 +36,7 @@ from upstox_db_examples import (
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import MongoDBServer
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.mongodb_schema import runtime_role
 
 from . import processes, reliability
 from .conftest import Clock, shown_with_locals
@@ -419,6 +418,42 @@ class TestMongoDB(StoreContract):
 
     # Connections
 
+    def test_a_role_with_the_least_rights_can_do_all_that_is_due_and_nothing_else(
+        self, mongo: MongoDatabase, open_store: OpenStore, clock: Clock
+    ) -> None:
+        name = f"runtime_{mongo.name}"
+        open_store().store_token()
+        with pymongo.MongoClient[Any](mongo.url) as client:
+            client[mongo.name].command(runtime_role(name, mongo.name))
+            client[mongo.name].command("createUser", name, pwd="secret", roles=[name])
+        parts = urlsplit(mongo.url)
+        host = f"{name}:secret@{parts.hostname}:{parts.port}"
+        self.mongo = MongoDatabase(f"mongodb://{host}/?authSource={mongo.name}&directConnection=true", mongo.name)
+        runtime = open_store()
+        runtime.store_token()
+        for _ in range(101):
+            living(runtime)
+        runtime.revoke_token(USER)
+        runtime.store_token()
+        assert runtime.rotate_keys() == 0
+        clock.set(7, 3, 30)
+        assert runtime.cleanup_expired_tokens() == 1
+        assert len(runtime.get_audit_trail(USER, 500)) > 105
+        with self.mongo.bare() as db:
+            attempts: list[Callable[[], object]] = [
+                lambda: db.token_audit.delete_many({}),
+                lambda: db.token_audit.update_many({}, {"$set": {"actor": "nobody"}}),
+                lambda: db.tokens.delete_many({}),
+                lambda: db.tokens.drop(),
+                lambda: db.command("collMod", "active_tokens", validator={}),
+                lambda: db.active_tokens.create_index("user_id"),
+                lambda: db.client["another"].things.find_one(),
+                lambda: db.command("createUser", "another", pwd="x", roles=[]),
+            ]
+            for forbidden in attempts:
+                with pytest.raises(OperationFailure, match="not authorized"):
+                    forbidden()
+
     def test_a_forked_child_has_connections_of_its_own(self, mongo: MongoDatabase) -> None:
         address = Address("upstox_db_examples:MongoUpstoxStorage", mongo)
         process, connection = processes.start(processes.fork_and_read, address)
@@ -461,21 +496,6 @@ class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
     def address(self, mongo: MongoDatabase) -> Address:
         MongoUpstoxStorage(*mongo).close()
         return Address("tests.test_mongodb:WithALease", (*mongo, self.takeover))
-
-    def test_a_holder_that_was_stopped_and_is_woken_late_stores_nothing(self, address: Address) -> None:
-        late, from_late = processes.start(processes.log_in_slowly, address, 1.0)
-        assert from_late.recv() == "logging in"
-        assert late.pid is not None
-        os.kill(late.pid, signal.SIGSTOP)
-        faster, from_faster = processes.start(processes.log_in_slowly, address, 0.0)
-        assert from_faster.recv() == "logging in", "the lease has ended"
-        token = from_faster.recv()
-        os.kill(late.pid, signal.SIGCONT)
-        assert "LoginSuperseded" in from_late.recv()
-        with address.open() as store:
-            assert living(store)["token"] == token
-        for process in (late, faster):
-            process.join()
 
     @pytest.mark.slow
     def test_a_writer_can_be_killed_200_times(self, address: Address, count: Callable[[], Counts]) -> None:

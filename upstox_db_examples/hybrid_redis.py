@@ -242,6 +242,15 @@ class RedisTokens:
         return answer
 
 
+def runtime_acl(prefix: str = "upstox") -> list[str]:
+    """The rules of a Redis user who can do what the store does and no more, on the store's own keys.
+
+    `redis.execute_command("ACL", "SETUSER", "upstox_app", "on", ">password", *runtime_acl())`, or the same in a file.
+    """
+    commands = "ping get set del incr time xadd xlen xrange xdel evalsha script|load multi exec wait info hello select"
+    return ["reset", f"~{{{prefix}}}:*", "-@all", *(f"+{command}" for command in commands.split()), "+client|setinfo"]
+
+
 def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
     """A client for keyword arguments of `redis.Redis` or a URL, or the client of redis-py that was given.
 

@@ -84,6 +84,29 @@ INDEXES: dict[str, list[tuple[list[tuple[str, int]], dict[str, Any]]]] = {
     ],
 }
 
+# What a program needs that stores and reads tokens. It can drop nothing and delete no history.
+RUNTIME_ACTIONS = {
+    "active_tokens": ["find", "insert", "update", "remove"],
+    "tokens": ["find", "insert", "update"],
+    "token_audit": ["find", "insert"],
+    "leases": ["find", "insert", "update", "remove"],
+    "schema_version": ["find"],
+}
+
+
+def runtime_role(name: str, database_name: str = "upstox_db") -> dict[str, Any]:
+    """The command that makes a role for such a program: `client[database_name].command(runtime_role("upstox_app"))`.
+
+    Run it as an administrator, and open the store once as the owner, who makes the collections. Its audit entries can
+    then only be added to, but for the last hundred uses of a token, which are inside its record: MongoDB knows no right
+    to change one field and not another.
+    """
+    privileges = [
+        {"resource": {"db": database_name, "collection": collection}, "actions": actions}
+        for collection, actions in RUNTIME_ACTIONS.items()
+    ]
+    return {"createRole": name, "privileges": privileges, "roles": []}
+
 
 def make_collections(db: Database[dict[str, Any]], where: str) -> None:
     """Make what is missing. Safe to repeat, to run at once, and to be cut off.
