@@ -108,8 +108,18 @@ used: list[str] = []
 """What the tests really ran on, told at their end."""
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes, by xdist
+        output["used"] = used
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    used.extend(getattr(node, "workeroutput", {}).get("used", []))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in used:
+    for line in dict.fromkeys(used):
         terminalreporter.write_line(f"Ran on {line}")
 
 

@@ -498,6 +498,7 @@ class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
         return Address("tests.test_mongodb:WithALease", (*mongo, self.takeover))
 
     @pytest.mark.slow
+    @pytest.mark.timeout(900)
     def test_a_writer_can_be_killed_200_times(self, address: Address, count: Callable[[], Counts]) -> None:
         # Each killed writer leaves a lease to wait for, so this one is short.
         short = Address(address.kind, (*address.arguments[:2], 0.1))
