@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from upstox_db_examples import (
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.token import Secret, StoredToken
 
 from .conftest import Clock, shown_with_locals
 from .contract import OpenStore, StoreContract, living
@@ -78,6 +80,26 @@ class TestPostgreSQL(StoreContract):
         assert len([sql for sql in messages if "INSERT INTO upstox_tokens" in sql]) == 1
         commits = "SELECT count(DISTINCT xmin::text) AS commits FROM upstox_token_audit WHERE token_id IS NOT NULL"
         assert bare(self.url, commits) == [{"commits": 2}], "created; then deactivated and created together"
+
+    def test_a_read_that_waits_for_a_new_token_gets_it(self, store: PostgreSQLUpstoxStorage) -> None:
+        store.store_token()
+        waiting = "SELECT count(*) AS waiting FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        columns = "user_id, key_id, products, exchanges, created_at, expires_at, metadata, access_token"
+        replacement = store._encrypt(Secret("eyJ0eXAi-new"), dataclasses.replace(self.active(), generation=2))
+        with ThreadPoolExecutor(1) as thread, store.get_connection() as conn, conn.cursor() as cursor:
+            cursor.execute(f"CREATE TEMP TABLE old AS SELECT {columns} FROM upstox_tokens")
+            cursor.execute("UPDATE upstox_tokens SET is_active = false, access_token = NULL")
+            cursor.execute(f"INSERT INTO upstox_tokens (generation, {columns}) SELECT 2, {columns} FROM old")
+            cursor.execute("UPDATE upstox_tokens SET access_token = %s WHERE is_active", (replacement.ciphertext,))
+            read = thread.submit(living, store)
+            while not bare(self.url, waiting)[0]["waiting"]:
+                time.sleep(0.01)
+            conn.commit()
+            assert read.result()["token"] == "eyJ0eXAi-new"
+
+    def active(self) -> StoredToken:
+        (row,) = bare(self.url, f"SELECT {postgresql._HANDED_OUT} FROM upstox_tokens WHERE is_active")
+        return postgresql._token(row)
 
     def test_a_refused_audit_entry_refuses_the_token(self, store: PostgreSQLUpstoxStorage, upstox: LocalUpstox) -> None:
         store.store_token()

@@ -62,7 +62,8 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
 
     Args:
         redis_config: keyword arguments of `redis.Redis`, a URL, or a client of redis-py (for Sentinel or a cluster),
-            which remains its owner's to close.
+            which remains its owner's to close. Give that client a `socket_timeout` and a `socket_connect_timeout` of
+            0.25 and `retry=Retry(NoBackoff(), 0)`, or a dead server holds reads up.
         postgres_config: as `PostgreSQLUpstoxStorage` takes it.
         redis_timeout: seconds for each answer of Redis.
         redis_pause: seconds for which Redis is left alone after it gave none.

@@ -230,8 +230,12 @@ class PostgreSQLUpstoxStorage(TokenStorage):
 
     def _use(self, user_id: str, alive_after: datetime, now: datetime, metadata: str) -> StoredToken | None:
         values = {"user_id": user_id, "alive_after": alive_after, "now": now, "actor": self._actor}
-        rows = self._run(USE, **values, metadata=metadata)
-        return _token(rows[0]) if rows else None
+        # A read that had to wait for a writer finds the old row inactive, and the new one is later than its snapshot.
+        # So "none" is believed only when it is said again; nobody replaces a token three times meanwhile.
+        for _ in range(3):
+            if rows := self._run(USE, **values, metadata=metadata):
+                return _token(rows[0])
+        return None
 
     def _insert(self, token: StoredToken) -> int:
         columns = {name: json.dumps(v) if type(v) in (list, dict) else v for name, v in asdict(token).items()}
