@@ -157,12 +157,22 @@ def postgres_server() -> Iterator[str]:
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """A database of this test's own."""
+    yield from _postgres_database(postgres_server)
+
+
+def _postgres_database(postgres_server: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     _run(postgres_server, f"CREATE DATABASE {name}")
     try:
         yield urlunsplit(urlsplit(postgres_server)._replace(path=f"/{name}"))
     finally:
         _run(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def another_postgres_url(postgres_server: str) -> Iterator[str]:
+    """A second database of this test's own."""
+    yield from _postgres_database(postgres_server)
 
 
 @pytest.fixture(scope="session")
@@ -190,6 +200,17 @@ def mongo(mongo_server: str) -> Iterator[MongoDatabase]:
     finally:
         with pymongo.MongoClient[Any](mongo_server) as client:
             client.drop_database(database.name)
+
+
+@pytest.fixture
+def another_mongo(mongo: MongoDatabase) -> Iterator[str]:
+    """The name of a second database of this test's own."""
+    name = f"{mongo.name}_2"
+    try:
+        yield name
+    finally:
+        with pymongo.MongoClient[Any](mongo.url) as client:
+            client.drop_database(name)
 
 
 @pytest.fixture(scope="session")

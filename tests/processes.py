@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from upstox_totp.models import AccessTokenData
 
-from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin, storage
+from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin, migrate, storage
 
 KEY = KeyRing(b"the same key for all processes..")
 USER = "AB1234"
@@ -160,6 +160,14 @@ def rotate(connection: Connection, address: Address, old: bytes, new: bytes) -> 
     with address.open(keys=KeyRing(new, old)) as store:
         connection.send("ready")
         connection.send(store.rotate_keys())
+
+
+def migrate_on(connection: Connection, source: Address, target: Address) -> None:
+    """Migrate all from one to the other."""
+    with source.open() as one, target.open() as other:
+        connection.send("ready")
+        migrate(one, other, progress=False)
+        connection.send("done")
 
 
 def fold_on_and_on(connection: Connection, address: Address) -> None:

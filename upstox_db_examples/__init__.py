@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from upstox_db_examples.batch import BatchResult, Pace
 from upstox_db_examples.cipher import KeyRing
 from upstox_db_examples.errors import (
+    BackupDamaged,
     ConfigurationError,
     InvalidInput,
     KeyUnavailable,
@@ -24,6 +25,7 @@ from upstox_db_examples.login import Accounts, SdkLogin
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 from upstox_db_examples.storage import TokenStorage
 from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
+from upstox_db_examples.transfer import Counts, export_tokens, import_tokens, migrate
 
 if TYPE_CHECKING:
     from upstox_db_examples.hybrid import HybridUpstoxStorage
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accounts",
+    "BackupDamaged",
     "BatchResult",
     "ConfigurationError",
+    "Counts",
     "ExpiryPolicy",
     "HybridUpstoxStorage",
     "InvalidInput",
@@ -58,6 +62,9 @@ __all__ = [
     "TokenRefused",
     "TokenResult",
     "TokenStorage",
+    "export_tokens",
+    "import_tokens",
+    "migrate",
 ]
 
 # The application decides what is logged, and where; without this Python would print warnings to stderr.

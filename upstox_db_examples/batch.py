@@ -108,7 +108,7 @@ def store_batch(
     given = _checked(user_ids)
     due = list(dict.fromkeys(given))
     results: dict[str, BatchResult] = {}
-    with _progress_bar(len(due), progress) as advance:
+    with progress_bar(len(due), "account", progress) as advance:
         # In rounds, so that while one account waits for its next one-time password the others get their turn.
         for tries_left in reversed(range(ROUNDS)):
             again = []
@@ -167,8 +167,8 @@ def _checked(user_ids: Iterable[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
-    """A function to call for each account that is done. Without tqdm there is simply no bar."""
+def progress_bar(total: int, unit: str, shown: bool) -> Iterator[Callable[[], object]]:
+    """A function to call for each one that is done. Without tqdm there is simply no bar."""
     try:
         tqdm = importlib.import_module("tqdm.auto").tqdm if shown else None
     except ModuleNotFoundError:
@@ -176,5 +176,5 @@ def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
     if tqdm is None:
         yield lambda: None
     else:
-        with tqdm(total=total, desc="Accounts", unit="account") as bar:
+        with tqdm(total=total, desc=f"{unit.capitalize()}s", unit=unit) as bar:
             yield bar.update

@@ -45,6 +45,10 @@ class TokenRefused(StorageError):
     """A stored token does not belong to its row: moved, changed, prolonged, cut, or never encrypted."""
 
 
+class BackupDamaged(StorageError):
+    """An export that was cut off, changed or put together: nothing of it was imported. Take another one."""
+
+
 class LoginError(StorageError):
     """No token was obtained. The three children say what to do.
 

@@ -17,7 +17,7 @@ from upstox_db_examples.errors import StorageError, StoreUnavailable
 from upstox_db_examples.hybrid_redis import Config, RedisTokens, Use, client_of
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 from upstox_db_examples.storage import BATCH, Options
-from upstox_db_examples.token import StoredToken
+from upstox_db_examples.token import AuditEntry, StoredToken
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +214,15 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         replaced = super()._replace_ciphertexts(rows)
         self._wait_until_unbelieved(buried)
         return replaced
+
+    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
+        self.fold_uses()
+        return super()._take_out(user_id)
+
+    def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        buried = not tokens or self._redis.bury([token.user_id for token in tokens], self._buried_for)
+        super()._put_in(user_id, tokens, entries)
+        self._wait_until_unbelieved(buried)
 
     def _wait_until_unbelieved(self, out_of_redis: bool) -> None:
         if not out_of_redis:

@@ -20,7 +20,7 @@ from upstox_db_examples.mongodb_connection import Document, MongoDBConnection
 from upstox_db_examples.mongodb_lease import Leases
 from upstox_db_examples.mongodb_schema import make_collections
 from upstox_db_examples.storage import BATCH, Options, TokenStorage, require_aware
-from upstox_db_examples.token import Secret, StoredToken
+from upstox_db_examples.token import AuditEntry, Secret, StoredToken
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
 ATTEMPTS = 5  # at a read while the token is being replaced
@@ -320,6 +320,60 @@ class MongoUpstoxStorage(TokenStorage):
         ]
         with self._database() as db:
             return {row["_id"]: row["count"] for row in db.active_tokens.aggregate(each_key)}
+
+    def _users(self) -> list[str | None]:
+        with self._database() as db:
+            found = {*db.tokens.distinct("user_id"), *db.token_audit.distinct("user_id")}
+        return sorted(found, key=str)
+
+    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
+        with self._database() as db:
+            records = list(db.tokens.find({"user_id": user_id}, {"is_active": 0}).sort("generation"))
+            inside = [entry for record in records for entry in record.pop("audit")]
+            entries = {e["_id"]: e for e in [*inside, *db.token_audit.find({"user_id": user_id})]}
+            active = db.active_tokens.find_one({"_id": user_id, **_held()}) or {"token_id": None}
+        generations = {record["_id"]: record["generation"] for record in records}
+        held = {"ciphertext": active.get("ciphertext", ""), "key_id": active.get("key_id", "")}
+        none = {"ciphertext": "", "key_id": ""}
+        tokens = [StoredToken(**(held if r.pop("_id") == active["token_id"] else none), **r) for r in records]
+        return tokens, [
+            AuditEntry(e["action"], e["actor"], e["performed_at"], e["metadata"], generations.get(e["token_id"]))
+            for e in sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]))
+        ]
+
+    def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        with self._database() as db:
+            ids: dict[int | None, ObjectId] = {}
+            for token in tokens:
+                self._put_in_token(db, token)
+            for record in db.tokens.find({"user_id": user_id}, {"generation": 1}):
+                ids[record["generation"]] = record["_id"]
+            if entries:
+                moved = [
+                    {"_id": ObjectId(), "user_id": user_id, **e._asdict(), "token_id": ids.get(e.generation)}
+                    for e in entries
+                ]
+                for entry in moved:
+                    del entry["generation"]
+                db.token_audit.insert_many(moved)
+
+    def _put_in_token(self, db: Database[Document], token: StoredToken) -> None:
+        """First the record, then the one document that makes it the active token, as in `_insert`."""
+        record = {**asdict(token), "is_active": bool(token.ciphertext)}
+        ciphertext, key_id = record.pop("ciphertext"), record.pop("key_id")
+        del record["token_id"], record["source"]
+        which = {"user_id": token.user_id, "generation": token.generation}
+        kept: Any = db.tokens.find_one_and_update(
+            which, {"$set": record, "$setOnInsert": {"audit": []}}, upsert=True, return_document=ReturnDocument.AFTER
+        )
+        if not ciphertext:
+            db.active_tokens.delete_one({"_id": token.user_id, "generation": token.generation})
+            return
+        active = {"token_id": kept["_id"], "ciphertext": ciphertext, "key_id": key_id}
+        active |= {name: record[name] for name in ("generation", "created_at", "expires_at")}
+        db.active_tokens.replace_one(
+            {"_id": token.user_id, "generation": {"$lte": token.generation}}, active, upsert=True
+        )
 
     def _health(self) -> dict[str, Any]:
         try:

@@ -15,7 +15,7 @@ from psycopg2.extensions import connection
 from upstox_db_examples.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from upstox_db_examples.postgresql_connections import PostgreSQLConnections
 from upstox_db_examples.storage import Options, TokenStorage
-from upstox_db_examples.token import Secret, StoredToken
+from upstox_db_examples.token import AuditEntry, Secret, StoredToken
 
 # user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is
 # exactly one that holds a ciphertext. A page is left half empty so that counting a use writes no index.
@@ -141,6 +141,32 @@ FROM unnest(%(ids)s, %(old)s, %(new)s, %(key_ids)s) AS new (id, old, ciphertext,
 WHERE t.id = new.id AND t.access_token = new.old RETURNING t.id
 """
 COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
+USERS = "SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM upstox_token_audit ORDER BY 1"
+_COPIED = """user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products,
+             exchanges, account, metadata, usage_count, last_used_at"""
+TAKE_OUT = f"""
+SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = %(user_id)s
+ORDER BY generation
+"""
+TAKE_OUT_AUDIT = """
+SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation
+FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
+WHERE a.user_id IS NOT DISTINCT FROM %(user_id)s ORDER BY a.id
+"""
+# Two statements in one message, and so in one transaction.
+PUT_IN = f"""
+INSERT INTO upstox_tokens ({_COPIED}, access_token, is_active)
+SELECT {_COPIED}, access_token, is_active FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
+ORDER BY generation
+ON CONFLICT (user_id, generation) DO UPDATE SET access_token = excluded.access_token, key_id = excluded.key_id,
+    is_active = excluded.is_active, usage_count = excluded.usage_count, last_used_at = excluded.last_used_at;
+INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
+SELECT t.id, %(user_id)s, e.entry ->> 'action', e.entry ->> 'actor', (e.entry ->> 'performed_at')::timestamptz,
+       e.entry -> 'metadata'
+FROM jsonb_array_elements(%(entries)s) WITH ORDINALITY AS e (entry, nth)
+LEFT JOIN upstox_tokens AS t ON t.user_id = %(user_id)s AND t.generation = (e.entry ->> 'generation')::integer
+ORDER BY e.nth
+"""
 
 
 class PostgreSQLUpstoxStorage(TokenStorage):
@@ -292,6 +318,23 @@ class PostgreSQLUpstoxStorage(TokenStorage):
     def _count_keys(self) -> dict[str, int]:
         return {row["key_id"]: row["count"] for row in self._run(COUNT_KEYS)}
 
+    def _users(self) -> list[str | None]:
+        return [row["user_id"] for row in self._run(USERS)]
+
+    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
+        tokens = [_token(row) for row in self._run(TAKE_OUT, user_id=user_id)]
+        rows = [_in_utc(row) for row in self._run(TAKE_OUT_AUDIT, user_id=user_id)]
+        return tokens, [AuditEntry(**row) for row in rows]
+
+    def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        rows = [
+            {**asdict(token), "access_token": token.ciphertext or None, "is_active": bool(token.ciphertext)}
+            for token in tokens
+        ]
+        dumped = {"tokens": json.dumps(rows, default=datetime.isoformat)}
+        dumped["entries"] = json.dumps([entry._asdict() for entry in entries], default=datetime.isoformat)
+        self._run(PUT_IN, user_id=user_id, **dumped)
+
     def _health(self) -> dict[str, Any]:
         try:
             self._count_keys()
@@ -301,12 +344,13 @@ class PostgreSQLUpstoxStorage(TokenStorage):
 
 
 def _token(row: dict[str, Any]) -> StoredToken:
-    columns: dict[str, Any] = {k: v.astimezone(UTC) if isinstance(v, datetime) else v for k, v in row.items()}
-    return StoredToken(**columns)
+    return StoredToken(**_in_utc(row))
+
+
+def _in_utc(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.astimezone(UTC) if isinstance(value, datetime) else value for name, value in row.items()}
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """The row as callers see it: times as ISO text."""
-    return {
-        name: value.astimezone(UTC).isoformat() if isinstance(value, datetime) else value for name, value in row.items()
-    }
+    return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in _in_utc(row).items()}

@@ -23,8 +23,9 @@ from upstox_db_examples.errors import (
     StorageError,
     StoreUnavailable,
 )
+from upstox_db_examples.files import written_whole
 from upstox_db_examples.storage import Options, TokenStorage
-from upstox_db_examples.token import StoredToken
+from upstox_db_examples.token import AuditEntry, StoredToken
 
 ROOM = 16_384  # bytes, written twice as long in hex: more than a token with its index and audit entries takes
 LAST_ROW = "WHERE id = last_insert_rowid()"
@@ -121,6 +122,30 @@ SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > ? LIMIT ?
 """
 REPLACE = "UPDATE upstox_tokens SET access_token = ?, key_id = ? WHERE id = ? AND access_token = ?"
 COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
+USERS = "SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM upstox_token_audit ORDER BY 1"
+_COPIED = (
+    "user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products, exchanges, "
+    "account, metadata, usage_count, last_used_at"
+)
+TAKE_OUT = (
+    f"SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = ? "
+    "ORDER BY generation"
+)
+TAKE_OUT_AUDIT = """
+SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation
+FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id WHERE a.user_id IS ? ORDER BY a.id
+"""
+PUT_IN = f"""
+INSERT INTO upstox_tokens ({_COPIED}, access_token, is_active)
+VALUES ({", ".join(f":{name}" for name in _COPIED.split(", "))}, nullif(:ciphertext, ''), :ciphertext <> '')
+ON CONFLICT (user_id, generation) DO UPDATE SET access_token = excluded.access_token, key_id = excluded.key_id,
+    is_active = excluded.is_active, usage_count = excluded.usage_count, last_used_at = excluded.last_used_at
+"""
+PUT_IN_AUDIT = """
+INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
+VALUES ((SELECT id FROM upstox_tokens WHERE user_id = :user_id AND generation = :generation), :user_id, :action, :actor,
+        :performed_at, :metadata)
+"""
 
 
 class SQLiteUpstoxStorage(TokenStorage):
@@ -173,6 +198,24 @@ class SQLiteUpstoxStorage(TokenStorage):
             StoreUnavailable, ConfigurationError: whatever SQLite raised inside, in our words.
         """
         return _Borrowed(self)
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """A copy of the database at this moment, while others read and write. Open it as any other.
+
+        It is whole or not there at all: it gets its name, in place of an older one, when it is on the disk.
+
+        Raises:
+            StoreUnavailable: it cannot be written there.
+        """
+        with written_whole(Path(path)) as temporary, self.get_connection() as conn:
+            copy = sqlite3.connect(temporary, isolation_level=None)
+            try:
+                conn.backup(copy)  # In one step: else it would begin again whenever somebody writes.
+                copy.execute("PRAGMA journal_mode = DELETE")  # One file. The store makes it WAL again.
+                if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
+                    raise StorageError(f"{self.db_path} is damaged, and so would be its copy. Take an older backup.")
+            finally:
+                copy.close()
 
     def close(self) -> None:
         self._closed = True
@@ -327,6 +370,35 @@ class SQLiteUpstoxStorage(TokenStorage):
             return {"sqlite": f"error: {error}"}
         return {"sqlite": "healthy"}
 
+    def _users(self) -> list[str | None]:
+        return [row["user_id"] for row in self._rows(USERS)]
+
+    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
+        with self.get_connection() as conn:
+            conn.execute("BEGIN")
+            tokens = [_whole(row) for row in conn.execute(TAKE_OUT, (user_id,))]
+            entries = [
+                AuditEntry(
+                    e["action"], e["actor"], _moment(e["performed_at"]), json.loads(e["metadata"]), e["generation"]
+                )
+                for e in conn.execute(TAKE_OUT_AUDIT, (user_id,))
+            ]
+        return tokens, entries
+
+    def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        rows = [
+            {
+                **e._asdict(),
+                "user_id": user_id,
+                "performed_at": _seconds(e.performed_at),
+                "metadata": json.dumps(e.metadata),
+            }
+            for e in entries
+        ]
+        with self._transaction() as conn:
+            conn.executemany(PUT_IN, [_columns(token) for token in tokens])
+            conn.executemany(PUT_IN_AUDIT, rows)
+
     def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
         with self.get_connection() as conn:
             return conn.execute(sql, values).fetchall()
@@ -404,6 +476,16 @@ def _token(row: sqlite3.Row) -> StoredToken:
     )
 
 
+def _whole(row: sqlite3.Row) -> StoredToken:
+    """A token with all its columns."""
+    columns = {name: row[name] for name in row.keys()}  # noqa: SIM118  # Iterating over a Row gives its values.
+    for name in ("created_at", "expires_at", "last_used_at"):
+        columns[name] = None if columns[name] is None else _moment(columns[name])
+    for name in ("products", "exchanges", "metadata"):
+        columns[name] = json.loads(columns[name])
+    return StoredToken(**columns)
+
+
 def _shown(row: sqlite3.Row) -> dict[str, Any]:
     """The row as callers see it: times as ISO text."""
     times = (
@@ -425,6 +507,10 @@ def _shown(row: sqlite3.Row) -> dict[str, Any]:
 
 def _seconds(moment: datetime) -> int:
     return int(moment.timestamp())
+
+
+def _moment(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def _checked_path(db_path: str | os.PathLike[str]) -> Path:

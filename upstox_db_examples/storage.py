@@ -31,7 +31,7 @@ from upstox_db_examples.errors import (
     TokenNotStored,
 )
 from upstox_db_examples.login import Login, SdkLogin
-from upstox_db_examples.token import ExpiryPolicy, Secret, StoredToken, TokenResult
+from upstox_db_examples.token import AuditEntry, ExpiryPolicy, Secret, StoredToken, TokenResult
 
 if TYPE_CHECKING:
     from upstox_totp.models import AccessTokenData
@@ -372,6 +372,20 @@ class TokenStorage(ABC):
 
     @abstractmethod
     def _health(self) -> dict[str, Any]: ...
+
+    # What transfer.py needs.
+
+    @abstractmethod
+    def _users(self) -> list[str | None]:
+        """All who have tokens or audit entries; None for entries that belong to nobody."""
+
+    @abstractmethod
+    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
+        """All that is kept of a user, oldest first. A token that is not active has an empty ciphertext."""
+
+    @abstractmethod
+    def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        """These tokens, each in place of the one of its generation if there is one, and these entries besides."""
 
 
 class _Minted(NamedTuple):

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, time, timedelta, timezone, tzinfo
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # A fixed offset and not ZoneInfo("Asia/Kolkata"): India has had this one offset and no summer time since 1945,
 # and a slim container has no time zone database.
@@ -75,7 +75,22 @@ class StoredToken:
     metadata: dict[str, Any] = field(default_factory=dict)
     token_id: int | str | None = None
     usage_count: int = 0
+    last_used_at: datetime | None = None
     source: str | None = None
+
+
+class AuditEntry(NamedTuple):
+    """What was done, by whom and when, as it moves from one store to another.
+
+    Attributes:
+        generation: of the token to which it was done; None for what belongs to no token, such as a login.
+    """
+
+    action: str
+    actor: str
+    performed_at: datetime
+    metadata: dict[str, Any]
+    generation: int | None
 
 
 class TokenResult(Mapping[str, Any]):

@@ -1,0 +1,409 @@
+"""Export, import and migration between the stores, and SQLite's online backup: whole, or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from upstox_db_examples import (
+    BackupDamaged,
+    Counts,
+    InvalidInput,
+    KeyRing,
+    KeyUnavailable,
+    PostgreSQLUpstoxStorage,
+    SQLiteUpstoxStorage,
+    StoreUnavailable,
+    TokenRefused,
+    TokenStorage,
+    export_tokens,
+    import_tokens,
+    migrate,
+)
+from upstox_db_examples.local.servers import PostgreSQLServer
+
+from . import leaks, processes
+from .conftest import Clock
+from .processes import KEY, Address, made_up_login
+from .test_postgresql import bare
+
+USERS = [f"CD{n:04}" for n in range(4)]
+AUDITED = {"audit_reads": True}
+
+
+@pytest.fixture
+def opened(clock: Clock) -> Iterator[Callable[..., TokenStorage]]:
+    with ExitStack() as stack:
+
+        def open_one(address: Address, **options: Any) -> TokenStorage:
+            on_request = AUDITED if "SQLite" in address.kind or "Pooled" in address.kind else {}
+            common = {"login": made_up_login, "clock": clock, "actor": "tests", **on_request}
+            store: TokenStorage = stack.enter_context(address.open(**{**common, **options}))
+            return store
+
+        yield open_one
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Address:
+    return Address("upstox_db_examples:SQLiteUpstoxStorage", (str(tmp_path / "other.db"),))
+
+
+@pytest.fixture
+def another(each_address: Address, tmp_path: Path, request: pytest.FixtureRequest) -> Address:
+    """A second, empty store of the same kind."""
+    where, options = each_address.arguments, dict(each_address.options)
+    if each_address.kind.endswith(("SQLiteUpstoxStorage", "PooledUpstoxStorage")):
+        where = (str(tmp_path / "second.db"),)
+    elif each_address.kind.endswith("MongoUpstoxStorage"):
+        where = (where[0], request.getfixturevalue("another_mongo"))
+    else:
+        where = (*where[:-1], request.getfixturevalue("another_postgres_url"))
+        options = {name: f"{prefix}_second" for name, prefix in options.items()}
+    return Address(each_address.kind, where, options)
+
+
+def filled(store: TokenStorage, clock: Clock) -> TokenStorage:
+    """Tokens that live, were replaced, were revoked, are dead; uses; logins that failed."""
+    for user_id in USERS:
+        for _ in range(3):
+            store.store_token(user_id)
+            store.get_valid_token(user_id)
+            store.get_valid_token(user_id)
+            clock.advance(minutes=7)
+    store.revoke_token(USERS[1])
+    clock.advance(days=1)
+    store.cleanup_expired_tokens()
+    for user_id in USERS[:3]:
+        store.store_token(user_id)
+        store.get_valid_token(user_id)
+    store.revoke_token(USERS[2])
+    return store
+
+
+def token_of(store: TokenStorage, user_id: str) -> str:
+    read = store.get_valid_token(user_id)
+    assert read
+    return str(read["token"])
+
+
+def told(store: TokenStorage) -> Any:
+    """All that a store tells of its users, but for the ids of its rows."""
+    shown = [
+        (
+            store.get_user_statistics(user_id),
+            store.get_token_history(user_id, 1000),
+            sorted(
+                store.get_audit_trail(user_id, 1000), key=lambda entry: json.dumps(entry, sort_keys=True, default=str)
+            ),
+            (read := store._find(user_id, store._now(), store._now())) and store._decrypt(read).reveal(),
+        )
+        for user_id in USERS
+    ]
+    for _, history, trail, _ in shown:
+        for row in [*history, *trail]:
+            row.pop("token_id")
+    return shown
+
+
+def as_it_was(store: TokenStorage) -> Any:
+    """As `told`, without reading, which counts."""
+    return [store._take_out(user_id) for user_id in store._users()]
+
+
+# Between the stores
+
+
+@pytest.mark.parametrize("forth", [True, False], ids=["from", "to"])
+def test_all_moves_between_sqlite_and_every_store(
+    each_address: Address, sqlite: Address, opened: Callable[..., TokenStorage], clock: Clock, forth: bool
+) -> None:
+    source, target = opened(each_address), opened(sqlite)
+    if not forth:
+        source, target = target, source
+    filled(source, clock)
+    counts = migrate(source, target, progress=False)
+    assert counts.users == len(USERS)
+    assert counts.tokens == counts.new_tokens == 15
+    assert counts.audit_entries == counts.new_audit_entries > 60
+    assert [len(store._users()) for store in (source, target)] == [4, 4]
+    before = as_it_was(target)
+    assert migrate(source, target, progress=False) == counts._replace(new_tokens=0, new_audit_entries=0)
+    assert as_it_was(target) == before, "done again it changes nothing"
+    assert told(target) == told(source)
+    target.store_token(USERS[0])
+    assert target.get_token_history(USERS[0])[0]["is_active"]
+
+
+def test_an_export_is_imported_into_another_store_of_its_kind(
+    each_address: Address, another: Address, opened: Callable[..., TokenStorage], clock: Clock, tmp_path: Path
+) -> None:
+    source, target, file = filled(opened(each_address), clock), opened(another), tmp_path / "export"
+    exported = export_tokens(source, file, progress=False)
+    assert import_tokens(target, file, progress=False)[:3] == exported[:3]
+    assert import_tokens(target, file, progress=False).new_tokens == 0
+    assert told(target) == told(source)
+
+
+def test_what_went_on_at_the_source_is_brought_over_by_the_next_migration(
+    each_address: Address, sqlite: Address, opened: Callable[..., TokenStorage], clock: Clock
+) -> None:
+    source, target = filled(opened(sqlite), clock), opened(each_address)
+    migrate(source, target, progress=False)
+    source.store_token(USERS[0])
+    source.get_valid_token(USERS[0])
+    source.revoke_token(USERS[1])
+    counts = migrate(source, target, progress=False)
+    assert counts.new_tokens == 1
+    assert told(target) == told(source)
+
+
+def test_a_newer_token_of_the_target_stays(
+    each_address: Address, sqlite: Address, opened: Callable[..., TokenStorage], clock: Clock, tmp_path: Path
+) -> None:
+    source, target, file = filled(opened(sqlite), clock), opened(each_address), tmp_path / "export"
+    export_tokens(source, file, progress=False)
+    import_tokens(target, file, progress=False)
+    newer = target.store_token(USERS[0])["token"]
+    target.revoke_token(USERS[1])
+    import_tokens(target, file, progress=False)
+    assert token_of(target, USERS[0]) == newer
+    assert target.get_valid_token(USERS[1]) is None, "a restore does not undo a revocation"
+
+
+def test_two_histories_are_not_mixed(
+    sqlite: Address, tmp_path: Path, opened: Callable[..., TokenStorage], clock: Clock
+) -> None:
+    source = filled(opened(sqlite), clock)
+    target = opened(sqlite._replace(arguments=(str(tmp_path / "target.db"),)))
+    clock.advance(hours=1)
+    target.store_token(USERS[3])
+    before = as_it_was(target)
+    with pytest.raises(InvalidInput, match=f"{USERS[3]} has another history"):
+        migrate(source, target, progress=False)
+    assert as_it_was(target) == before, "also not of the users before"
+
+
+def test_keys_of_the_two_may_differ(
+    sqlite: Address, tmp_path: Path, opened: Callable[..., TokenStorage], clock: Clock
+) -> None:
+    source, ring = filled(opened(sqlite), clock), KeyRing(KeyRing.new_key())
+    target = opened(sqlite._replace(arguments=(str(tmp_path / "target.db"),)), keys=ring)
+    migrate(source, target, progress=False)
+    assert list(target.keys_in_use()) == ring.key_ids
+    assert told(target) == told(source)
+
+
+def test_a_changed_ciphertext_is_not_brought_over(
+    sqlite: Address, tmp_path: Path, opened: Callable[..., TokenStorage]
+) -> None:
+    source = opened(sqlite)
+    source.store_token(USERS[0])
+    source.store_token(USERS[1])
+    tokens = [source._take_out(user_id)[0][0] for user_id in USERS[:2]]
+    source._put_in(USERS[1], [replace(tokens[1], ciphertext=tokens[0].ciphertext)], [])
+    with pytest.raises(TokenRefused):
+        migrate(source, opened(sqlite._replace(arguments=(str(tmp_path / "target.db"),))), progress=False)
+
+
+@pytest.mark.slow
+def test_a_migration_can_be_killed_at_any_moment(
+    each_address: Address, sqlite: Address, opened: Callable[..., TokenStorage]
+) -> None:
+    dice, killed = random.Random(1), 0
+    source, target = opened(sqlite), opened(each_address)
+    for number in range(40):
+        source.store_token(f"CD{number:04}")
+        source.get_valid_token(f"CD{number:04}")
+    for _ in range(20):
+        process, connection = processes.start(processes.migrate_on, sqlite, each_address)
+        assert connection.recv() == "ready"
+        time.sleep(dice.uniform(0, 0.1))
+        processes.kill(process)
+        try:
+            connection.recv()
+        except EOFError:
+            killed += 1
+        connection.close()
+        active = [t for user_id in target._users() for t in target._take_out(user_id)[0] if t.ciphertext]
+        assert len(active) == len({token.user_id for token in active})
+    assert killed
+    migrate(source, target, progress=False)
+    expected = dict(zip(source._users(), as_it_was(source), strict=True))
+    for user_id, (tokens, entries) in zip(target._users(), as_it_was(target), strict=True):
+        assert len(tokens) == len(expected[user_id][0])
+        assert entries == expected[user_id][1]
+
+
+# The file of an export
+
+
+@pytest.fixture
+def exported(sqlite: Address, opened: Callable[..., TokenStorage], clock: Clock, tmp_path: Path) -> Path:
+    export_tokens(filled(opened(sqlite), clock), tmp_path / "export", progress=False)
+    return tmp_path / "export"
+
+
+@pytest.fixture
+def empty(sqlite: Address, tmp_path: Path, opened: Callable[..., TokenStorage]) -> TokenStorage:
+    return opened(sqlite._replace(arguments=(str(tmp_path / "empty.db"),)))
+
+
+def test_an_export_shows_nobody_anything(exported: Path, sqlite: Address, opened: Callable[..., TokenStorage]) -> None:
+    assert stat.S_IMODE(exported.stat().st_mode) == 0o600
+    store = opened(sqlite)
+    token = token_of(store, USERS[0])
+    content = exported.read_bytes()
+    assert leaks.find("upstox_db_examples", content), "the search finds what is there"
+    for secret in (token, store.get_token_history(USERS[0])[0]["email"], USERS[0], "tests", "deactivated"):
+        assert not leaks.find(secret, content)
+
+
+def test_an_export_that_is_cut_off_is_refused(exported: Path, empty: TokenStorage) -> None:
+    whole, dice = exported.read_bytes(), random.Random(1)
+    for offset in [len(whole) - 1, whole.rindex(b"\n", 0, -1) + 1, *(dice.randrange(len(whole)) for _ in range(20))]:
+        exported.write_bytes(whole[:offset])
+        with pytest.raises(BackupDamaged):
+            import_tokens(empty, exported, progress=False)
+        assert empty._users() == []
+    exported.write_bytes(whole)
+    assert import_tokens(empty, exported, progress=False).users == 4
+
+
+def test_an_export_that_was_changed_is_refused(exported: Path, empty: TokenStorage, tmp_path: Path) -> None:
+    lines, dice = exported.read_text().splitlines(), random.Random(1)
+    another_file = tmp_path / "another"
+    filled_again = tmp_path / "again.db"
+    with SQLiteUpstoxStorage(filled_again, keys=KEY, login=made_up_login) as store:
+        store.store_token(USERS[0])
+        export_tokens(store, another_file, progress=False)
+    foreign = another_file.read_text().splitlines()
+    changes = [
+        [lines[0], lines[2], lines[1], *lines[3:]],
+        [*lines[:2], *lines[3:]],
+        [*lines[:2], lines[1], *lines[2:]],
+        [lines[0], foreign[1], *lines[2:]],
+        [foreign[0], *lines[1:]],
+        [*lines, lines[-1]],
+        [*lines[:-1], foreign[-1]],
+        [lines[0], lines[-1]],
+        lines[1:],
+        [],
+    ]
+    for _ in range(20):
+        number, place = dice.randrange(1, len(lines)), dice.randrange(20)
+        line = lines[number]
+        place = dice.randrange(len("v1.kxxxxxxxx."), len(line))
+        other = "A" if line[place] != "A" else "B"
+        changes.append([*lines[:number], line[:place] + other + line[place + 1 :], *lines[number + 1 :]])
+    for changed in changes:
+        exported.write_text("".join(f"{line}\n" for line in changed))
+        with pytest.raises(BackupDamaged):
+            import_tokens(empty, exported, progress=False)
+        assert empty._users() == []
+
+
+def test_an_export_under_a_key_that_is_not_there_names_it(exported: Path, tmp_path: Path) -> None:
+    with (
+        SQLiteUpstoxStorage(tmp_path / "stranger.db", keys=KeyRing(KeyRing.new_key())) as stranger,
+        pytest.raises(KeyUnavailable, match=KEY.key_ids[0]),
+    ):
+        import_tokens(stranger, exported, progress=False)
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(empty: TokenStorage, tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="cannot be written: No such file"):
+        export_tokens(empty, tmp_path / "nowhere" / "export")
+    (tmp_path / "export").mkdir()
+    with pytest.raises(StoreUnavailable, match="cannot be written: Is a directory"):
+        export_tokens(empty, tmp_path / "export", progress=False)
+    with pytest.raises(StoreUnavailable, match="cannot be read"):
+        import_tokens(empty, tmp_path / "nothing", progress=False)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_full_disk_leaves_the_export_before_it(
+    exported: Path, sqlite: Address, opened: Callable[..., TokenStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = exported.read_bytes()
+    store = opened(sqlite)
+
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreUnavailable, match="No space left"):
+        export_tokens(store, exported, progress=False)
+    assert exported.read_bytes() == before
+    assert list(exported.parent.glob(".*")) == []
+
+
+def test_an_empty_store_makes_an_empty_export(empty: TokenStorage, tmp_path: Path) -> None:
+    assert export_tokens(empty, tmp_path / "export", progress=False) == Counts()
+    assert import_tokens(empty, tmp_path / "export", progress=False) == Counts()
+
+
+# The databases' own backups
+
+
+@pytest.mark.slow
+def test_a_backup_under_four_writers_holds_every_token_acknowledged_before(tmp_path: Path) -> None:
+    path = tmp_path / "busy.db"
+    address = Address("upstox_db_examples:SQLiteUpstoxStorage", (str(path),))
+    with ExitStack() as stack:
+        store = stack.enter_context(address.open(login=made_up_login))
+        writers = [processes.start(processes.store_on_and_on, address) for _ in range(4)]
+        for process, connection in writers:
+            stack.callback(connection.close)
+            stack.callback(processes.kill, process)
+            assert connection.recv() == "ready"
+        for number in range(10):
+            time.sleep(0.1)
+            acknowledged = [connection.recv() for _, connection in writers if connection.poll()]
+            while any(connection.poll() for _, connection in writers):
+                acknowledged += [connection.recv() for _, connection in writers if connection.poll()]
+            copy = tmp_path / f"copy-{number}.db"
+            store.backup(copy)
+            assert stat.S_IMODE(copy.stat().st_mode) == 0o600
+            with address._replace(arguments=(str(copy),)).open() as restored:
+                ids = {row["token_id"] for row in restored.get_token_history(processes.USER, 100_000)}
+                assert set(acknowledged) <= ids
+                assert restored.get_valid_token(processes.USER)
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_pg_dump_and_a_restore_keep_all_and_show_no_token(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.delenv("POSTGRES_URL", raising=False)
+    options: dict[str, Any] = {"keys": KEY, "login": made_up_login, "clock": clock}
+    with PostgreSQLServer() as server:
+        tools, second = server._binaries, f"{server.url}_restored"
+        with PostgreSQLUpstoxStorage(server.url, **options) as store:
+            expected = told(filled(store, clock))
+            secret = token_of(store, USERS[0])
+            expected = told(store)
+            dump = subprocess.run([str(tools / "pg_dump"), server.url], check=True, capture_output=True).stdout
+            expected_again = as_it_was(store)
+        assert leaks.find("upstox_token_audit", dump)
+        assert not leaks.find(secret, dump)
+        conn = PostgreSQLUpstoxStorage(server.url, **options)
+        with conn.get_connection() as plain, plain.cursor() as cursor:
+            plain.autocommit = True
+            cursor.execute("CREATE DATABASE postgres_restored")
+        conn.close()
+        command = [str(tools / "psql"), "-v", "ON_ERROR_STOP=1", "-q", "-o", os.devnull, second]
+        subprocess.run(command, check=True, input=dump, capture_output=True)
+        with PostgreSQLUpstoxStorage(second, **options) as restored:
+            assert as_it_was(restored) == expected_again
+            assert told(restored)[0][-1] == expected[0][-1] == secret
+        assert bare(second, "SELECT count(*) AS n FROM pg_indexes WHERE indexname = 'one_active_token'") == [{"n": 1}]

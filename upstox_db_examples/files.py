@@ -1,0 +1,40 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upstox_db_examples.errors import StoreUnavailable
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, of mode 0600, which gets its name at the end, when it is on the disk.
+
+    Raises:
+        StoreUnavailable: it cannot be written; what was there under that name stays.
+    """
+    temporary = None
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(descriptor)
+        temporary = Path(name)
+        yield temporary
+        for each, flags in ((temporary, os.O_RDWR), (path.parent, os.O_RDONLY)):
+            descriptor = os.open(each, flags)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if each == temporary:
+                temporary.replace(path)
+                temporary = None
+    except OSError as error:
+        raise StoreUnavailable(f"{path} cannot be written: {error.strerror or type(error).__name__}.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
