@@ -213,7 +213,7 @@ def _hybrid(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Si
     own = stack.enter_context(rows.postgresql_database(servers.postgresql, f"{run}_ours"))
     other = stack.enter_context(rows.postgresql_database(servers.postgresql, f"{run}_guide"))
     mine = ours(stack.enter_context(HybridUpstoxStorage(servers.redis, own, redis_prefix=prefix, **options())))
-    storage = GuideHybrid(_arguments(servers.redis), other, login)
+    storage = GuideHybrid(keywords(servers.redis), other, login)
     stack.callback(storage.redis.close)
     storage.prefix = f"{prefix}:guide:"
     theirs = guide(storage)
@@ -227,7 +227,7 @@ def _hybrid(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Si
     return [mine, bare(driver), theirs, kv]
 
 
-def _arguments(url: str) -> dict[str, Any]:
+def keywords(url: str) -> dict[str, Any]:
     """The URL as the guide takes it: keyword arguments."""
     parts = urlsplit(url)
     database = int(parts.path.strip("/") or 0)
