@@ -15,7 +15,7 @@ SIDES = ("ours", "bare", "guide", "py-key-value")
 RATIOS = (("ours", "bare"), ("guide", "ours"), ("py-key-value", "ours"))
 MORE = {
     ("SQLite", "read"): "decrypts",
-    ("SQLite", "store"): "encrypts; checks first that the disk takes a write; a lock a user",
+    ("SQLite", "store"): "encrypts; audits the login first, in a transaction of its own; a lock a user",
     ("PostgreSQL", "read"): "decrypts; counts the use and audits it, durably",
     ("PostgreSQL", "store"): "encrypts; audits the login first; a lock a user on a connection of its own",
     ("MongoDB", "read"): "decrypts; counts the use and audits it, durably",
@@ -168,6 +168,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         drawn = axes.barh(at, [r - 1 for _, r in bars], 0.24, left=1, color=color, label=f"{pair[0]} ÷ {pair[1]}")
         axes.bar_label(drawn, [_number(r) for _, r in bars], padding=3, fontsize=8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(chosen)), [f"{row.store} {row.operation}" for row in chosen])
     axes.invert_yaxis()
