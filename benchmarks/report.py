@@ -90,9 +90,14 @@ def _targets(rows: Sequence[Row]) -> str:
         cells = []
         for case in cases:
             ratio = found[case].ratio(target.above, target.below)
-            cells.append(f"{_number(ratio)}, {'reached' if ratio and target.reached(ratio) else '**not reached**'}")
+            cells.append(f"{_number(ratio)}, {_verdict(target, ratio)}")
         lines.append([target.says, *cells])
     return _table(["", *(f"{_threads(crowd)}, {tokens:,} tokens" for crowd, tokens in cases)], lines)
+
+
+def _verdict(target: Target, ratio: float | None) -> str:
+    # Of the number that is shown, so that nobody reads "3.00, not reached" of 3.
+    return "reached" if ratio and target.reached(round(ratio, 2)) else "**not reached**"
 
 
 def _ratios(rows: Iterable[Row]) -> str:
@@ -127,6 +132,8 @@ def _result(result: Result | None, crowd: int) -> str:
 def _number(ratio: float | None) -> str:
     if ratio is None:
         return NONE
+    if ratio < 0.1:
+        return f"{ratio:.2g}"
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
