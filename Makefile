@@ -2,12 +2,14 @@
 # make test       set up and run all the tests
 # make notebooks  run all the notebooks without a window; the files in the repository stay as they are
 # make check      lint and types
+# make bench      measure all stores beside the guide's code, the bare drivers and py-key-value: about ten minutes
+#                 (make bench BENCH_OPTIONS=--quick: one minute, written to build/benchmarks)
 # make PYTHON=/path/to/python3.13 ...   to choose the interpreter yourself
 
 SHELL := /bin/sh
 BIN := .venv/bin
 ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
-.PHONY: lab test notebooks check clean
+.PHONY: lab test notebooks check bench clean
 
 # Root has to be allowed by name: in a container one often is.
 lab: .venv/all
@@ -27,6 +29,9 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
 
 # One stamp a set of packages, made again when pyproject.toml changes. `dev` holds all of `all`. Compiling the packages
 # while they are installed takes longer than compiling what is used when it is used.

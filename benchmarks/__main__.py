@@ -1,0 +1,118 @@
+"""`make bench`: all sides on genuine servers, side by side in one run. See benchmarks/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sqlite3
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psycopg2
+import redis
+from pymongo import MongoClient
+
+from benchmarks import report
+from benchmarks.measure import OPERATIONS, compare
+from benchmarks.stores import CROWD, STORES, Servers, opened
+from upstox_db_examples.local import servers as local
+
+HERE = Path(__file__).parent
+LIBRARIES = ("psycopg2-binary", "pymongo", "redis", "sqlalchemy", "cryptography", "py-key-value-aio")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    begin = time.perf_counter()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        print("Starting PostgreSQL, MongoDB and Redis ...", flush=True)
+        servers = Servers(
+            folder,
+            stack.enter_context(local.postgresql()),
+            stack.enter_context(local.mongodb()),
+            stack.enter_context(local.redis()),
+        )
+        versions = _versions(servers)
+        rows = [row for name in STORES for row in _measured(name, servers, options)]
+    rows.sort(key=lambda row: (STORES.index(row.store), OPERATIONS.index(row.operation), row.crowd, row.tokens))
+    how = (
+        f"{options.rounds} rounds for one thread, {_fewer(options.rounds)} for {CROWD}, on {os.cpu_count()} processor "
+        f"cores; {CROWD} users with a living token, and "
+        f"{' and '.join(f'{count:,}' for count in options.tokens)} old tokens of others."
+    )
+    text = report.written(rows, versions, how)
+    print(f"\n{text}\n")
+    _write(options.folder, text, rows)
+    print(f"{options.folder / 'README.md'} and benchmarks.svg are written, after {time.perf_counter() - begin:.0f} s.")
+
+
+def _measured(name: str, servers: Servers, options: argparse.Namespace) -> list[report.Row]:
+    rows = []
+    for tokens in options.tokens:
+        print(f"{name}: loading {tokens:,} tokens ...", flush=True)
+        with opened(name, servers, tokens) as sides:
+            for operation in OPERATIONS:
+                for crowd, rounds in ((1, options.rounds), (CROWD, _fewer(options.rounds))):
+                    results = compare(sides, operation, crowd, rounds, options.seconds)
+                    rows.append(report.Row(name, operation, tokens, crowd, results))
+                    costs = ", ".join(f"{side} {result.cost:,.0f}" for side, result in results.items())
+                    print(f"{name}: {operation}, {crowd} at once, {tokens:,} tokens: {costs} µs", flush=True)
+    return rows
+
+
+def _fewer(rounds: int) -> int:
+    # A turn of a crowd has many more calls, and goes on until the slowest has ended.
+    return (rounds + 1) // 2
+
+
+def _write(folder: Path, text: str, rows: Sequence[report.Row]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "README.md"
+    if not file.exists():
+        file.write_text(f"# A run of the benchmarks\n\n{report.BEGIN}\n{report.END}\n\n![Ratios](benchmarks.svg)\n")
+    report.into(file, text)
+    report.draw(rows, folder / "benchmarks.svg")
+    if folder == HERE:
+        report.into(HERE.parent / "README.md", report.short(rows))
+
+
+def _versions(servers: Servers) -> dict[str, str]:
+    with closing(psycopg2.connect(servers.postgresql)) as conn, conn.cursor() as cursor:
+        cursor.execute("SHOW server_version")
+        ((postgresql,),) = cursor.fetchall()
+    with MongoClient[dict[str, Any]](servers.mongodb) as mongo:
+        mongodb = mongo.server_info()["version"]
+    with closing(redis.Redis.from_url(servers.redis)) as client:
+        info: Any = client.info("server")
+        kept = {"Valkey": info["valkey_version"]} if "valkey_version" in info else {"Redis": info["redis_version"]}
+    found = {"SQLite": sqlite3.sqlite_version, "PostgreSQL": postgresql, "MongoDB": mongodb, **kept}
+    return {**found, "Python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench BENCH_OPTIONS=...", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="a thousand tokens and few rounds; into build/benchmarks, not here"
+    )
+    for name, kind in (("--tokens", int), ("--rounds", int), ("--seconds", float), ("--folder", Path)):
+        # For the tests, which need the smallest run there can be.
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS, nargs="+" if name == "--tokens" else None)
+    options = parser.parse_args(arguments)
+    usual: dict[str, Any] = {"tokens": [1000, 1_000_000], "rounds": 5, "seconds": 0.25, "folder": HERE}
+    if options.quick:
+        usual = {"tokens": [1000], "rounds": 2, "seconds": 0.1, "folder": HERE.parent / "build" / "benchmarks"}
+    for name, value in usual.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The bare drivers, on tables that our stores made: a read is one indexed SELECT, a store what has to be durable.
+
+No encryption, no checks, no lock, no login entry: what is left is the least that a program could do. Connections are
+open already; like ours, a call takes the one that was used last.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg2
+import redis
+from bson import ObjectId
+from pymongo import MongoClient
+from pymongo.write_concern import WriteConcern
+
+from benchmarks.guide import DAY, Login
+from upstox_db_examples.sqlite import RECORD
+
+ACTOR = "bare"
+INSERT = """
+INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, user_name, email, broker, user_type, products,
+                           exchanges, created_at, expires_at, metadata)
+SELECT ?, ?, '', coalesce(max(generation), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, '{}' FROM upstox_tokens WHERE user_id = ?
+RETURNING id
+"""
+ERASE = "UPDATE upstox_tokens SET is_active = ?, access_token = NULL WHERE user_id = ? AND is_active RETURNING id"
+AUDIT = RECORD
+
+
+class Connections[T]:
+    """Open ones, the last used on top."""
+
+    def __init__(self, connect: Callable[[], T]) -> None:
+        self._connect = connect
+        self._idle: deque[T] = deque()
+
+    def take(self) -> T:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._connect()
+
+    def give_back(self, conn: T) -> None:
+        self._idle.append(conn)
+
+    def close(self) -> None:
+        for conn in self._idle:
+            conn.close()  # type: ignore[attr-defined]
+
+
+class BareSQLite:
+    def __init__(self, path: str, login: Login) -> None:
+        def connect() -> sqlite3.Connection:
+            conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            conn.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
+            return conn
+
+        self._connections, self._login = Connections(connect), login
+
+    def read(self, user_id: str) -> str | None:
+        conn = self._connections.take()
+        row = conn.execute(
+            "SELECT access_token, expires_at FROM upstox_tokens WHERE user_id = ? AND is_active AND expires_at > ?",
+            (user_id, int(time.time())),
+        ).fetchone()
+        self._connections.give_back(conn)
+        return row[0] if row else None
+
+    def store(self, user_id: str) -> str:
+        data, now = self._login(user_id), int(time.time())
+        conn = self._connections.take()
+        conn.execute("BEGIN IMMEDIATE")
+        for (old,) in conn.execute(ERASE, (0, user_id)).fetchall():
+            conn.execute(AUDIT, (old, user_id, "deactivated", ACTOR, now, "{}"))
+        (token_id,) = conn.execute(INSERT, (*_columns(data), now, now + 86_400, user_id)).fetchone()
+        conn.execute(AUDIT, (token_id, user_id, "created", ACTOR, now, "{}"))
+        conn.execute("COMMIT")
+        self._connections.give_back(conn)
+        return data.access_token
+
+    def close(self) -> None:
+        self._connections.close()
+
+
+class BarePostgreSQL:
+    def __init__(self, url: str, login: Login) -> None:
+        self._connections: Connections[Any] = Connections(lambda: psycopg2.connect(url))
+        self._login = login
+
+    def read(self, user_id: str) -> str | None:
+        conn = self._connections.take()
+        conn.autocommit = True
+        with conn.cursor() as cursor:
+            cursor.execute(
+                "SELECT access_token, expires_at FROM upstox_tokens "
+                "WHERE user_id = %s AND is_active AND expires_at > %s",
+                (user_id, datetime.now(UTC)),
+            )
+            row = cursor.fetchone()
+        self._connections.give_back(conn)
+        return row[0] if row else None
+
+    def store(self, user_id: str) -> str:
+        data, now = self._login(user_id), datetime.now(UTC)
+        conn = self._connections.take()
+        conn.autocommit = False
+        with conn.cursor() as cursor:
+            cursor.execute(_percent(ERASE), (False, user_id))
+            for (old,) in cursor.fetchall():
+                cursor.execute(_percent(AUDIT), (old, user_id, "deactivated", ACTOR, now, "{}"))
+            cursor.execute(_percent(INSERT), (*_columns(data), now, now + DAY, user_id))
+            (token_id,) = cursor.fetchone()
+            cursor.execute(_percent(AUDIT), (token_id, user_id, "created", ACTOR, now, "{}"))
+        conn.commit()
+        self._connections.give_back(conn)
+        return data.access_token
+
+    def close(self) -> None:
+        self._connections.close()
+
+
+class BareMongo:
+    """Three writes, each in the journal of a majority, as our store's are. There they are no transaction either."""
+
+    def __init__(self, url: str, database: str, login: Login) -> None:
+        self._client: MongoClient[dict[str, Any]] = MongoClient(url, tz_aware=True)
+        db = self._client.get_database(database, write_concern=WriteConcern(w="majority", j=True))
+        self._tokens, self._active, self._login = db.tokens, db.active_tokens, login
+
+    def read(self, user_id: str) -> str | None:
+        found = self._active.find_one({"_id": user_id, "expires_at": {"$gt": datetime.now(UTC)}})
+        return found["ciphertext"].removeprefix("v1.bare.") if found else None
+
+    def store(self, user_id: str) -> str:
+        data, now, token_id = self._login(user_id), datetime.now(UTC), ObjectId()
+        newest = self._tokens.find_one({"user_id": user_id}, {"generation": 1}, sort=[("generation", -1)])
+        generation = newest["generation"] + 1 if newest else 1
+        times = {"generation": generation, "created_at": now, "expires_at": now + DAY}
+        names = ("user_id", "user_name", "email", "broker", "user_type", "products", "exchanges")
+        record = {"_id": token_id, **{name: getattr(data, name) for name in names}, **times, "is_active": True}
+        record |= {"usage_count": 0, "last_used_at": None, "audit": [_entry("created", now)]}
+        self._tokens.insert_one(record)
+        # The validator of the collection lets in only what looks like a ciphertext.
+        active = {"token_id": token_id, "ciphertext": f"v1.bare.{data.access_token}", "key_id": "bare", **times}
+        self._active.replace_one({"_id": user_id}, active, upsert=True)
+        self._tokens.update_many(
+            {"user_id": user_id, "is_active": True, "generation": {"$lt": generation}},
+            {"$set": {"is_active": False}, "$push": {"audit": _entry("deactivated", now)}},
+        )
+        return data.access_token
+
+    def close(self) -> None:
+        self._client.close()
+
+
+class BareHybrid(BarePostgreSQL):
+    """PostgreSQL's transaction, then a copy in Redis, which alone is read."""
+
+    def __init__(self, redis_url: str, url: str, prefix: str, login: Login) -> None:
+        super().__init__(url, login)
+        self._redis: Any = redis.Redis.from_url(redis_url, decode_responses=True)
+        self._prefix = f"{prefix}:bare:"
+
+    def read(self, user_id: str) -> str | None:
+        token: str | None = self._redis.get(self._prefix + user_id)
+        return token
+
+    def store(self, user_id: str) -> str:
+        token = super().store(user_id)
+        self._redis.set(self._prefix + user_id, token, ex=timedelta(days=1))
+        return token
+
+    def close(self) -> None:
+        self._redis.close()
+        super().close()
+
+
+def _columns(data: Any) -> tuple[object, ...]:
+    lists = (json.dumps(data.products), json.dumps(data.exchanges))
+    return (data.user_id, data.access_token, data.user_name, data.email, data.broker, data.user_type, *lists)
+
+
+def _percent(sql: str) -> str:
+    """The statement as psycopg2 takes it."""
+    return sql.replace("?", "%s")
+
+
+def _entry(action: str, now: datetime) -> dict[str, Any]:
+    return {"_id": ObjectId(), "action": action, "actor": ACTOR, "performed_at": now}

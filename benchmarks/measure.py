@@ -1,0 +1,196 @@
+"""How long calls take: turns of a set length, one side after another, round after round."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+Call = Callable[[str], str | None]  # a user's id -> the token
+AsyncCall = Callable[[str], Awaitable[str | None]]
+OPERATIONS = ("read", "store")
+
+
+@dataclass
+class Times:
+    """What calls took, in microseconds, and which errors there were instead.
+
+    `done` counts the calls within the turn; of one that went on after its end, the part that lay within.
+    """
+
+    micros: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    done: float = 0.0
+
+    def call_ended(self, begin: float, turn_ends: float, token: str | None) -> None:
+        now = time.perf_counter()
+        self.micros.append((now - begin) * 1e6)
+        self.done += 1 if now < turn_ends else (turn_ends - begin) / (now - begin)
+        if not token:
+            self.errors["nothing found"] += 1
+
+    def add(self, other: Times) -> None:
+        self.micros += other.micros
+        self.errors += other.errors
+        self.done += other.done
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.micros)
+
+    @property
+    def p99(self) -> float:
+        return sorted(self.micros)[int(len(self.micros) * 0.99)]
+
+
+class Side(Protocol):
+    """One of those that are compared. It does what it can do of `OPERATIONS`, for these users."""
+
+    name: str
+    users: Sequence[str]
+
+    def can(self, operation: str) -> bool: ...
+
+    def once(self, operation: str, user: str) -> str | None: ...
+
+    def turn(self, operation: str, crowd: int, seconds: float) -> Times: ...
+
+
+class Threaded:
+    """A side whose calls block: each of a crowd is a thread."""
+
+    def __init__(self, name: str, users: Sequence[str], store: Call, read: Call | None) -> None:
+        self.name, self.users = name, users
+        self._calls = {"store": store, "read": read}
+
+    def can(self, operation: str) -> bool:
+        return self._calls[operation] is not None
+
+    def once(self, operation: str, user: str) -> str | None:
+        call = self._calls[operation]
+        assert call
+        return call(user)
+
+    def turn(self, operation: str, crowd: int, seconds: float) -> Times:
+        call = self._calls[operation]
+        assert call
+        each = [Times() for _ in range(crowd)]
+        if crowd == 1:
+            _calls_until(time.perf_counter() + seconds, call, self.users, each[0])
+            return each[0]
+        ends: list[float] = []
+        # One end for all: a thread that gets its first chance late has less time, and not time of its own.
+        ready = threading.Barrier(crowd, action=lambda: ends.append(time.perf_counter() + seconds))
+
+        def work(number: int) -> None:
+            ready.wait()
+            _calls_until(ends[0], call, self.users[number::crowd], each[number])
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(crowd)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        total = Times()
+        for times in each:
+            total.add(times)
+        return total
+
+
+class Asynchronous:
+    """A side whose calls are awaited: each of a crowd is a task of one event loop."""
+
+    def __init__(
+        self, name: str, users: Sequence[str], loop: asyncio.AbstractEventLoop, store: AsyncCall, read: AsyncCall
+    ) -> None:
+        self.name, self.users = name, users
+        self._loop = loop
+        self._calls = {"store": store, "read": read}
+
+    def can(self, operation: str) -> bool:
+        return operation in self._calls
+
+    def once(self, operation: str, user: str) -> str | None:
+        async def call() -> str | None:
+            return await self._calls[operation](user)
+
+        return self._loop.run_until_complete(call())
+
+    def turn(self, operation: str, crowd: int, seconds: float) -> Times:
+        call, total = self._calls[operation], Times()
+        end = time.perf_counter() + seconds
+
+        async def work(mine: Sequence[str]) -> None:
+            for user in itertools.cycle(mine):
+                if (begin := time.perf_counter()) >= end:
+                    break
+                try:
+                    token = await call(user)
+                except Exception as error:
+                    total.errors[type(error).__name__] += 1
+                else:
+                    total.call_ended(begin, end, token)
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*(work(self.users[number::crowd]) for number in range(crowd)))
+
+        self._loop.run_until_complete(all_of_them())
+        return total
+
+
+def _calls_until(end: float, call: Call, users: Sequence[str], times: Times) -> None:
+    for user in itertools.cycle(users):
+        if (begin := time.perf_counter()) >= end:
+            break
+        try:
+            token = call(user)
+        except Exception as error:  # A crowd may get errors instead of tokens. They are counted and told.
+            times.errors[type(error).__name__] += 1
+        else:
+            times.call_ended(begin, end, token)
+
+
+@dataclass
+class Result:
+    """One side's answer to one question.
+
+    `cost` is what is compared, in microseconds. Of one caller it is the median of his calls. Of a crowd it is the
+    median over the rounds of what a call cost all of them together, a turn's time divided by its calls: there a single
+    call's time says little, for with SQLite's writers most calls are quick and a few sleep for a second.
+    """
+
+    cost: float
+    median: float
+    p99: float
+    calls: int
+    failed: int
+
+
+def compare(sides: Sequence[Side], operation: str, crowd: int, rounds: int, seconds: float) -> dict[str, Result]:
+    """Each side's result. Who begins changes from round to round, so that nobody always comes after the same one."""
+    able = [side for side in sides if side.can(operation)]
+    turns: dict[str, list[Times]] = {side.name: [] for side in able}
+    for side in able:
+        side.turn(operation, crowd, seconds / 5)  # not counted: connections are opened, caches filled
+    for number in range(rounds):
+        first = number % len(able)
+        for side in able[first:] + able[:first]:
+            turns[side.name].append(side.turn(operation, crowd, seconds))
+    return {name: _result(name, each, crowd, seconds) for name, each in turns.items()}
+
+
+def _result(name: str, turns: Sequence[Times], crowd: int, seconds: float) -> Result:
+    total = Times()
+    for times in turns:
+        total.add(times)
+    costs = [seconds * 1e6 / times.done for times in turns if times.done]
+    if len(costs) < len(turns):
+        raise RuntimeError(f"{name}: no call of {crowd} at once succeeded in a turn: {dict(total.errors)}")
+    cost = total.median if crowd == 1 else statistics.median(costs)
+    return Result(cost, total.median, total.p99, len(total.micros), total.errors.total())

@@ -1,0 +1,190 @@
+"""The table, the verdict on the targets, and the picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.measure import Result
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+NONE = "—"  # a side that has no such method
+SIDES = ("ours", "bare", "guide", "py-key-value")
+RATIOS = (("ours", "bare"), ("guide", "ours"), ("py-key-value", "ours"))
+MORE = {
+    ("SQLite", "read"): "decrypts",
+    ("SQLite", "store"): "encrypts; audits the login first, in a transaction of its own; a lock a user",
+    ("PostgreSQL", "read"): "decrypts; counts the use and audits it, durably",
+    ("PostgreSQL", "store"): "encrypts; audits the login first; a lock a user on a connection of its own",
+    ("MongoDB", "read"): "decrypts; counts the use and audits it, durably",
+    ("MongoDB", "store"): "encrypts; audits the login first; a lease a user",
+    ("Hybrid", "read"): "decrypts; counts the use and audits it, in Redis",
+    ("Hybrid", "store"): "as PostgreSQL; a tombstone, so that no old copy is read",
+    ("Pooled", "read"): "decrypts; a bounded pool",
+    ("Pooled", "store"): "as SQLite; a bounded pool",
+}
+
+
+class Row(NamedTuple):
+    """One question, and each side's answer; a side that has no such method is not there."""
+
+    store: str
+    operation: str
+    tokens: int
+    crowd: int
+    results: dict[str, Result]
+
+    def ratio(self, above: str, below: str) -> float | None:
+        if above not in self.results or below not in self.results:
+            return None
+        return self.results[above].cost / self.results[below].cost
+
+
+class Target(NamedTuple):
+    says: str
+    operation: str
+    above: str
+    below: str
+    bound: float
+    at_most: bool
+
+    def reached(self, ratio: float) -> bool:
+        return ratio <= self.bound if self.at_most else ratio >= self.bound
+
+
+TARGETS = (
+    Target("A read takes at most 3 times as long as one indexed SELECT", "read", "ours", "bare", 3, at_most=True),
+    Target("A read is at least 3 times faster than the guide's", "read", "guide", "ours", 3, at_most=False),
+    Target("A store takes at most 1.5 times as long as the bare driver's", "store", "ours", "bare", 1.5, at_most=True),
+    Target("A store is at least 4 times faster than the guide's", "store", "guide", "ours", 4, at_most=False),
+)
+
+
+def written(rows: Sequence[Row], versions: dict[str, str], how: str) -> str:
+    """All that stands between the markers."""
+    parts = [
+        f"{how}\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        "## Targets for SQLite\n\n" + _targets(rows),
+        "## Ratios\n\n" + _ratios(rows),
+        "## Times\n\nFor each side the median and the 99th percentile of single calls, in microseconds; with more than "
+        "one thread also, in brackets, what a call cost all threads together.\n\n" + _times(rows),
+    ]
+    return "\n\n".join(parts)
+
+
+def into(file: Path, text: str) -> None:
+    """Put it between the file's markers; what a person wrote around them stays."""
+    before, _, rest = file.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def _targets(rows: Sequence[Row]) -> str:
+    mine = [row for row in rows if row.store == "SQLite"]
+    cases = sorted({(row.crowd, row.tokens) for row in mine})
+    lines = []
+    for target in TARGETS:
+        found = {(row.crowd, row.tokens): row for row in mine if row.operation == target.operation}
+        cells = []
+        for case in cases:
+            ratio = found[case].ratio(target.above, target.below)
+            cells.append(f"{_number(ratio)}, {_verdict(target, ratio)}")
+        lines.append([target.says, *cells])
+    return _table(["", *(f"{_threads(crowd)}, {tokens:,} tokens" for crowd, tokens in cases)], lines)
+
+
+def _verdict(target: Target, ratio: float | None) -> str:
+    # Of the number that is shown, so that nobody reads "3.00, not reached" of 3.
+    return "reached" if ratio and target.reached(round(ratio, 2)) else "**not reached**"
+
+
+def _ratios(rows: Iterable[Row]) -> str:
+    head = ["store", "call", "threads", "tokens", *(f"{above} ÷ {below}" for above, below in RATIOS), "ours also"]
+    lines = [[*_question(row), *(_number(row.ratio(*pair)) for pair in RATIOS), _more(row)] for row in rows]
+    return _table(head, lines)
+
+
+def _times(rows: Iterable[Row]) -> str:
+    return _table(
+        ["store", "call", "threads", "tokens", *SIDES],
+        [[*_question(row), *(_result(row.results.get(side), row.crowd) for side in SIDES)] for row in rows],
+    )
+
+
+def _question(row: Row) -> list[str]:
+    return [row.store, row.operation, str(row.crowd), f"{row.tokens:,}"]
+
+
+def _more(row: Row) -> str:
+    return MORE[row.store, row.operation]
+
+
+def _result(result: Result | None, crowd: int) -> str:
+    if result is None:
+        return NONE
+    together = f" [{result.cost:,.0f}]" if crowd > 1 else ""
+    failed = f", {result.failed} of {result.failed + result.calls} failed" if result.failed else ""
+    return f"{result.median:,.0f} / {result.p99:,.0f}{together}{failed}"
+
+
+def _number(ratio: float | None) -> str:
+    if ratio is None:
+        return NONE
+    if ratio < 0.1:
+        return f"{ratio:.2g}"
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+def _threads(crowd: int) -> str:
+    return "1 thread" if crowd == 1 else f"{crowd} threads"
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
+
+
+def short(rows: Sequence[Row]) -> str:
+    """One thread and the most tokens only, for the README of the project."""
+    most = max(row.tokens for row in rows)
+    chosen = [row for row in rows if row.crowd == 1 and row.tokens == most]
+    head = ["", *(f"{above} ÷ {below}" for above, below in RATIOS)]
+    return _table(
+        head, [[f"{row.store} {row.operation}", *(_number(row.ratio(*pair)) for pair in RATIOS)] for row in chosen]
+    )
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Bars for one thread and the most tokens."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "benchmarks", "svg.fonttype": "path", "font.size": 10})
+    import matplotlib.pyplot as plt
+
+    most = max(row.tokens for row in rows)
+    chosen = [row for row in rows if row.crowd == 1 and row.tokens == most]
+    colors = ("#5b6770", "#d1642e", "#2e6fb7")
+    # White behind all of it, so that it reads the same on a light and on a dark page.
+    figure, axes = plt.subplots(figsize=(8.5, 0.62 * len(chosen) + 1.6), facecolor="white", layout="constrained")
+    for place, (pair, color) in enumerate(zip(RATIOS, colors, strict=True)):
+        bars = [(y, ratio) for y, row in enumerate(chosen) if (ratio := row.ratio(*pair)) is not None]
+        at = [y + (place - 1) * 0.27 for y, _ in bars]
+        drawn = axes.barh(at, [r - 1 for _, r in bars], 0.24, left=1, color=color, label=f"{pair[0]} ÷ {pair[1]}")
+        axes.bar_label(drawn, [_number(r) for _, r in bars], padding=3, fontsize=8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(chosen)), [f"{row.store} {row.operation}" for row in chosen])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("how many times as long, logarithmic; 1 is equal")
+    axes.set_title(f"One thread, {most:,} stored tokens: ratios of medians in one run", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+    figure.savefig(file, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    # The renderer leaves blanks at the ends of lines.
+    file.write_text(re.sub(r"[ \t]+$", "", file.read_text(), flags=re.MULTILINE))
