@@ -1,7 +1,8 @@
-"""The bare drivers, on tables that our stores made: a read is one indexed SELECT, a store what has to be durable.
+"""The bare drivers, on tables that our stores made, doing the same durable work in as few messages.
 
-No encryption, no checks, no lock, no login entry: what is left is the least that a program could do. Connections are
-open already; like ours, a call takes the one that was used last.
+A read from SQLite is one indexed SELECT; where our store counts and audits a read, so does this. No encryption,
+no checks, no lock, no login entry: what is left is the least that a program could do. Connections are open already;
+like ours, a call takes the one that was used last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg2
@@ -21,6 +22,8 @@ from pymongo import MongoClient
 from pymongo.write_concern import WriteConcern
 
 from benchmarks.guide import DAY, Login
+from upstox_db_examples.hybrid_redis import LUA
+from upstox_db_examples.postgresql import USE
 from upstox_db_examples.sqlite import RECORD
 
 ACTOR = "bare"
@@ -97,15 +100,12 @@ class BarePostgreSQL:
     def read(self, user_id: str) -> str | None:
         conn = self._connections.take()
         conn.autocommit = True
+        now = datetime.now(UTC)
         with conn.cursor() as cursor:
-            cursor.execute(
-                "SELECT access_token, expires_at FROM upstox_tokens "
-                "WHERE user_id = %s AND is_active AND expires_at > %s",
-                (user_id, datetime.now(UTC)),
-            )
+            cursor.execute(USE, {"user_id": user_id, "alive_after": now, "now": now, "actor": ACTOR, "metadata": "{}"})
             row = cursor.fetchone()
         self._connections.give_back(conn)
-        return row[0] if row else None
+        return row[2] if row else None
 
     def store(self, user_id: str) -> str:
         data, now = self._login(user_id), datetime.now(UTC)
@@ -135,7 +135,13 @@ class BareMongo:
         self._tokens, self._active, self._login = db.tokens, db.active_tokens, login
 
     def read(self, user_id: str) -> str | None:
-        found = self._active.find_one({"_id": user_id, "expires_at": {"$gt": datetime.now(UTC)}})
+        now = datetime.now(UTC)
+        found = self._active.find_one({"_id": user_id, "expires_at": {"$gt": now}})
+        if found:
+            used = {"$inc": {"usage_count": 1}, "$set": {"last_used_at": now}, "$push": {"audit": _entry("used", now)}}
+            record = self._tokens.find_one_and_update({"_id": found["token_id"]}, used, {"usage_count": 1})
+            if record and record["usage_count"] % 100 == 99:  # our store moves them away then
+                self._tokens.update_one({"_id": found["token_id"]}, {"$set": {"audit": []}})
         return found["ciphertext"].removeprefix("v1.bare.") if found else None
 
     def store(self, user_id: str) -> str:
@@ -161,20 +167,23 @@ class BareMongo:
 
 
 class BareHybrid(BarePostgreSQL):
-    """PostgreSQL's transaction, then a copy in Redis, which alone is read."""
+    """PostgreSQL's transaction, then a copy in Redis; a read is our Lua script alone."""
 
     def __init__(self, redis_url: str, url: str, prefix: str, login: Login) -> None:
         super().__init__(url, login)
-        self._redis: Any = redis.Redis.from_url(redis_url, decode_responses=True)
-        self._prefix = f"{prefix}:bare:"
+        self._redis: Any = redis.Redis.from_url(redis_url)
+        self._use = self._redis.register_script((LUA / "use.lua").read_text())
+        self._prefix = f"{{{prefix}:bare}}:"
 
     def read(self, user_id: str) -> str | None:
-        token: str | None = self._redis.get(self._prefix + user_id)
-        return token
+        now = int(time.time())
+        keys = [self._prefix + user_id, f"{self._prefix}{user_id}:count", f"{self._prefix}uses"]
+        found = self._use(keys=keys, args=[user_id, now, ACTOR, now, "an id", 0])
+        return found[2].decode() if found[0] == b"used" else None
 
     def store(self, user_id: str) -> str:
-        token = super().store(user_id)
-        self._redis.set(self._prefix + user_id, token, ex=timedelta(days=1))
+        token, day_later = super().store(user_id), int(time.time()) + 86_400
+        self._redis.set(self._prefix + user_id, f"{day_later}000 1 {day_later} 1 {token}", ex=86_400)
         return token
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ def has_the_shape(text: str, tokens: tuple[int, ...]) -> None:
         for side in report.SIDES:
             missing = side == "guide" and (row["store"], row["call"]) == NO_READ
             assert re.match(report.NONE if missing else r"[\d,]+ / [\d,]+", row[side])
-    targets = table(text, "Targets for SQLite")
+    targets = table(text, "Targets")
     assert [row[""] for row in targets] == [target.says for target in report.TARGETS]
     for target, row in zip(report.TARGETS, targets, strict=True):
         verdicts = [value.split(", ") for name, value in row.items() if name]

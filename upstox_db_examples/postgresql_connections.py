@@ -6,6 +6,7 @@ time. A wait callback would do it, too, but for all other users of psycopg2 in t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import select
@@ -56,6 +57,7 @@ class PostgreSQLConnections:
         )
         self._process = os.getpid()
         self._closed = False
+        self._unlocked: list[connection] = []
         self._local_locks: dict[str, threading.Lock] = {}
         self._holding = threading.local()
 
@@ -115,17 +117,21 @@ class PostgreSQLConnections:
         try:
             with self._in_our_words():
                 self.refuse_if_closed()
-                conn = outer or self._connect()
+                conn = outer or self._for_a_lock()
             try:
                 with self._in_our_words():
                     if not self._wait_for_lock(conn, name, wait):
                         raise waited
                 self._holding.conn = conn
                 yield
-            finally:
-                self._holding.conn = outer
+            except BaseException:
                 if outer is None:
                     conn.close()  # The end of the session frees the lock, as its death does.
+                raise
+            finally:
+                self._holding.conn = outer
+            if outer is None:
+                self._free(conn)
         finally:
             local.release()
 
@@ -144,6 +150,30 @@ class PostgreSQLConnections:
     def close(self) -> None:
         self._closed = True
         self._pool.dispose()
+        while self._unlocked and self._process == os.getpid():
+            self._unlocked.pop().close()
+
+    def _for_a_lock(self) -> connection:
+        """A connection outside the pool, for a login may take long; the last one if it is still good."""
+        if self._process == os.getpid():
+            with contextlib.suppress(IndexError):
+                conn = self._unlocked.pop()
+                if not conn.closed and not _readable(conn):
+                    return conn
+                conn.close()
+        return self._connect()
+
+    def _free(self, conn: connection) -> None:
+        """Give the locks back, and keep one connection: making another takes longer than storing a token."""
+        try:
+            self.answer(conn, "SELECT pg_advisory_unlock_all(); RESET ALL")
+        except (psycopg2.Error, TimeoutError):
+            conn.close()
+            return
+        if self._closed or self._unlocked or self._process != os.getpid():
+            conn.close()
+        else:
+            self._unlocked.append(conn)
 
     def _wait_for_lock(self, conn: connection, name: str, wait: float) -> bool:
         # With keepalives the server notices in half a minute that the holder's machine is gone.
@@ -181,7 +211,8 @@ class PostgreSQLConnections:
     def _borrow(self) -> Any:
         if self._process != os.getpid():
             # A forked child may not use the parent's connections, nor close them.
-            self._inherited, self._pool, self._process = self._pool, self._pool.recreate(), os.getpid()
+            self._inherited, self._pool = (self._pool, self._unlocked), self._pool.recreate()
+            self._unlocked, self._process = [], os.getpid()
         self.refuse_if_closed()
         while True:
             borrowed = self._pool.connect()
