@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 WINDOW = 16
+PRINTABLE = re.compile(rb"[ -~]{%d,}" % WINDOW)
 
 
 def forms(secret: str) -> Iterator[bytes]:
@@ -27,11 +29,21 @@ def windows(secret: str) -> set[bytes]:
     return {form[at : at + WINDOW] for form in forms(secret) for at in range(max(1, len(form) - WINDOW + 1))}
 
 
-def find(secret: str, haystack: bytes) -> set[bytes]:
-    """The windows of the secret that are in there. A secret shorter than a window is looked for whole."""
-    return {window for window in windows(secret) if window in haystack}
+def find(secrets: str | Iterable[str], haystack: bytes) -> set[bytes]:
+    """The windows of the secrets that are in there. A secret shorter than a window is looked for whole."""
+    each = [secrets] if isinstance(secrets, str) else secrets
+    sought = set[bytes]().union(*map(windows, each))
+    short = {window for window in sought if len(window) < WINDOW and window in haystack}
+    # Each form of a secret is printable, and databases are mostly not: so the runs of printable bytes are enough.
+    return short | {
+        window
+        for run in PRINTABLE.findall(haystack)
+        for at in range(len(run) - WINDOW + 1)
+        if (window := run[at : at + WINDOW]) in sought
+    }
 
 
-def files_with(secret: str, folder: Path) -> list[str]:
-    """The files below the folder that hold a window of the secret."""
-    return sorted(str(file) for file in folder.rglob("*") if file.is_file() and find(secret, file.read_bytes()))
+def files_with(secrets: str | Iterable[str], folder: Path) -> list[str]:
+    """The files below the folder that hold a window of a secret."""
+    each = [secrets] if isinstance(secrets, str) else list(secrets)
+    return sorted(str(file) for file in folder.rglob("*") if file.is_file() and find(each, file.read_bytes()))
