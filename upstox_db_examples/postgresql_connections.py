@@ -176,16 +176,20 @@ class PostgreSQLConnections:
             self._unlocked.append(conn)
 
     def _wait_for_lock(self, conn: connection, name: str, wait: float) -> bool:
-        # With keepalives the server notices in half a minute that the holder's machine is gone.
-        sql = (
-            "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
-            f"SET lock_timeout = {max(1, int(wait * 1000))}; SELECT pg_advisory_lock(%(key)s)"
-        )
         # 64 bits, for a database has one set of these locks for all its programs.
         digest = hashlib.sha256(f"upstox_db_examples/{name}".encode()).digest()
+        key = int.from_bytes(digest[:8], signed=True)
+        # With keepalives the server notices in half a minute that the holder's machine is gone.
+        settings = (
+            "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
+            f"SET lock_timeout = {max(1, int(wait * 1000))}"
+        )
+        # Tried first, and only then waited for: a server that stands still looks like a lock that somebody holds.
+        if self.answer(conn, f"{settings}; SELECT pg_try_advisory_lock(%(key)s) AS held", key=key)[0]["held"]:
+            return True
         try:
             with conn.cursor() as cursor:
-                cursor.execute(sql, {"key": int.from_bytes(digest[:8], signed=True)})
+                cursor.execute("SELECT pg_advisory_lock(%(key)s)", {"key": key})
                 _wait(conn, wait + self._timeout)
         except psycopg2.errors.LockNotAvailable:
             return False
