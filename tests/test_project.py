@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -246,3 +247,67 @@ def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert "No Python 3.12 or newer with venv was found" in done.stderr
+
+
+COPIED = re.findall(r"(?m)^\| ([\w ]+) \| ((?:`[\w.]+` ?)+) \| ((?:`[\w-]+` ?)*)\|$", (ROOT / "README.md").read_text())
+CLASSES = {
+    "SQLite": "sqlite.SQLiteUpstoxStorage('x.db')",
+    "pooled SQLite": "pooled.PooledUpstoxStorage('x.db')",
+    "PostgreSQL": "postgresql.PostgreSQLUpstoxStorage(environ['POSTGRES'])",
+    "MongoDB": "mongodb.MongoUpstoxStorage(*environ['MONGODB'].split())",
+    "hybrid": "hybrid.HybridUpstoxStorage(environ['REDIS'], environ['POSTGRES'], redis_prefix=environ['PREFIX'])",
+}
+
+
+@pytest.mark.parametrize(("pattern", "files", "packages"), COPIED, ids=[pattern for pattern, *_ in COPIED])
+def test_a_pattern_runs_where_its_files_are_copied(
+    tmp_path: Path, pattern: str, files: str, packages: str, request: pytest.FixtureRequest
+) -> None:
+    folder = tmp_path / "trader" / "tokens"
+    folder.mkdir(parents=True)
+    for name in [
+        "storage.py",
+        "batch.py",
+        "login.py",
+        "cipher.py",
+        "token.py",
+        "errors.py",
+        *re.findall(r"[\w.]+", files),
+    ]:
+        source = ROOT / "upstox_db_examples" / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    addresses = {}
+    if pattern in ("PostgreSQL", "hybrid"):
+        addresses["POSTGRES"] = request.getfixturevalue("postgres_url")
+    if pattern == "MongoDB":
+        addresses["MONGODB"] = " ".join(request.getfixturevalue("mongo"))
+    if pattern == "hybrid":
+        addresses["REDIS"] = request.getfixturevalue("redis_server")
+        addresses["PREFIX"] = request.getfixturevalue("redis_prefix")
+    modules = {"psycopg2-binary": "psycopg2", **{name: name for name in ("sqlalchemy", "pymongo", "redis")}}
+    missing = [module for package, module in modules.items() if f"`{package}`" not in packages]
+    module, _ = CLASSES[pattern].split(".", 1)
+    code = (
+        "import sys; from os import environ\n"
+        f"for name in {[*missing, 'upstox_db_examples', 'tqdm']}: sys.modules[name] = None\n"
+        f"from trader.tokens import {module}\n"
+        f"with {CLASSES[pattern]} as store:\n"
+        "    token = store.get_or_create_token()['token']\n"
+        "    assert store.get_valid_token('AB1234')['token'] == token\n"
+    )
+    with LocalUpstox() as upstox:
+        account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        done = run(code, tmp_path, **account, **addresses)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_readme_says_what_to_copy_for_all_five() -> None:
+    assert [pattern for pattern, *_ in COPIED] == list(CLASSES)
+
+
+@pytest.mark.parametrize("document", ["README.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    file = ROOT / document
+    links = re.findall(r"\]\(([^)#:]+)\)", file.read_text())
+    assert links
+    assert [link for link in links if not (file.parent / link).exists()] == []

@@ -4,9 +4,9 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from upstox_db_examples.batch import BatchResult, Pace
-from upstox_db_examples.cipher import KeyRing
-from upstox_db_examples.errors import (
+from .batch import BatchResult, Pace
+from .cipher import KeyRing
+from .errors import (
     BackupDamaged,
     ConfigurationError,
     InvalidInput,
@@ -21,17 +21,17 @@ from upstox_db_examples.errors import (
     TokenNotStored,
     TokenRefused,
 )
-from upstox_db_examples.login import Accounts, SdkLogin
-from upstox_db_examples.sqlite import SQLiteUpstoxStorage
-from upstox_db_examples.storage import TokenStorage
-from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
-from upstox_db_examples.transfer import Counts, export_tokens, import_tokens, migrate
+from .login import Accounts, SdkLogin
+from .sqlite import SQLiteUpstoxStorage
+from .storage import TokenStorage
+from .token import ExpiryPolicy, Secret, TokenResult
+from .transfer import Counts, export_tokens, import_tokens, migrate
 
 if TYPE_CHECKING:
-    from upstox_db_examples.hybrid import HybridUpstoxStorage
-    from upstox_db_examples.mongodb import MongoUpstoxStorage
-    from upstox_db_examples.pooled import PooledUpstoxStorage
-    from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
+    from .hybrid import HybridUpstoxStorage
+    from .mongodb import MongoUpstoxStorage
+    from .pooled import PooledUpstoxStorage
+    from .postgresql import PostgreSQLUpstoxStorage
 
 __all__ = [
     "Accounts",

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from upstox_db_examples.errors import (
+from .errors import (
     InvalidInput,
     LoginError,
     LoginInterrupted,
@@ -20,10 +20,10 @@ from upstox_db_examples.errors import (
     StorageError,
     TokenNotStored,
 )
-from upstox_db_examples.token import TokenResult
+from .token import TokenResult
 
 if TYPE_CHECKING:
-    from upstox_db_examples.storage import TokenStorage
+    from .storage import TokenStorage
 
 logger = logging.getLogger(__name__)
 

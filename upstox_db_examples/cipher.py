@@ -24,8 +24,8 @@ from typing import NamedTuple, NoReturn
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from upstox_db_examples.errors import ConfigurationError, KeyUnavailable, TokenRefused
-from upstox_db_examples.token import Secret
+from .errors import ConfigurationError, KeyUnavailable, TokenRefused
+from .token import Secret
 
 VERSION = "v1"
 KEY_BYTES = 32

@@ -7,7 +7,7 @@ hold PINs and tokens.
 
 from __future__ import annotations
 
-from upstox_db_examples.token import Secret
+from .token import Secret
 
 
 class StorageError(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from upstox_db_examples.errors import StoreUnavailable
+from .errors import StoreUnavailable
 
 
 @contextmanager

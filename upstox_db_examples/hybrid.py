@@ -13,11 +13,11 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Unpack
 
-from upstox_db_examples.errors import StorageError, StoreUnavailable
-from upstox_db_examples.hybrid_redis import Config, RedisTokens, Use, client_of
-from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
-from upstox_db_examples.storage import BATCH, Options
-from upstox_db_examples.token import AuditEntry, StoredToken
+from .errors import StorageError, StoreUnavailable
+from .hybrid_redis import Config, RedisTokens, Use, client_of
+from .postgresql import PostgreSQLUpstoxStorage
+from .storage import BATCH, Options
+from .token import AuditEntry, StoredToken
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemory
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
-from upstox_db_examples.errors import ConfigurationError, StoreUnavailable, TokenRefused
-from upstox_db_examples.token import StoredToken
+from .errors import ConfigurationError, StoreUnavailable, TokenRefused
+from .token import StoredToken
 
 logger = logging.getLogger(__name__)
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from upstox_db_examples.errors import (
+from .errors import (
     ConfigurationError,
     LoginError,
     LoginInterrupted,
     LoginLimited,
     LoginRefused,
 )
-from upstox_db_examples.token import Secret
+from .token import Secret
 
 if TYPE_CHECKING:
     # Imported only when a login is due: the SDK brings an HTTP client along, and a reader of tokens needs none.

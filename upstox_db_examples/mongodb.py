@@ -15,12 +15,12 @@ from pymongo import DESCENDING, DeleteOne, ReturnDocument, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
-from upstox_db_examples.errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
-from upstox_db_examples.mongodb_connection import Document, MongoDBConnection
-from upstox_db_examples.mongodb_lease import Leases
-from upstox_db_examples.mongodb_schema import make_collections
-from upstox_db_examples.storage import BATCH, Options, TokenStorage, require_aware
-from upstox_db_examples.token import AuditEntry, Secret, StoredToken
+from .errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
+from .mongodb_connection import Document, MongoDBConnection
+from .mongodb_lease import Leases
+from .mongodb_schema import make_collections
+from .storage import BATCH, Options, TokenStorage, require_aware
+from .token import AuditEntry, Secret, StoredToken
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
 ATTEMPTS = 5  # at a read while the token is being replaced

@@ -17,8 +17,8 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
-from upstox_db_examples.errors import ConfigurationError, StorageError, StoreUnavailable
-from upstox_db_examples.token import Secret
+from .errors import ConfigurationError, StorageError, StoreUnavailable
+from .token import Secret
 
 Document = dict[str, Any]
 

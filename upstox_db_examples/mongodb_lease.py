@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pymongo import ReturnDocument
 from pymongo.database import Database
 
-from upstox_db_examples.errors import LoginSuperseded, StorageError, StoreUnavailable
+from .errors import LoginSuperseded, StorageError, StoreUnavailable
 
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 

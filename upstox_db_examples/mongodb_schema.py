@@ -8,7 +8,7 @@ from pymongo import ASCENDING, DESCENDING
 from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
-from upstox_db_examples.errors import ConfigurationError
+from .errors import ConfigurationError
 
 VERSION = 1
 ALREADY_THERE = 48

@@ -12,9 +12,9 @@ from typing import Any, Unpack, cast
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from upstox_db_examples.errors import InvalidInput, StoreUnavailable
-from upstox_db_examples.sqlite import SQLiteUpstoxStorage, explained
-from upstox_db_examples.storage import Options
+from .errors import InvalidInput, StoreUnavailable
+from .sqlite import SQLiteUpstoxStorage, explained
+from .storage import Options
 
 
 class PooledUpstoxStorage(SQLiteUpstoxStorage):

@@ -12,10 +12,10 @@ from typing import Any, Unpack
 from psycopg2 import errorcodes
 from psycopg2.extensions import connection
 
-from upstox_db_examples.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
-from upstox_db_examples.postgresql_connections import PostgreSQLConnections
-from upstox_db_examples.storage import Options, TokenStorage
-from upstox_db_examples.token import AuditEntry, Secret, StoredToken
+from .errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
+from .postgresql_connections import PostgreSQLConnections
+from .storage import Options, TokenStorage
+from .token import AuditEntry, Secret, StoredToken
 
 # user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is
 # exactly one that holds a ciphertext. A page is left half empty so that counting a use writes no index.

@@ -23,8 +23,8 @@ from psycopg2.extensions import POLL_OK, POLL_READ, connection, parse_dsn
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from upstox_db_examples.errors import ConfigurationError, StorageError, StoreUnavailable
-from upstox_db_examples.token import Secret
+from .errors import ConfigurationError, StorageError, StoreUnavailable
+from .token import Secret
 
 
 class PostgreSQLConnections:

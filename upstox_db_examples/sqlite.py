@@ -16,16 +16,16 @@ from typing import Any, Unpack
 
 from filelock import FileLock, Timeout
 
-from upstox_db_examples.errors import (
+from .errors import (
     ConfigurationError,
     InvalidInput,
     LoginSuperseded,
     StorageError,
     StoreUnavailable,
 )
-from upstox_db_examples.files import written_whole
-from upstox_db_examples.storage import Options, TokenStorage
-from upstox_db_examples.token import AuditEntry, StoredToken
+from .files import written_whole
+from .storage import Options, TokenStorage
+from .token import AuditEntry, StoredToken
 
 ROOM = 16_384  # bytes, written twice as long in hex: more than a token with its index and audit entries takes
 LAST_ROW = "WHERE id = last_insert_rowid()"

@@ -20,9 +20,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
 
-from upstox_db_examples.batch import PACE, BatchResult, Pace, store_batch
-from upstox_db_examples.cipher import Binding, KeyRing, KeySource
-from upstox_db_examples.errors import (
+from .batch import PACE, BatchResult, Pace, store_batch
+from .cipher import Binding, KeyRing, KeySource
+from .errors import (
     InvalidInput,
     LoginInterrupted,
     LoginRefused,
@@ -30,8 +30,8 @@ from upstox_db_examples.errors import (
     StorageError,
     TokenNotStored,
 )
-from upstox_db_examples.login import Login, SdkLogin
-from upstox_db_examples.token import AuditEntry, ExpiryPolicy, Secret, StoredToken, TokenResult
+from .login import Login, SdkLogin
+from .token import AuditEntry, ExpiryPolicy, Secret, StoredToken, TokenResult
 
 if TYPE_CHECKING:
     from upstox_totp.models import AccessTokenData

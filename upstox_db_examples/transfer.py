@@ -18,12 +18,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from upstox_db_examples.batch import progress_bar
-from upstox_db_examples.cipher import Binding
-from upstox_db_examples.errors import BackupDamaged, InvalidInput, StorageError, StoreUnavailable, TokenRefused
-from upstox_db_examples.files import written_whole
-from upstox_db_examples.storage import TokenStorage
-from upstox_db_examples.token import AuditEntry, Secret, StoredToken
+from .batch import progress_bar
+from .cipher import Binding
+from .errors import BackupDamaged, InvalidInput, StorageError, StoreUnavailable, TokenRefused
+from .files import written_whole
+from .storage import TokenStorage
+from .token import AuditEntry, Secret, StoredToken
 
 FORMAT = "upstox_db_examples export, version 1"
 COMPARED = (

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import psutil
 
-from upstox_db_examples.errors import ConfigurationError, StoreUnavailable
+from ..errors import ConfigurationError, StoreUnavailable
 
 READY_SECONDS = 20.0
 

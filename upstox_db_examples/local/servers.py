@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from upstox_db_examples.errors import ConfigurationError, StoreUnavailable
-from upstox_db_examples.local.certificates import make_certificates
-from upstox_db_examples.local.processes import Server
+from ..errors import ConfigurationError, StoreUnavailable
+from .certificates import make_certificates
+from .processes import Server
 
 NOBODY = 65534  # whom PostgreSQL runs as where we are root, for it refuses to be root itself
 

@@ -37,7 +37,7 @@ from urllib.parse import urlencode
 
 import pyotp
 
-from upstox_db_examples.local.web import HANG_UP, Answer, Shown, WebServer
+from .web import HANG_UP, Answer, Shown, WebServer
 
 # The rule of 03:30 is written out here once more and not taken from token.py, which this server is there to test.
 INDIA = timezone(timedelta(hours=5, minutes=30))
