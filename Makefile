@@ -2,6 +2,7 @@
 # make test       set up and run all the tests
 # make notebooks  run all the notebooks without a window; the files in the repository stay as they are
 # make check      lint and types
+# make docs       the API reference, from the docstrings, into build/docs
 # make bench      measure all stores beside the guide's code, the bare drivers and py-key-value: about ten minutes
 #                 (make bench BENCH_OPTIONS=--quick: one minute, written to build/benchmarks)
 # make PYTHON=/path/to/python3.13 ...   to choose the interpreter yourself
@@ -9,7 +10,7 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
-.PHONY: lab test notebooks check bench clean
+.PHONY: lab test notebooks check docs bench clean
 
 # Root has to be allowed by name: in a container one often is.
 lab: .venv/all
@@ -24,6 +25,11 @@ notebooks: .venv/all
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && HOME=$$folder \
 		$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --output-dir "$$folder" notebooks/*.ipynb && \
 		echo "All notebooks ran: $$(cd notebooks && ls *.ipynb | tr '\n' ' ')"
+
+# All classes are imported first, for those that need a driver are imported when they are asked for.
+docs: .venv/dev
+	$(BIN)/python -W error -c "import pathlib, pdoc, upstox_db_examples as u; [getattr(u, name) for name in u.__all__]; \
+		pdoc.render.configure(docformat='google'); pdoc.pdoc('upstox_db_examples', output_directory=pathlib.Path('build/docs'))"
 
 check: .venv/dev
 	$(BIN)/ruff check .

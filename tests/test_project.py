@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import upstox_db_examples
 from upstox_db_examples.local.servers import MongoDBServer, RedisServer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
@@ -311,3 +313,13 @@ def test_links_lead_somewhere(document: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", file.read_text())
     assert links
     assert [link for link in links if not (file.parent / link).exists()] == []
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    silent = []
+    for name in upstox_db_examples.__all__:
+        public = getattr(upstox_db_examples, name)
+        methods = [each for each in vars(public) if each[0] != "_"] if inspect.isclass(public) else []
+        said = {name: public, **{f"{name}.{method}": getattr(public, method) for method in methods}}
+        silent += [each for each, what in said.items() if callable(what) and not inspect.getdoc(what)]
+    assert silent == []

@@ -84,7 +84,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     extra = _NEED_A_DRIVER[name]
     try:
-        return getattr(importlib.import_module(f"{__name__}.{extra}"), name)
+        globals()[name] = getattr(importlib.import_module(f"{__name__}.{extra}"), name)
+        return globals()[name]
     except ModuleNotFoundError as error:
         message = f"{name} needs {error.name}. Install it: pip install 'upstox-db-examples[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from error
