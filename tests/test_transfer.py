@@ -30,6 +30,7 @@ from upstox_db_examples import (
     export_tokens,
     import_tokens,
     migrate,
+    transfer,
 )
 from upstox_db_examples.local.servers import PostgreSQLServer
 
@@ -119,7 +120,10 @@ def told(store: TokenStorage) -> Any:
 
 def as_it_was(store: TokenStorage) -> Any:
     """As `told`, without reading, which counts."""
-    return [store._take_out(user_id) for user_id in store._users()]
+    return [
+        (store._tokens_of(user_id), [entry._replace(position=None) for entry in transfer._entries(store, user_id)])
+        for user_id in store._users()
+    ]
 
 
 # Between the stores
@@ -211,10 +215,15 @@ def test_a_changed_ciphertext_is_not_brought_over(
     source = opened(sqlite)
     source.store_token(USERS[0])
     source.store_token(USERS[1])
-    tokens = [source._take_out(user_id)[0][0] for user_id in USERS[:2]]
-    source._put_in(USERS[1], [replace(tokens[1], ciphertext=tokens[0].ciphertext)], [])
+    first, second = sorted(source._under_other_keys("none", 10), key=lambda token: token.user_id)
+    source._replace_ciphertexts([(second, replace(second, ciphertext=first.ciphertext))])
+    target = opened(sqlite._replace(arguments=(str(tmp_path / "target.db"),)))
     with pytest.raises(TokenRefused):
-        migrate(source, opened(sqlite._replace(arguments=(str(tmp_path / "target.db"),))), progress=False)
+        migrate(source, target, progress=False)
+    export_tokens(source, tmp_path / "export", progress=False)
+    with pytest.raises(TokenRefused):
+        import_tokens(target, tmp_path / "export", progress=False)
+    assert target._users() == [], "also not of the users before"
 
 
 @pytest.mark.slow
@@ -236,7 +245,7 @@ def test_a_migration_can_be_killed_at_any_moment(
         except EOFError:
             killed += 1
         connection.close()
-        active = [t for user_id in target._users() for t in target._take_out(user_id)[0] if t.ciphertext]
+        active = [t for user_id in target._users() for t in target._tokens_of(user_id) if t.ciphertext]
         assert len(active) == len({token.user_id for token in active})
     assert killed
     migrate(source, target, progress=False)

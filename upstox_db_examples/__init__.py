@@ -25,7 +25,8 @@ from upstox_db_examples.login import Accounts, SdkLogin
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 from upstox_db_examples.storage import TokenStorage
 from upstox_db_examples.token import ExpiryPolicy, Secret, TokenResult
-from upstox_db_examples.transfer import Counts, export_tokens, import_tokens, migrate
+from upstox_db_examples.transfer import export_tokens, import_tokens, migrate
+from upstox_db_examples.transfer_file import Counts
 
 if TYPE_CHECKING:
     from upstox_db_examples.hybrid import HybridUpstoxStorage
