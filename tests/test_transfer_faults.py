@@ -95,7 +95,7 @@ def test_a_migration_killed_between_two_writes_of_mongodb_is_completed(
 # Somebody writes meanwhile
 
 
-def test_what_was_revoked_or_used_meanwhile_stays_so(each_address: Address, opened: Open) -> None:
+def test_what_was_revoked_or_used_meanwhile_stays_so(each_address: Address, opened: Open, clock: Clock) -> None:
     target = opened(each_address)
     for user_id in USERS[:2]:
         target.store_token(user_id)
@@ -108,6 +108,23 @@ def test_what_was_revoked_or_used_meanwhile_stays_so(each_address: Address, open
     assert target.get_valid_token(USERS[0]) is None, "a revoked token came back"
     assert target.get_user_statistics(USERS[1])["total_usage"] == 2, "uses were lost"
     assert token_of(target, USERS[1])
+    clock.advance(days=2)
+    assert target.cleanup_expired_tokens() == 1, "the revoked one had its end before"
+
+
+def test_three_migrations_at_once_bring_nothing_over_twice(
+    each_address: Address, sqlite: Address, opened: Open
+) -> None:
+    source, target = opened(sqlite), opened(each_address)
+    for user_id in USERS * 2:
+        source.store_token(user_id)
+        source.get_valid_token(user_id)
+    started = [processes.start(processes.migrate_on, sqlite, each_address) for _ in range(3)]
+    for process, connection in started:
+        assert [connection.recv(), connection.recv()] == ["ready", "done"]
+        process.join()
+        connection.close()
+    assert to_be_compared(target) == to_be_compared(source)
 
 
 def test_a_login_at_the_source_meanwhile_is_noticed_and_brought_over_by_the_next_migration(
