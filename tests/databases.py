@@ -15,7 +15,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -25,9 +25,11 @@ import pymongo
 import pytest
 import redis
 
+from upstox_db_examples import TokenStorage
 from upstox_db_examples.local import servers
 
-from .processes import Address
+from .conftest import Clock
+from .processes import Address, made_up_login
 
 
 class Engine(NamedTuple):
@@ -251,6 +253,26 @@ def each_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
         where = (request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url"))
         options = {"redis_prefix": request.getfixturevalue("redis_prefix")}
     return Address(f"upstox_db_examples:{request.param}", where, options)
+
+
+@pytest.fixture
+def opened(clock: Clock) -> Iterator[Callable[..., TokenStorage]]:
+    """Opens a store that counts and audits reads, and needs no Upstox."""
+    with ExitStack() as stack:
+
+        def open_one(address: Address, **options: Any) -> TokenStorage:
+            on_request = {"audit_reads": True} if "SQLite" in address.kind or "Pooled" in address.kind else {}
+            common = {"login": made_up_login, "clock": clock, "actor": "tests", **on_request}
+            store: TokenStorage = stack.enter_context(address.open(**{**common, **options}))
+            return store
+
+        yield open_one
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Address:
+    """One more empty store, beside that of `each_address`."""
+    return Address("upstox_db_examples:SQLiteUpstoxStorage", (str(tmp_path / "other.db"),))
 
 
 def _run(url: str, sql: str) -> None:

@@ -25,7 +25,8 @@ from .login import Accounts, SdkLogin
 from .sqlite import SQLiteUpstoxStorage
 from .storage import TokenStorage
 from .token import ExpiryPolicy, Secret, TokenResult
-from .transfer import Counts, export_tokens, import_tokens, migrate
+from .transfer import export_tokens, import_tokens, migrate
+from .transfer_file import Counts
 
 if TYPE_CHECKING:
     from .hybrid import HybridUpstoxStorage

@@ -92,7 +92,8 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         **options: Unpack[Options],
     ) -> None:
         self._believed = believed
-        self._buried_for = 2 * timeout  # longer than a commit can take
+        # Longer than a commit can take, and than a reader who was here before may bring his copy.
+        self._buried_for = max(2 * timeout, believed)
         self._postgres_again_at = 0.0
         self._folding = threading.Lock()
         self._user_of: dict[str, str] = {}
@@ -215,9 +216,9 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         self._wait_until_unbelieved(buried)
         return replaced
 
-    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
+    def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
         self.fold_uses()
-        return super()._take_out(user_id)
+        return super()._tokens_of(user_id)
 
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
         buried = not tokens or self._redis.bury([token.user_id for token in tokens], self._buried_for)

@@ -11,13 +11,13 @@ from datetime import datetime, timedelta
 from typing import Any, Unpack
 
 from bson import ObjectId
-from pymongo import DESCENDING, DeleteOne, ReturnDocument, UpdateOne
+from pymongo import ASCENDING, DESCENDING, DeleteOne, ReturnDocument, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from .errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
 from .mongodb_connection import Document, MongoDBConnection
-from .mongodb_lease import Leases
+from .mongodb_lease import LONG_AGO, Leases
 from .mongodb_schema import make_collections
 from .storage import BATCH, Options, TokenStorage, require_aware
 from .token import AuditEntry, Secret, StoredToken
@@ -326,54 +326,66 @@ class MongoUpstoxStorage(TokenStorage):
             found = {*db.tokens.distinct("user_id"), *db.token_audit.distinct("user_id")}
         return sorted(found, key=str)
 
-    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
+    def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
         with self._database() as db:
-            records = list(db.tokens.find({"user_id": user_id}, {"is_active": 0}).sort("generation"))
-            inside = [entry for record in records for entry in record.pop("audit")]
-            entries = {e["_id"]: e for e in [*inside, *db.token_audit.find({"user_id": user_id})]}
-            active = db.active_tokens.find_one({"_id": user_id, **_held()}) or {"token_id": None}
+            records = list(db.tokens.find({"user_id": user_id}, {"audit": 0}).sort("generation"))
+            active = db.active_tokens.find_one({"_id": user_id}) or {"token_id": None, "generation": float("-inf")}
+        now, tokens = self._now(), []
+        for record in records:
+            token_id, unended = record.pop("_id"), record.pop("is_active")
+            # Whoever wrote this record was cut off before it became the active one: nothing leads to it yet.
+            if unended and record["generation"] > active["generation"] and record["expires_at"] > now:
+                continue
+            held = active if token_id == active["token_id"] else {}
+            tokens.append(StoredToken(**record, **{name: held.get(name, "") for name in ("ciphertext", "key_id")}))
+        return tokens
+
+    def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+        place = (after.performed_at, after.position) if after else (LONG_AGO, ObjectId(bytes(12)))
+        later = {"user_id": user_id, "performed_at": {"$gte": place[0]}}
+        at_once: Document = {"performed_at": place[0], "_id": {"$lte": place[1]}}
+        order = [("performed_at", ASCENDING), ("_id", ASCENDING)]
+        with self._database() as db:
+            # First what is inside the records, as in `_audit`.
+            records = list(db.tokens.find({"user_id": user_id}, {"audit": 1, "generation": 1}))
+            found = list(db.token_audit.find({**later, "$nor": [at_once]}).sort(order).limit(limit))
         generations = {record["_id"]: record["generation"] for record in records}
-        held = {"ciphertext": active.get("ciphertext", ""), "key_id": active.get("key_id", "")}
-        none = {"ciphertext": "", "key_id": ""}
-        tokens = [StoredToken(**(held if r.pop("_id") == active["token_id"] else none), **r) for r in records]
-        return tokens, [
-            AuditEntry(e["action"], e["actor"], e["performed_at"], e["metadata"], generations.get(e["token_id"]))
-            for e in sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]))
+        inside = [entry for record in records for entry in record["audit"]]
+        entries = {e["_id"]: e for e in [*inside, *found] if (e["performed_at"], e["_id"]) > place}
+        return [
+            AuditEntry(
+                e["action"], e["actor"], e["performed_at"], e["metadata"], generations.get(e["token_id"]), e["_id"]
+            )
+            for e in sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]))[:limit]
         ]
 
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        living = [token for token in tokens if token.ciphertext]
+        ended = [token for token in tokens if not token.ciphertext]
         with self._database() as db:
-            ids: dict[int | None, ObjectId] = {}
-            for token in tokens:
-                self._put_in_token(db, token)
-            for record in db.tokens.find({"user_id": user_id}, {"generation": 1}):
-                ids[record["generation"]] = record["_id"]
+            self._leases.prove_held()
+            # Cut off anywhere, this leaves the user with a token if he had one: first the new record, then the one
+            # document that leads to it, as in `_insert`, and only then the end of the earlier ones.
+            _put_in_records(db, living)
+            for token in living:
+                _make_active(db, token)
+            which = {"_id": user_id, "generation": {"$in": [token.generation for token in ended]}}
+            if ended:
+                db.active_tokens.update_one(which, {"$unset": {"ciphertext": 1, "key_id": 1}})
+            _put_in_records(db, ended)
             if entries:
-                moved = [
-                    {"_id": ObjectId(), "user_id": user_id, **e._asdict(), "token_id": ids.get(e.generation)}
+                ids = {
+                    each["generation"]: each["_id"] for each in db.tokens.find({"user_id": user_id}, {"generation": 1})
+                }
+                names = ("action", "actor", "performed_at", "metadata")
+                db.token_audit.insert_many(
+                    {
+                        "user_id": user_id,
+                        "token_id": ids.get(e.generation),
+                        **{name: getattr(e, name) for name in names},
+                    }
                     for e in entries
-                ]
-                for entry in moved:
-                    del entry["generation"]
-                db.token_audit.insert_many(moved)
-
-    def _put_in_token(self, db: Database[Document], token: StoredToken) -> None:
-        """First the record, then the one document that makes it the active token, as in `_insert`."""
-        record = {**asdict(token), "is_active": bool(token.ciphertext)}
-        ciphertext, key_id = record.pop("ciphertext"), record.pop("key_id")
-        del record["token_id"], record["source"]
-        which = {"user_id": token.user_id, "generation": token.generation}
-        kept: Any = db.tokens.find_one_and_update(
-            which, {"$set": record, "$setOnInsert": {"audit": []}}, upsert=True, return_document=ReturnDocument.AFTER
-        )
-        if not ciphertext:
-            db.active_tokens.delete_one({"_id": token.user_id, "generation": token.generation})
-            return
-        active = {"token_id": kept["_id"], "ciphertext": ciphertext, "key_id": key_id}
-        active |= {name: record[name] for name in ("generation", "created_at", "expires_at")}
-        db.active_tokens.replace_one(
-            {"_id": token.user_id, "generation": {"$lte": token.generation}}, active, upsert=True
-        )
+                )
 
     def _health(self) -> dict[str, Any]:
         try:
@@ -393,6 +405,32 @@ def _token(active: Document, **more: Any) -> StoredToken:
     return StoredToken(
         user_id=active["_id"], **{name: active[name] for name in names} | {"token_id": str(active["token_id"])}, **more
     )
+
+
+def _put_in_records(db: Database[Document], tokens: list[StoredToken]) -> None:
+    """Without ciphertexts. Of one that is there, the uses only grow, and once it has ended it stays so."""
+    changes = []
+    for token in tokens:
+        record = asdict(token)
+        for name in ("ciphertext", "key_id", "token_id", "source"):
+            del record[name]
+        which = {name: record.pop(name) for name in ("user_id", "generation")}
+        uses = {name: record.pop(name) for name in ("usage_count", "last_used_at")}
+        grown = {"$max": uses, "$min": {"is_active": bool(token.ciphertext)}}
+        changes.append(UpdateOne(which, {"$setOnInsert": {**record, "audit": []}, **grown}, upsert=True))
+    if changes:
+        db.tokens.bulk_write(changes)
+
+
+def _make_active(db: Database[Document], token: StoredToken) -> None:
+    if db.active_tokens.find_one({"_id": token.user_id, "generation": token.generation}, {"_id": 1}):
+        return  # It is, or was until it was revoked.
+    record = db.tokens.find_one({"user_id": token.user_id, "generation": token.generation}, {"_id": 1}) or {}
+    active = {"token_id": record["_id"]}
+    active |= {
+        name: getattr(token, name) for name in ("ciphertext", "key_id", "generation", "created_at", "expires_at")
+    }
+    db.active_tokens.replace_one({"_id": token.user_id, "generation": {"$lt": token.generation}}, active, upsert=True)
 
 
 def _end(db: Database[Document], entries: list[Document]) -> int:

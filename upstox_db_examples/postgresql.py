@@ -56,7 +56,7 @@ CREATE TABLE upstox_token_audit (
     performed_at timestamptz NOT NULL,
     metadata     jsonb       NOT NULL DEFAULT '{}'
 );
-CREATE INDEX audit_by_user ON upstox_token_audit (user_id, id);
+CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
 VERSION_TABLE = "CREATE TABLE IF NOT EXISTS upstox_schema (version integer NOT NULL)"
 # What a program needs that stores and reads tokens. The audit trail can only grow, and nothing can be dropped.
@@ -126,7 +126,7 @@ FROM upstox_tokens WHERE user_id = %(user_id)s
 AUDIT = """
 SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.created_at AS token_created
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
-WHERE a.user_id = %(user_id)s ORDER BY a.id DESC LIMIT %(limit)s
+WHERE a.user_id = %(user_id)s ORDER BY a.performed_at DESC, a.id DESC LIMIT %(limit)s
 """
 GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
@@ -144,28 +144,33 @@ COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP B
 USERS = "SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM upstox_token_audit ORDER BY 1"
 _COPIED = """user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products,
              exchanges, account, metadata, usage_count, last_used_at"""
-TAKE_OUT = f"""
+TOKENS_OF = f"""
 SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = %(user_id)s
 ORDER BY generation
 """
-TAKE_OUT_AUDIT = """
-SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation
+# Not IS NOT DISTINCT FROM, which no index serves; of this the planner drops the half that does not apply.
+ENTRIES_OF = """
+SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation, a.id AS position
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
-WHERE a.user_id IS NOT DISTINCT FROM %(user_id)s ORDER BY a.id
+WHERE (a.user_id = %(user_id)s OR (%(user_id)s IS NULL AND a.user_id IS NULL))
+      AND (a.performed_at, a.id) > (%(performed_at)s, %(position)s)
+ORDER BY a.performed_at, a.id LIMIT %(limit)s
 """
 # Two statements in one message, and so in one transaction.
 PUT_IN = f"""
-INSERT INTO upstox_tokens ({_COPIED}, access_token, is_active)
+INSERT INTO upstox_tokens AS t ({_COPIED}, access_token, is_active)
 SELECT {_COPIED}, access_token, is_active FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
 ORDER BY generation
-ON CONFLICT (user_id, generation) DO UPDATE SET access_token = excluded.access_token, key_id = excluded.key_id,
-    is_active = excluded.is_active, usage_count = excluded.usage_count, last_used_at = excluded.last_used_at;
+ON CONFLICT (user_id, generation) DO UPDATE SET
+    access_token = CASE WHEN excluded.is_active THEN t.access_token END, is_active = t.is_active AND excluded.is_active,
+    usage_count = greatest(t.usage_count, excluded.usage_count),
+    last_used_at = greatest(t.last_used_at, excluded.last_used_at);
 INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
 SELECT t.id, %(user_id)s, e.entry ->> 'action', e.entry ->> 'actor', (e.entry ->> 'performed_at')::timestamptz,
        e.entry -> 'metadata'
 FROM jsonb_array_elements(%(entries)s) WITH ORDINALITY AS e (entry, nth)
 LEFT JOIN upstox_tokens AS t ON t.user_id = %(user_id)s AND t.generation = (e.entry ->> 'generation')::integer
-ORDER BY e.nth
+ORDER BY e.nth ON CONFLICT DO NOTHING
 """
 
 
@@ -321,10 +326,15 @@ class PostgreSQLUpstoxStorage(TokenStorage):
     def _users(self) -> list[str | None]:
         return [row["user_id"] for row in self._run(USERS)]
 
-    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
-        tokens = [_token(row) for row in self._run(TAKE_OUT, user_id=user_id)]
-        rows = [_in_utc(row) for row in self._run(TAKE_OUT_AUDIT, user_id=user_id)]
-        return tokens, [AuditEntry(**row) for row in rows]
+    def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
+        return [_token(row) for row in self._run(TOKENS_OF, user_id=user_id)]
+
+    def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+        place = {
+            "performed_at": after.performed_at if after else "-infinity",
+            "position": after.position if after else 0,
+        }
+        return [AuditEntry(**_in_utc(row)) for row in self._run(ENTRIES_OF, user_id=user_id, **place, limit=limit)]
 
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
         rows = [

@@ -69,7 +69,7 @@ CREATE TABLE upstox_token_audit (
     performed_at INTEGER NOT NULL,
     metadata     TEXT    NOT NULL CHECK (json_valid(metadata))
 ) STRICT;
-CREATE INDEX audit_by_user ON upstox_token_audit (user_id, id);
+CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
 
 _HANDED_OUT = (
@@ -111,7 +111,7 @@ FROM upstox_tokens WHERE user_id = ?
 AUDIT = """
 SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.created_at AS token_created
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
-WHERE a.user_id = ? ORDER BY a.id DESC LIMIT ?
+WHERE a.user_id = ? ORDER BY a.performed_at DESC, a.id DESC LIMIT ?
 """
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
@@ -127,19 +127,22 @@ _COPIED = (
     "user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products, exchanges, "
     "account, metadata, usage_count, last_used_at"
 )
-TAKE_OUT = (
+TOKENS_OF = (
     f"SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = ? "
     "ORDER BY generation"
 )
-TAKE_OUT_AUDIT = """
-SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation
-FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id WHERE a.user_id IS ? ORDER BY a.id
+ENTRIES_OF = """
+SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation, a.id
+FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
+WHERE a.user_id IS ? AND (a.performed_at, a.id) > (?, ?) ORDER BY a.performed_at, a.id LIMIT ?
 """
 PUT_IN = f"""
 INSERT INTO upstox_tokens ({_COPIED}, access_token, is_active)
 VALUES ({", ".join(f":{name}" for name in _COPIED.split(", "))}, nullif(:ciphertext, ''), :ciphertext <> '')
-ON CONFLICT (user_id, generation) DO UPDATE SET access_token = excluded.access_token, key_id = excluded.key_id,
-    is_active = excluded.is_active, usage_count = excluded.usage_count, last_used_at = excluded.last_used_at
+ON CONFLICT (user_id, generation) DO UPDATE SET
+    access_token = CASE WHEN excluded.is_active THEN access_token END, is_active = is_active AND excluded.is_active,
+    usage_count = max(usage_count, excluded.usage_count),
+    last_used_at = nullif(max(coalesce(last_used_at, 0), coalesce(excluded.last_used_at, 0)), 0)
 """
 PUT_IN_AUDIT = """
 INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
@@ -205,13 +208,16 @@ class SQLiteUpstoxStorage(TokenStorage):
         It is whole or not there at all: it gets its name, in place of an older one, when it is on the disk.
 
         Raises:
+            InvalidInput: a database that is in use lies there, maybe this one itself.
             StoreUnavailable: it cannot be written there.
         """
+        # The log that lies beside a database in use would be applied to the copy, and destroy it.
+        if Path(f"{path}-wal").exists() or (Path(path).exists() and self.db_path.samefile(path)):
+            raise InvalidInput(f"{path} is a database in use. Name another file for its copy.")
         with written_whole(Path(path)) as temporary, self.get_connection() as conn:
             copy = sqlite3.connect(temporary, isolation_level=None)
             try:
                 conn.backup(copy)  # In one step: else it would begin again whenever somebody writes.
-                copy.execute("PRAGMA journal_mode = DELETE")  # One file. The store makes it WAL again.
                 if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
                     raise StorageError(f"{self.db_path} is damaged, and so would be its copy. Take an older backup.")
             finally:
@@ -373,28 +379,17 @@ class SQLiteUpstoxStorage(TokenStorage):
     def _users(self) -> list[str | None]:
         return [row["user_id"] for row in self._rows(USERS)]
 
-    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
-        with self.get_connection() as conn:
-            conn.execute("BEGIN")
-            tokens = [_whole(row) for row in conn.execute(TAKE_OUT, (user_id,))]
-            entries = [
-                AuditEntry(
-                    e["action"], e["actor"], _moment(e["performed_at"]), json.loads(e["metadata"]), e["generation"]
-                )
-                for e in conn.execute(TAKE_OUT_AUDIT, (user_id,))
-            ]
-        return tokens, entries
+    def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
+        return [_whole(row) for row in self._rows(TOKENS_OF, user_id)]
+
+    def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+        place = (_seconds(after.performed_at), after.position) if after else (-1, 0)
+        rows = self._rows(ENTRIES_OF, user_id, *place, limit)
+        return [AuditEntry(who, by, _moment(at), json.loads(text), *rest) for who, by, at, text, *rest in rows]
 
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        rows = [
-            {
-                **e._asdict(),
-                "user_id": user_id,
-                "performed_at": _seconds(e.performed_at),
-                "metadata": json.dumps(e.metadata),
-            }
-            for e in entries
-        ]
+        moved = ({**e._asdict(), "metadata": json.dumps(e.metadata), "user_id": user_id} for e in entries)
+        rows = [{**each, "performed_at": _seconds(each["performed_at"])} for each in moved]
         with self._transaction() as conn:
             conn.executemany(PUT_IN, [_columns(token) for token in tokens])
             conn.executemany(PUT_IN_AUDIT, rows)

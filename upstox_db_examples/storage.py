@@ -380,12 +380,20 @@ class TokenStorage(ABC):
         """All who have tokens or audit entries; None for entries that belong to nobody."""
 
     @abstractmethod
-    def _take_out(self, user_id: str | None) -> tuple[list[StoredToken], list[AuditEntry]]:
-        """All that is kept of a user, oldest first. A token that is not active has an empty ciphertext."""
+    def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
+        """All tokens of a user, oldest first, with all that is known of them. One that has ended has no ciphertext."""
+
+    @abstractmethod
+    def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+        """The user's audit entries that follow `after`, oldest first: there may be more than memory can hold."""
 
     @abstractmethod
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        """These tokens, each in place of the one of its generation if there is one, and these entries besides."""
+        """These tokens and entries, without locking readers out.
+
+        A token that is there already may have been used or revoked since it was looked at. So its uses only grow, it
+        can end and not come back, and its ciphertext stays as it is.
+        """
 
 
 class _Minted(NamedTuple):

@@ -84,6 +84,7 @@ class AuditEntry(NamedTuple):
 
     Attributes:
         generation: of the token to which it was done; None for what belongs to no token, such as a login.
+        position: the store's own id of the entry, by which it finds those that follow; of no meaning elsewhere.
     """
 
     action: str
@@ -91,6 +92,7 @@ class AuditEntry(NamedTuple):
     performed_at: datetime
     metadata: dict[str, Any]
     generation: int | None
+    position: Any = None
 
 
 class TokenResult(Mapping[str, Any]):

@@ -1,50 +1,34 @@
 """From any store to any other: export to an encrypted file, import, migrate. All of it can be repeated.
 
-One user after another is taken out and put in, tokens, history, usage and audit, each in one transaction of the target
-(MongoDB: in an order of writes that may be cut off anywhere). What is there already is left alone, so a transfer that
-was killed is simply run again.
+One user after another: first his tokens, in one transaction of the target (MongoDB: in an order of writes that may be
+cut off anywhere), then his audit entries, some hundreds at a time. What is there already is left alone, so a transfer
+that was killed is simply run again. Tokens are encrypted again and not moved as they lie: so the two stores may have
+different keys, and a token that cannot be read is found out before anything is written.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
-import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
 
 from .batch import progress_bar
-from .cipher import Binding
-from .errors import BackupDamaged, InvalidInput, StorageError, StoreUnavailable, TokenRefused
-from .files import written_whole
-from .storage import TokenStorage
+from .errors import InvalidInput, StorageError
+from .storage import BATCH, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
+from .transfer_file import Counts, Part, by_user, read_export, write_export
 
-FORMAT = "upstox_db_examples export, version 1"
 COMPARED = (
     "generation", "created_at", "expires_at", "user_name", "email", "broker", "user_type", "products", "exchanges",
     "account", "metadata",
 )  # fmt: skip
-
-Taken = tuple[str | None, list[StoredToken], list[AuditEntry]]
-
-
-class Counts(NamedTuple):
-    """How much was in what was transferred; with `new_` how much of it the target did not have."""
-
-    users: int = 0
-    tokens: int = 0
-    audit_entries: int = 0
-    new_tokens: int = 0
-    new_audit_entries: int = 0
-
-    def plus(self, *more: int) -> Counts:
-        return Counts(*(a + b for a, b in zip(self, (*more, 0, 0), strict=False)))
+# No user can have these ids, so nobody's login waits for these locks.
+NOBODY, ENTRIES = "-nobody", "-entries"
 
 
 def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True) -> Counts:
@@ -59,10 +43,12 @@ def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True
 
     Raises:
         InvalidInput: for some user the two have histories that never were one. Nothing is changed.
+        KeyUnavailable, TokenRefused: a living token of the source cannot be read. Nothing is changed.
         StorageError: afterwards the two still differ; somebody wrote meanwhile. Run it again.
-        KeyUnavailable, TokenRefused: a living token of the source cannot be read.
     """
-    return _bring(lambda: _taken_out(source), target, source._decrypt, len(source._users()), progress)
+    tokens = (Part(user_id, source._tokens_of(user_id), []) for user_id in source._users())
+    users = _checked(tokens, target, source._decrypt)
+    return _bring(lambda: _parts(source), target, source._decrypt, users, progress)
 
 
 def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
@@ -71,25 +57,11 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
     The file is whole or not there: it gets its name, in place of an older one, when it is on the disk.
 
     Raises:
+        InvalidInput: something else lies there under that name.
         StoreUnavailable: it cannot be written, or the store cannot be read.
     """
-    export_id, counts, digest = secrets.token_hex(8), Counts(), hashlib.sha256()
-    users = len(store._users())
-    with written_whole(Path(path)) as temporary, temporary.open("w") as file:
-
-        def write(text: str) -> None:
-            digest.update(f"{text}\n".encode())
-            file.write(f"{text}\n")
-
-        write(f"{FORMAT}, {export_id}")
-        with progress_bar(users, "user", progress) as advance:
-            for number, taken in enumerate(_taken_out(store)):
-                counts = counts.plus(1, len(taken[1]), len(taken[2]))
-                write(_sealed(store, _dumped(taken), export_id, number))
-                advance()
-        end = json.dumps({"counts": counts[:3], "sha256": digest.hexdigest()})
-        write(_sealed(store, end, export_id, -1))
-    return counts
+    with progress_bar(len(store._users()), "user", progress) as advance:
+        return write_export(Path(path), store._ring, _parts(store), advance)
 
 
 def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
@@ -97,163 +69,199 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
 
     Raises:
         BackupDamaged: it is not a whole export, or was changed. Nothing is imported.
-        KeyUnavailable: its key is not in the store's key ring; the error names it.
+        KeyUnavailable: its key, or that of a token in it, is not in the store's key ring; the error names it. Nothing
+            is imported.
         InvalidInput: as `migrate`.
     """
     file = Path(path)
-    users = sum(1 for _ in _read(store, file))
-    return _bring(lambda: _read(store, file), store, store._decrypt, users, progress)
+    users = _checked(read_export(file, store._ring), store, store._decrypt)
+    return _bring(lambda: read_export(file, store._ring), store, store._decrypt, users, progress)
+
+
+def _checked(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]) -> int:
+    """How many users there are; all that can be refused is refused here, before anything is written."""
+    users, now = 0, target._now()
+    for _, parts_of_user in by_user(parts):
+        users += 1
+        for part in parts_of_user:
+            _refuse_another_history(part, target)
+            for token in part.tokens:
+                if _alive(token, now):
+                    decrypt(token)
+    return users
 
 
 def _bring(
-    taken: Callable[[], Iterator[Taken]],
+    source: Callable[[], Iterator[Part]],
     target: TokenStorage,
     decrypt: Callable[[StoredToken], Secret],
     users: int,
     progress: bool,
 ) -> Counts:
-    for user_id, tokens, _ in taken():
-        _refuse_another_history(user_id, tokens, target)
-    counts = Counts()
+    counts, brought = Counts(), set()
     with progress_bar(users, "user", progress) as advance:
-        for user_id, tokens, entries in taken():
+        for user_id, parts in by_user(source()):
+            tokens = next(parts).tokens
             # The lock of logins, so that none comes in between.
-            with target._lock(user_id or "nobody"):
-                there, entries_there = target._take_out(user_id)
-                missing = _missing(entries, entries_there)
-                changed = [_encrypted_again(t, there, target, decrypt) for t in _merged(tokens, there, target._now())]
-                if changed or missing:
-                    target._put_in(user_id, changed, missing)
-            known = {token.generation for token in there}
+            with target._lock(user_id or NOBODY):
+                there = target._tokens_of(user_id)
+                known = {token.generation for token in there}
+                if changed := _merged(tokens, there, target._now()):
+                    target._put_in(user_id, [_encrypted_again(t, known, target, decrypt) for t in changed], [])
+                brought |= {(user_id, t.generation) for t in changed if t.ciphertext and t.generation not in known}
             new = sum(token.generation not in known for token in tokens)
-            counts = counts.plus(1, len(tokens), len(entries))._replace(
-                new_tokens=counts.new_tokens + new, new_audit_entries=counts.new_audit_entries + len(missing)
-            )
+            counts = counts.plus(users=1, tokens=len(tokens), new_tokens=new)
+            # Another lock, for these may take long and stand in no login's way; but two imports would double them.
+            with target._lock(ENTRIES):
+                entries = _Counted(entry for part in parts for entry in part.entries)
+                for batch in itertools.batched(_missing(entries, _entries(target, user_id)), BATCH):
+                    target._put_in(user_id, [], list(batch))
+                    counts = counts.plus(new_audit_entries=len(batch))
+            counts = counts.plus(audit_entries=entries.number)
             advance()
-    for user_id, tokens, entries in taken():
-        there, entries_there = target._take_out(user_id)
-        if _merged(tokens, there, target._now()) or _missing(entries, entries_there):
+    for user_id, parts in by_user(source()):
+        tokens, there = next(parts).tokens, target._tokens_of(user_id)
+        there_too = (entry for part in parts for entry in part.entries)
+        living = {token.generation for token in tokens if (user_id, token.generation) in brought}
+        if not _agree(tokens, there, living, target, decrypt) or any(_missing(there_too, _entries(target, user_id))):
             raise StorageError(f"What was brought over of {user_id} differs: somebody wrote meanwhile. Run it again.")
     return counts
 
 
-def _taken_out(store: TokenStorage) -> Iterator[Taken]:
+# What is read
+
+
+def _parts(store: TokenStorage) -> Iterator[Part]:
     for user_id in store._users():
-        yield (user_id, *store._take_out(user_id))
+        tokens = store._tokens_of(user_id)
+        yield Part(user_id, tokens, [])
+        # What belongs to a token that came since is left to the next time, as is that token.
+        known = {None, *(token.generation for token in tokens)}
+        entries = (entry._replace(position=None) for entry in _entries(store, user_id) if entry.generation in known)
+        for batch in itertools.batched(entries, BATCH):
+            yield Part(user_id, [], list(batch))
 
 
-def _refuse_another_history(user_id: str | None, tokens: list[StoredToken], target: TokenStorage) -> None:
-    there = {token.generation: token for token in target._take_out(user_id)[0]}
-    for token in tokens:
+def _entries(store: TokenStorage, user_id: str | None) -> Iterator[AuditEntry]:
+    last = None
+    while batch := store._entries_of(user_id, last, BATCH):
+        yield from batch
+        last = batch[-1]
+
+
+class _Counted:
+    """Counts what is taken from it."""
+
+    def __init__(self, entries: Iterable[AuditEntry]) -> None:
+        self._entries, self.number = entries, 0
+
+    def __iter__(self) -> Iterator[AuditEntry]:
+        for entry in self._entries:
+            self.number += 1
+            yield entry
+
+
+# What is written
+
+
+def _refuse_another_history(part: Part, target: TokenStorage) -> None:
+    if not part.tokens:
+        return
+    there = {token.generation: token for token in target._tokens_of(part.user_id)}
+    for token in part.tokens:
         other = there.get(token.generation, token)
-        if any(getattr(token, name) != getattr(other, name) for name in COMPARED):
+        if not _same(token, other):
             raise InvalidInput(
-                f"{user_id} has another history there: token {token.generation} was made at {token.created_at} here "
-                f"and at {other.created_at} there. Nothing was changed; take a target that has no tokens of this user."
+                f"{part.user_id} has another history there: token {token.generation} was made at {token.created_at} "
+                f"here and at {other.created_at} there. Nothing was changed; take a target that has no tokens of this "
+                "user."
             )
+
+
+def _same(one: StoredToken, other: StoredToken) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in COMPARED)
+
+
+def _alive(token: StoredToken, now: datetime) -> bool:
+    return bool(token.ciphertext) and token.expires_at > now
 
 
 def _merged(tokens: list[StoredToken], there: list[StoredToken], now: datetime) -> list[StoredToken]:
     """What has to be written so that the target has these tokens. Whatever happened later wins, on either side."""
     known = {token.generation: token for token in there}
     latest = max(known, default=0)
-    changed = {}
-    for token in tokens:
-        alive = bool(token.ciphertext) and token.expires_at > now
+    changed = []
+    for token in sorted(tokens, key=lambda each: each.generation):
         mine = known.get(token.generation)
         if mine is None:
-            changed[token.generation] = token if alive and token.generation > latest else replace(token, ciphertext="")
-        else:
-            used = [moment for moment in (mine.last_used_at, token.last_used_at) if moment]
-            merged = replace(
-                mine,
-                ciphertext=mine.ciphertext if alive else "",
-                usage_count=max(mine.usage_count, token.usage_count),
-                last_used_at=max(used, default=None),
-            )
-            if merged != (mine if mine.expires_at > now else replace(mine, ciphertext="")):
-                changed[token.generation] = merged
-    return [changed[generation] for generation in sorted(changed)]
+            living = _alive(token, now) and token.generation > latest
+            changed.append(token if living else replace(token, ciphertext=""))
+            continue
+        used = [moment for moment in (mine.last_used_at, token.last_used_at) if moment]
+        merged = replace(
+            mine,
+            ciphertext=mine.ciphertext if _alive(token, now) else "",
+            usage_count=max(mine.usage_count, token.usage_count),
+            last_used_at=max(used, default=None),
+        )
+        # A dead token's ciphertext is the cleanup's business.
+        if merged != (mine if mine.expires_at > now else replace(mine, ciphertext="")):
+            changed.append(merged)
+    return changed
 
 
-def _missing(entries: list[AuditEntry], there: list[AuditEntry]) -> list[AuditEntry]:
-    """Entries that the target lacks. Equal ones are counted, for two uses in one second look the same."""
-    known = Counter(map(_key, there))
-    missing = []
-    for entry in entries:
-        known[_key(entry)] -= 1
-        if known[_key(entry)] < 0:
-            missing.append(entry)
-    return missing
+def _agree(
+    tokens: list[StoredToken],
+    there: list[StoredToken],
+    living: set[int],
+    target: TokenStorage,
+    decrypt: Callable[[StoredToken], Secret],
+) -> bool:
+    """Whether the target has all of these tokens, and those that live, `living` among them, are the same to the letter.
+
+    Not by `_merged`, which would take its own mistakes for an agreement.
+    """
+    known, now = {token.generation: token for token in there}, target._now()
+    for token in tokens:
+        mine = known.get(token.generation)
+        if mine is None or not _same(token, mine) or mine.usage_count < token.usage_count:
+            return False
+        if _alive(mine, now):
+            if not _alive(token, now) or target._decrypt(mine).reveal() != decrypt(token).reveal():
+                return False
+        elif token.generation in living and _alive(token, now):
+            return False
+    return True
 
 
-def _key(entry: AuditEntry) -> str:
-    return json.dumps(entry, default=datetime.isoformat, sort_keys=True)
+def _missing(entries: Iterable[AuditEntry], there: Iterator[AuditEntry]) -> Iterator[AuditEntry]:
+    """Entries that the target lacks, both sides oldest first.
+
+    Ids differ between databases, and two uses in one second look the same: so equal ones of a second are counted.
+    """
+    seconds = itertools.groupby(there, key=_when)
+    second, kept = next(seconds, (None, iter(())))
+    for moment, at_once in itertools.groupby(entries, key=_when):
+        while second is not None and second < moment:
+            second, kept = next(seconds, (None, iter(())))
+        known = Counter(map(_content, kept)) if second == moment else Counter[object]()
+        for entry in at_once:
+            content = _content(entry)
+            if known[content]:
+                known[content] -= 1
+            else:
+                yield entry
+
+
+def _when(entry: AuditEntry) -> datetime:
+    return entry.performed_at
+
+
+def _content(entry: AuditEntry) -> object:
+    return entry.action, entry.actor, entry.generation, json.dumps(entry.metadata, sort_keys=True)
 
 
 def _encrypted_again(
-    token: StoredToken, there: list[StoredToken], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]
+    token: StoredToken, known: set[int], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]
 ) -> StoredToken:
-    if not token.ciphertext or token.ciphertext in {each.ciphertext for each in there}:
-        return token
-    return target._encrypt(decrypt(token), token)
-
-
-# The file
-
-
-def _sealed(store: TokenStorage, text: str, export_id: str, number: int) -> str:
-    return store._ring.encrypt(Secret(text), _place(export_id, number))
-
-
-def _place(export_id: str, number: int) -> Binding:
-    """Where a line belongs: a line of another export, or in another place, is refused. -1 is the last one."""
-    return Binding(export_id, datetime.fromtimestamp(number + 1, tz=UTC), number, kind="export")
-
-
-def _read(store: TokenStorage, path: Path) -> Iterator[Taken]:
-    """The users of an export. It was whole only if this comes to its end without an error."""
-    damaged = BackupDamaged(f"{path} is not a whole export: it was cut off or changed. Nothing was imported from it.")
-    digest, counts, previous, number = hashlib.sha256(), Counts(), None, 0
-    try:
-        with path.open(encoding="ascii") as file:
-            header = file.readline()
-            digest.update(header.encode())
-            export_id = header.removeprefix(f"{FORMAT}, ").rstrip("\n")
-            if not header.startswith(FORMAT) or not header.endswith("\n"):
-                raise BackupDamaged(f"{path} is not an export of this version.")
-            for line in file:
-                if previous is not None:
-                    taken = _loaded(_opened(store, previous, export_id, number))
-                    digest.update(previous.encode())
-                    counts = counts.plus(1, len(taken[1]), len(taken[2]))
-                    number += 1
-                    yield taken
-                previous = line
-        if previous is None or not previous.endswith("\n"):
-            raise damaged
-        end = json.loads(_opened(store, previous, export_id, -1))
-        if end != {"counts": list(counts[:3]), "sha256": digest.hexdigest()}:
-            raise damaged
-    except (TokenRefused, ValueError, TypeError, KeyError) as error:
-        raise damaged from error
-    except OSError as error:
-        raise StoreUnavailable(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _opened(store: TokenStorage, line: str, export_id: str, number: int) -> str:
-    return store._ring.decrypt(line.removesuffix("\n"), _place(export_id, number)).reveal()
-
-
-def _dumped(taken: Taken) -> str:
-    user_id, tokens, entries = taken
-    return json.dumps([user_id, [asdict(token) for token in tokens], entries], default=datetime.isoformat)
-
-
-def _loaded(text: str) -> Taken:
-    user_id, tokens, entries = json.loads(text)
-    for token in tokens:
-        for name in ("created_at", "expires_at", "last_used_at"):
-            token[name] = token[name] and datetime.fromisoformat(token[name])
-    loaded = [AuditEntry(*entry)._replace(performed_at=datetime.fromisoformat(entry[2])) for entry in entries]
-    return user_id, [StoredToken(**token) for token in tokens], loaded
+    return target._encrypt(decrypt(token), token) if token.ciphertext and token.generation not in known else token

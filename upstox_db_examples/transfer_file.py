@@ -1,0 +1,152 @@
+"""The file of an export: what is in it, in which order, and why a part of it is never taken for the whole.
+
+A line in plain text, which names the format, the key and this one export. Then a line a part, and a last one with the
+counts and a checksum over all before it, each encrypted and bound to the first line and to its own number: so that a
+line that was changed, moved, left out or taken from another export is refused, as is a file without its last line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from .cipher import Binding, KeyRing
+from .errors import BackupDamaged, InvalidInput, StoreUnavailable, TokenRefused
+from .files import written_whole
+from .token import AuditEntry, Secret, StoredToken
+
+FORMAT = "upstox_db_examples export, version 1"
+
+
+class Part(NamedTuple):
+    """A part of what is kept of a user: the first has his tokens, those that follow his audit entries, oldest first.
+
+    In parts, for a user whose token is read a thousand times an hour has more audit entries than memory can hold.
+    """
+
+    user_id: str | None
+    tokens: list[StoredToken]
+    entries: list[AuditEntry]
+
+
+class Counts(NamedTuple):
+    """How much was in what was transferred; with `new_` how much of it the target did not have."""
+
+    users: int = 0
+    tokens: int = 0
+    audit_entries: int = 0
+    new_tokens: int = 0
+    new_audit_entries: int = 0
+
+    def plus(self, **more: int) -> Counts:
+        return self._replace(**{name: getattr(self, name) + number for name, number in more.items()})
+
+
+def by_user(parts: Iterator[Part]) -> Iterator[tuple[str | None, Iterator[Part]]]:
+    return itertools.groupby(parts, key=lambda part: part.user_id)
+
+
+def write_export(path: Path, ring: KeyRing, parts: Iterator[Part], advance: Callable[[], object]) -> Counts:
+    """See `transfer.export_tokens`. `advance` is called after each user."""
+    _refuse_another_file(path)
+    header, counts, digest, number = (
+        f"{FORMAT}, {ring.key_ids[0]}, {secrets.token_hex(8)}",
+        Counts(),
+        hashlib.sha256(),
+        0,
+    )
+    with written_whole(path) as temporary, temporary.open("w") as file:
+
+        def write(text: str) -> None:
+            digest.update(f"{text}\n".encode())
+            file.write(f"{text}\n")
+
+        write(header)
+        for _, parts_of_user in by_user(parts):
+            for part in parts_of_user:
+                counts = counts.plus(tokens=len(part.tokens), audit_entries=len(part.entries))
+                write(ring.encrypt(Secret(_dumped(part)), _place(header, number)))
+                number += 1
+            counts = counts.plus(users=1)
+            advance()
+        end = json.dumps({"counts": counts[:3], "sha256": digest.hexdigest()})
+        write(ring.encrypt(Secret(end), _place(header, -1)))
+    return counts
+
+
+def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
+    """The parts of an export. It was whole only if this comes to its end without an error."""
+    damaged = BackupDamaged(f"{path} is not a whole export: it was cut off or changed. Nothing was imported from it.")
+    digest, counts, previous, number = hashlib.sha256(), Counts(), None, 0
+    last_user: object = object()
+    try:
+        with path.open(encoding="ascii") as file:
+            first = file.readline()
+            header = first.removesuffix("\n")
+            if not header.startswith(FORMAT) or header == first:
+                raise BackupDamaged(f"{path} is not an export of this version.")
+            digest.update(first.encode())
+            key_id = header.split(", ")[2]
+            for line in file:
+                # Else one wrong letter in a key's id would be taken for a key that is missing.
+                if not line.startswith(f"v1.{key_id}.") or not line.endswith("\n"):
+                    raise damaged
+                if previous is not None:
+                    part = _loaded(_opened(ring, previous, header, number))
+                    digest.update(previous.encode())
+                    counts = counts.plus(tokens=len(part.tokens), audit_entries=len(part.entries))
+                    if part.user_id != last_user:
+                        counts, last_user = counts.plus(users=1), part.user_id
+                    number += 1
+                    yield part
+                previous = line
+        if previous is None:
+            raise damaged
+        end = json.loads(_opened(ring, previous, header, -1))
+        if end != {"counts": list(counts[:3]), "sha256": digest.hexdigest()}:
+            raise damaged
+    except (TokenRefused, ValueError, LookupError, TypeError) as error:
+        raise damaged from error
+    except OSError as error:
+        raise StoreUnavailable(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _refuse_another_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            ours = file.read(len(FORMAT)) in (FORMAT.encode(), b"")
+    except OSError:
+        return  # Nothing is there, or what is wrong with it is said when it is written.
+    if not ours:
+        raise InvalidInput(f"{path} is no export and would be lost. Name another file.")
+
+
+def _place(header: str, number: int) -> Binding:
+    """Where a line belongs: a line of another export, or in another place, is refused. -1 is the last one."""
+    return Binding(header, datetime.fromtimestamp(number + 1, tz=UTC), number, kind="export")
+
+
+def _opened(ring: KeyRing, line: str, header: str, number: int) -> str:
+    return ring.decrypt(line.removesuffix("\n"), _place(header, number)).reveal()
+
+
+def _dumped(part: Part) -> str:
+    return json.dumps(
+        [part.user_id, [asdict(token) for token in part.tokens], part.entries], default=datetime.isoformat
+    )
+
+
+def _loaded(text: str) -> Part:
+    user_id, tokens, entries = json.loads(text)
+    for token in tokens:
+        for name in ("created_at", "expires_at", "last_used_at"):
+            token[name] = token[name] and datetime.fromisoformat(token[name])
+    loaded = [AuditEntry(*entry)._replace(performed_at=datetime.fromisoformat(entry[2])) for entry in entries]
+    return Part(user_id, [StoredToken(**token) for token in tokens], loaded)
