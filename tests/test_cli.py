@@ -1,0 +1,137 @@
+"""`upstox-db`, run as a process, as cron runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from upstox_db_examples import SQLiteUpstoxStorage
+from upstox_db_examples.local.upstox import Account, LocalUpstox
+
+from .databases import MongoDatabase
+
+USER = "AB1234"
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def upstox() -> Iterator[LocalUpstox]:
+    with LocalUpstox(totp_once=False) as server:  # by the real clock, as the command goes
+        yield server
+
+
+@pytest.fixture
+def account(upstox: LocalUpstox) -> Account:
+    return upstox.add_account(USER)
+
+
+@pytest.fixture
+def run(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
+    def run_one(*arguments: str, **environment: str) -> Done:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
+        mine = {**account.environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain, "UPSTOX_USER_ID": USER}
+        mine |= {"UPSTOX_DB_KEY_FILE": str(tmp_path / "keys"), "no_proxy": "127.0.0.1", **environment}
+        command = [sys.executable, "-W", "error", "-m", "upstox_db_examples", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=clean | mine, text=True, capture_output=True, check=False, timeout=60
+        )
+
+    return run_one
+
+
+def good(done: Done) -> str:
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_token_prints_the_token_and_nothing_else(run: Run, upstox: LocalUpstox) -> None:
+    first = good(run("token"))
+    assert upstox.is_living(first.removesuffix("\n"))
+    assert good(run("token", USER)) == first
+    assert upstox.logins() == 1
+
+
+def test_nothing_else_shows_the_token(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
+    masked = good(run("login"))
+    assert good(run("login", "--keep")) == masked
+    assert masked.startswith("AB1234: eyJ0…(")
+    token = good(run("token")).strip()
+    told = masked + good(run("token", "--masked"))
+    told += good(run("status")) + good(run("status", "--json"))
+    told += good(run("history", USER)) + good(run("audit", USER, "--limit", "3"))
+    history = json.loads(good(run("history", USER, "--json")))
+    assert [row["is_active"] for row in history] == [True]
+    assert good(run("cleanup")) == "0 dead tokens were erased.\n"
+    assert good(run("rotate-keys")).startswith("0 tokens were encrypted again. In use: k")
+    assert good(run("backup", "all.export")) == "1 users, 1 tokens, 2 audit entries.\n"
+    assert (tmp_path / "all.export").stat().st_mode & 0o777 == 0o600
+    assert good(run("--store", "restored.db", "restore", "all.export")) == "1 users, 1 tokens, 2 audit entries.\n"
+    assert good(run("migrate", "sqlite:///moved.db")) == "1 users, 1 tokens, 2 audit entries.\n"
+    assert good(run("--store", "moved.db", "token")).strip() == token
+    assert upstox.logins() == 1
+    assert "sqlite: healthy" in told
+    assert "created" in told
+    assert token[8:24] not in told
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mongodb", "hybrid"])
+def test_every_store_has_an_address(run: Run, upstox: LocalUpstox, kind: str, request: pytest.FixtureRequest) -> None:
+    if kind == "mongodb":
+        database: MongoDatabase = request.getfixturevalue("mongo")
+        where = f"{database.url}#{database.name}"
+    else:
+        where = str(request.getfixturevalue("postgres_url"))
+    environment = {"UPSTOX_DB_STORE": where}
+    if kind == "hybrid":
+        environment["UPSTOX_DB_STORE"] = f"{request.getfixturevalue('redis_server')} {where}"
+    token = good(run("token", **environment))
+    assert good(run("token", **environment)) == token
+    assert upstox.logins() == 1
+    assert "healthy" in good(run("status", **environment))
+    assert USER in good(run("audit", USER, "--json", **environment))
+
+
+def test_what_has_to_be_put_right_first_ends_with_3(run: Run, account: Account, tmp_path: Path) -> None:
+    SQLiteUpstoxStorage(tmp_path / "upstox.db").close()
+    for arguments, environment in (
+        (["token"], {"UPSTOX_PIN_CODE": "000000"}),
+        (["token"], {"UPSTOX_TOTP_SECRET": ""}),
+        (["token", "not a user"], {}),
+        (["--store", "oracle://scott:tiger@host/db", "status"], {}),
+        (["--store", "nowhere/upstox.db", "token"], {}),
+        (["--accounts", "nothing.toml", "token"], {}),
+    ):
+        done = run(*arguments, **environment)
+        assert (done.returncode, done.stdout) == (3, ""), done
+        assert len(done.stderr.splitlines()) == 1
+        assert "Traceback" not in done.stderr
+        for secret in (account.pin, account.totp_secret, account.client_secret, "tiger"):
+            assert secret not in done.stderr
+
+
+def test_what_may_be_tried_again_ends_with_1(run: Run, tmp_path: Path) -> None:
+    nobody = "postgresql://user:hunter2hunter2@127.0.0.1:1/db"
+    for arguments in (["token"], ["status"]):
+        done = run("--store", nobody, *arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("StoreUnavailable: PostgreSQL at 127.0.0.1:1/db cannot be reached")
+        assert "hunter2" not in done.stderr
+    (tmp_path / "damaged").write_text("nothing")
+    done = run("restore", "damaged")
+    assert done.returncode == 1
+    assert done.stderr.startswith("BackupDamaged: ")
+
+
+def test_a_wrong_command_ends_with_2_and_help_has_examples(run: Run) -> None:
+    assert run("tokn").returncode == 2
+    assert run("history").returncode == 2
+    told = good(run("--help"))
+    for expected in ("TOKEN=$(upstox-db token)", "UPSTOX_DB_STORE", "postgresql://", "45 8 * * 1-5"):
+        assert expected in told

@@ -1,0 +1,203 @@
+"""`upstox-db`: the stores from the shell, for scripts, cron and people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import click
+
+import upstox_db_examples as package
+
+from .errors import ConfigurationError, InvalidInput, LoginRefused, StorageError
+from .login import Accounts
+from .storage import TokenStorage
+from .token import TokenResult
+
+DONE, TRY_AGAIN, USAGE, FIX_FIRST = 0, 1, 2, 3
+
+STORES = """\b
+  upstox.db, sqlite:///path                SQLite
+  postgresql://user:password@host/name     PostgreSQL
+  mongodb://user:password@host/?...#name   MongoDB; the database's name comes last
+  redis://... postgresql://...             the two of the hybrid, in one text
+"""
+
+
+class Command(click.Group):
+    """Errors of ours end the command with one line and a code that tells whether to try again."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StorageError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            refused = isinstance(error, LoginRefused | ConfigurationError | InvalidInput)
+            ctx.exit(FIX_FIRST if refused else TRY_AGAIN)
+        except ModuleNotFoundError as error:
+            click.echo(str(error), err=True)
+            ctx.exit(FIX_FIRST)
+
+
+@click.group(
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=f"""STORE is one of
+
+{STORES}
+\b
+Examples
+  upstox-db token                       the token alone: TOKEN=$(upstox-db token) || exit
+  upstox-db --store upstox.db status
+  45 8 * * 1-5  . $HOME/upstox.env; upstox-db login --keep
+
+\b
+It ends with 0 when it is done, 1 if it may be tried again (a store or Upstox that does not answer),
+2 for a wrong command, 3 if something has to be put right first (credentials, configuration).
+Put an address with a password into UPSTOX_DB_STORE: all users of a machine can read command lines.""",
+)
+@click.option(
+    "--store", envvar="UPSTOX_DB_STORE", default="upstox.db", show_default=True, help="Where tokens are kept."
+)
+@click.option(
+    "--accounts", type=click.Path(dir_okay=False), help="A file of mode 0600 with the credentials of several users."
+)
+@click.version_option(package_name="upstox-db-examples")
+@click.pass_context
+def main(ctx: click.Context, store: str, accounts: str | None) -> None:
+    """Keep Upstox access tokens in a database: log in, read, look after them."""
+    options = {"login": Accounts.from_file(accounts)} if accounts else {}
+    ctx.obj = lambda: ctx.with_resource(opened(store, **options))
+
+
+@main.command()
+@click.argument("user", required=False)
+@click.option("--masked", is_flag=True, help="Show only that there is one, and when it dies.")
+@click.pass_obj
+def token(store: Any, user: str | None, masked: bool) -> None:
+    """Print the living token, and nothing else; log in if there is none."""
+    result = store().get_or_create_token(user)
+    click.echo(shown(result) if masked else result["token"])
+
+
+@main.command()
+@click.argument("user", required=False)
+@click.option("--keep", is_flag=True, help="Do not log in if there is a living token.")
+@click.pass_obj
+def login(store: Any, user: str | None, keep: bool) -> None:
+    """Log in and keep the new token. The one before dies by that."""
+    open_store = store()
+    click.echo(shown(open_store.get_or_create_token(user) if keep else open_store.store_token(user)))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_context
+def status(ctx: click.Context, as_json: bool) -> None:
+    """Say of each database whether it answers. Ends with 1 if one does not."""
+    found = ctx.obj().get_storage_status()
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    if any(str(value).startswith("error") for value in found.values()):
+        ctx.exit(TRY_AGAIN)
+
+
+@main.command()
+@click.argument("user")
+@click.option("--limit", default=10, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def history(store: Any, user: str, limit: int, as_json: bool) -> None:
+    """The user's tokens, the newest first, without the tokens themselves."""
+    table(store().get_token_history(user, limit), ("created_at", "expires_at", "is_active", "usage_count"), as_json)
+
+
+@main.command()
+@click.argument("user")
+@click.option("--limit", default=50, show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+@click.pass_obj
+def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
+    """What was done to the user's tokens, by whom and when, the newest first."""
+    table(store().get_audit_trail(user, limit), ("performed_at", "action", "actor", "token_id"), as_json)
+
+
+@main.command()
+@click.pass_obj
+def cleanup(store: Any) -> None:
+    """Erase the ciphertexts of dead tokens; their history stays."""
+    click.echo(f"{store().cleanup_expired_tokens()} dead tokens were erased.")
+
+
+@main.command("rotate-keys")
+@click.pass_obj
+def rotate_keys(store: Any) -> None:
+    """Encrypt all tokens again that are not under the first key of UPSTOX_DB_KEYS."""
+    open_store = store()
+    click.echo(f"{open_store.rotate_keys()} tokens were encrypted again. In use: {', '.join(open_store.keys_in_use())}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.pass_obj
+def backup(store: Any, file: str) -> None:
+    """Write all that is kept into an encrypted FILE. It needs the store's key to be read."""
+    click.echo(counted(package.export_tokens(store(), file, progress=sys.stderr.isatty())))
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.pass_obj
+def restore(store: Any, file: str) -> None:
+    """Bring a backup's FILE into the store. What is there already stays."""
+    click.echo(counted(package.import_tokens(store(), file, progress=sys.stderr.isatty())))
+
+
+@main.command()
+@click.argument("target", envvar="UPSTOX_DB_TARGET")
+@click.pass_context
+def migrate(ctx: click.Context, target: str) -> None:
+    """Bring all that is kept into another store, TARGET or UPSTOX_DB_TARGET, and compare."""
+    source, other = ctx.obj(), ctx.with_resource(opened(target))
+    click.echo(counted(package.migrate(source, other, progress=sys.stderr.isatty())))
+
+
+def opened(where: str, **options: Any) -> TokenStorage:
+    """The store of this address.
+
+    Raises:
+        InvalidInput: there is no store of that kind.
+    """
+    first, _, second = where.partition(" ")
+    scheme = urlsplit(first).scheme
+    if scheme in ("redis", "rediss") and second.startswith("postgres"):
+        return package.HybridUpstoxStorage(first, second.strip(), **options)
+    if scheme in ("postgresql", "postgres"):
+        return package.PostgreSQLUpstoxStorage(where, **options)
+    if scheme in ("mongodb", "mongodb+srv"):
+        parts = urlsplit(where)
+        return package.MongoUpstoxStorage(
+            urlunsplit(parts._replace(fragment="")), parts.fragment or "upstox_db", **options
+        )
+    if "://" not in where or scheme == "sqlite":
+        return package.SQLiteUpstoxStorage(where.removeprefix("sqlite:///"), **options)
+    raise InvalidInput(f"There is no store for {scheme}://. See upstox-db --help.")
+
+
+def shown(result: TokenResult) -> str:
+    return f"{result['user_id']}: {result._token}, until {result['expires_at']}"
+
+
+def counted(counts: package.Counts) -> str:
+    return f"{counts.users} users, {counts.tokens} tokens, {counts.audit_entries} audit entries."
+
+
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    lines = [columns, *(tuple("" if row[name] is None else str(row[name]) for name in columns) for row in rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(columns))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
