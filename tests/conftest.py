@@ -80,3 +80,12 @@ def account(upstox: LocalUpstox) -> Account:
 @pytest.fixture
 def keys() -> KeyRing:
     return KeyRing(KeyRing.new_key())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For several processes: a notebook's cells stay together, and what takes long does not come last."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
