@@ -46,7 +46,7 @@ class Counts(NamedTuple):
     new_audit_entries: int = 0
 
     def plus(self, **more: int) -> Counts:
-        """With so much more of each that is named."""
+        """The same with so much more of these."""
         return self._replace(**{name: getattr(self, name) + number for name, number in more.items()})
 
 
