@@ -158,6 +158,8 @@ class TestMongoDB(StoreContract):
             ("tokens", {"audit.user_id": USER}, []),
             ("token_audit", {"user_id": USER}, [("performed_at", -1), ("_id", -1)]),
             ("token_audit", {"performed_at": {"$lt": now}}, []),
+            ("tokens", {"user_id": USER}, [("generation", 1)]),
+            ("token_audit", {"user_id": USER, "performed_at": {"$gte": now}}, [("performed_at", 1), ("_id", 1)]),
         ]
         with self.mongo.bare() as db:
             for collection, query, order in queries:

@@ -181,6 +181,7 @@ class TestPostgreSQL(StoreContract):
         values = {
             "user_id": USER, "now": store._now(), "alive_after": store._now(), "actor": "a", "limit": 10, "key_id": "k",
             "account": "x", "action": "a", "reason": "{}", "metadata": "{}",
+            "performed_at": store._now(), "position": 0,
         }  # fmt: skip
         for name in (
             "USE",
@@ -192,6 +193,8 @@ class TestPostgreSQL(StoreContract):
             "GENERATION",
             "USER_OF_ACCOUNT",
             "OTHER_KEYS",
+            "TOKENS_OF",
+            "ENTRIES_OF",
         ):
             rows = bare(self.url, f"EXPLAIN {getattr(postgresql, name)}", **values)
             plan = "\n".join(row["QUERY PLAN"] for row in rows)

@@ -118,6 +118,8 @@ class TestSQLite(StoreContract):
             (sqlite.GENERATION, 1),
             (sqlite.USER_OF_ACCOUNT, 1),
             (sqlite.OTHER_KEYS, 3),
+            (sqlite.TOKENS_OF, 1),
+            (sqlite.ENTRIES_OF, 4),
         ],
     )
     def test_each_query_uses_an_index(self, store: SQLiteUpstoxStorage, statement: str, values: int) -> None:

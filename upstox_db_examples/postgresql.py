@@ -141,7 +141,16 @@ FROM unnest(%(ids)s, %(old)s, %(new)s, %(key_ids)s) AS new (id, old, ciphertext,
 WHERE t.id = new.id AND t.access_token = new.old RETURNING t.id
 """
 COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
-USERS = "SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM upstox_token_audit ORDER BY 1"
+# From one user of the audit trail straight to the next: it may have millions of entries, and few users.
+USERS = """
+WITH RECURSIVE audited (user_id) AS (
+    SELECT min(user_id) FROM upstox_token_audit UNION ALL
+    SELECT (SELECT min(a.user_id) FROM upstox_token_audit AS a WHERE a.user_id > audited.user_id) FROM audited
+    WHERE user_id IS NOT NULL
+)
+SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM audited WHERE user_id IS NOT NULL UNION
+SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL) ORDER BY 1
+"""
 _COPIED = """user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products,
              exchanges, account, metadata, usage_count, last_used_at"""
 TOKENS_OF = f"""

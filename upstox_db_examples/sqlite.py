@@ -122,7 +122,16 @@ SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > ? LIMIT ?
 """
 REPLACE = "UPDATE upstox_tokens SET access_token = ?, key_id = ? WHERE id = ? AND access_token = ?"
 COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
-USERS = "SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM upstox_token_audit ORDER BY 1"
+# From one user of the audit trail straight to the next: it may have millions of entries, and few users.
+USERS = """
+WITH RECURSIVE audited (user_id) AS (
+    SELECT min(user_id) FROM upstox_token_audit UNION ALL
+    SELECT (SELECT min(a.user_id) FROM upstox_token_audit AS a WHERE a.user_id > audited.user_id) FROM audited
+    WHERE user_id IS NOT NULL
+)
+SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM audited WHERE user_id IS NOT NULL UNION
+SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL) ORDER BY 1
+"""
 _COPIED = (
     "user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products, exchanges, "
     "account, metadata, usage_count, last_used_at"
@@ -219,7 +228,13 @@ class SQLiteUpstoxStorage(TokenStorage):
             try:
                 conn.backup(copy)  # In one step: else it would begin again whenever somebody writes.
                 if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
-                    raise StorageError(f"{self.db_path} is damaged, and so would be its copy. Take an older backup.")
+                    raise sqlite3.DatabaseError
+            except sqlite3.Error as error:
+                if isinstance(error, sqlite3.OperationalError):  # It is the copy's place, such as a full disk.
+                    raise explained(error, Path(path)) from error
+                raise ConfigurationError(
+                    f"{self.db_path} is damaged, and so would be its copy. Bring an older backup back."
+                ) from error
             finally:
                 copy.close()
 

@@ -57,12 +57,8 @@ def by_user(parts: Iterator[Part]) -> Iterator[tuple[str | None, Iterator[Part]]
 def write_export(path: Path, ring: KeyRing, parts: Iterator[Part], advance: Callable[[], object]) -> Counts:
     """See `transfer.export_tokens`. `advance` is called after each user."""
     _refuse_another_file(path)
-    header, counts, digest, number = (
-        f"{FORMAT}, {ring.key_ids[0]}, {secrets.token_hex(8)}",
-        Counts(),
-        hashlib.sha256(),
-        0,
-    )
+    header = f"{FORMAT}, {ring.key_ids[0]}, {secrets.token_hex(8)}"
+    counts, digest, number = Counts(), hashlib.sha256(), 0
     with written_whole(path) as temporary, temporary.open("w") as file:
 
         def write(text: str) -> None:
