@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -82,10 +83,11 @@ def keys() -> KeyRing:
     return KeyRing(KeyRing.new_key())
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes: a notebook's cells stay together, and what takes long does not come last."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """What takes long comes first: of several processes none is left alone with it at the end."""
+    slow = Counter(_scope(item) for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[_scope(item)])
+
+
+def _scope(item: pytest.Item) -> str:
+    return item.nodeid.rpartition("::")[0]

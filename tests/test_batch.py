@@ -357,7 +357,7 @@ def test_without_tqdm_there_is_simply_no_bar(
 def test_ctrl_c_keeps_what_was_done_and_leaves_no_lock(tmp_path: Path, upstox: LocalUpstox) -> None:
     now = datetime.now(UTC)
     upstox._clock = lambda: now
-    upstox.login_seconds = 0.1
+    upstox.login_seconds = 0.3
     accounts = made_accounts(upstox, IDS[:30])
     code = (
         "from upstox_db_examples import *; from tests.test_batch import AT_ONCE\n"

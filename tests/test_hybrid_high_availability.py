@@ -22,6 +22,7 @@ from redis.sentinel import Sentinel
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import HybridUpstoxStorage, KeyRing, StorageError
+from upstox_db_examples.local.processes import _free_port
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
 from .processes import token_data
@@ -258,11 +259,13 @@ def test_a_promoted_standby_has_every_acknowledged_token(keys: KeyRing, redis_se
 
 def test_a_redis_cluster_holds_the_copies(postgres_url: str, keys: KeyRing) -> None:
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(Node(settings={"cluster-enabled": "yes"})) for _ in range(3)]
+        buses = [_free_port() for _ in range(3)]
+        cluster_of = [{"cluster-enabled": "yes", "cluster-port": str(bus)} for bus in buses]
+        nodes = [stack.enter_context(Node(settings=settings)) for settings in cluster_of]
         for first, node in zip((0, 6000, 11000), nodes, strict=True):
             with node.client() as client:
                 client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, {0: 5999, 6000: 10999, 11000: 16383}[first])
-                client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+                client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, buses[0])
         clients = [stack.enter_context(node.client()) for node in nodes]
         wait_for(lambda: all(client.cluster("info")["cluster_state"] == "ok" for client in clients))
         untyped: Any = ClusterNode

@@ -248,7 +248,7 @@ def runtime_acl(prefix: str = "upstox") -> list[str]:
     `redis.execute_command("ACL", "SETUSER", "upstox_app", "on", ">password", *runtime_acl())`, or the same in a file.
     """
     commands = "ping get set del incr time xadd xlen xrange xdel evalsha script|load multi exec wait info hello select"
-    return ["reset", f"~{{{prefix}}}:*", "-@all", *(f"+{command}" for command in commands.split()), "+client|setinfo"]
+    return ["reset", f"~{{{prefix}}}:*", "-@all", *(f"+{command}" for command in commands.split())]
 
 
 def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
