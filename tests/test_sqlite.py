@@ -214,16 +214,36 @@ class TestSQLite(StoreContract):
             assert living(store)["token"] == token
         assert store.store_token()["token"] != token
 
-    def test_a_token_that_cannot_be_stored_is_in_the_error(self, open_store: OpenStore) -> None:
-        opened: list[SQLiteUpstoxStorage] = []
+    def test_a_disk_that_is_nearly_full_takes_the_token_or_refuses_before_the_login(self, tmp_path: Path) -> None:
+        outcomes = set()
+        for spare in range(0, 120_000, 4096):
+            logins: list[str] = []
 
-        def login_and_fill_the_disk(user_id: str | None) -> AccessTokenData:
-            limit_file_size(opened[0].db_path.with_name("upstox.db-wal").stat().st_size)
+            def login(user_id: str | None, logins: list[str] = logins) -> AccessTokenData:
+                logins.append("login")
+                return token_data(user_id or USER)
+
+            path = tmp_path / f"{spare}.db"
+            with SQLiteUpstoxStorage(path, login=login, keys=processes.KEY) as store:
+                store.store_token(USER)
+                limit_file_size(path.with_name(f"{path.name}-wal").stat().st_size + spare - 60_000)
+                try:
+                    store.store_token(USER)
+                except StoreUnavailable:
+                    outcomes.add("refused")
+                    assert logins == ["login"], f"a login was spent with {spare} bytes to spare"
+                else:
+                    outcomes.add("stored")
+                finally:
+                    limit_file_size(resource.RLIM_INFINITY)
+        assert outcomes == {"refused", "stored"}
+
+    def test_a_token_that_cannot_be_stored_is_in_the_error(self, open_store: OpenStore) -> None:
+        def login_while_the_disk_fails(user_id: str | None) -> AccessTokenData:
+            limit_file_size(1024)
             return token_data(user_id or USER)
 
-        store = open_store(login=login_and_fill_the_disk)
-        assert isinstance(store, SQLiteUpstoxStorage)
-        opened.append(store)
+        store = open_store(login=login_while_the_disk_fails)
         try:
             with pytest.raises(TokenNotStored, match="disk that failed or is full") as caught:
                 store.store_token(USER)

@@ -350,12 +350,19 @@ class SQLiteUpstoxStorage(TokenStorage):
         return len(rows)
 
     def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
-        with self._transaction() as conn:
+        with self.get_connection() as conn:
+            conn.execute("BEGIN IMMEDIATE")
             self._audit_entry(conn, None, user_id, action, now, metadata)
             if action == "login":
                 # A full disk has to show now: the pages that this takes and frees are there for the token.
                 conn.execute(f"UPDATE upstox_token_audit SET metadata = json_quote(hex(zeroblob({ROOM}))) {LAST_ROW}")
                 conn.execute(f"UPDATE upstox_token_audit SET metadata = '{{}}' {LAST_ROW}")
+            conn.execute("COMMIT")
+            if action == "login":
+                # So is the space in the log: once all of it is in the database, the next write begins at its start.
+                # A reader can prevent that. Then a disk that fills in this second costs a login, and the error of
+                # that has the token. PASSIVE waits for nobody.
+                conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _generation(self, user_id: str) -> int:
         return int(self._rows(GENERATION, user_id)[0][0])
