@@ -297,6 +297,7 @@ class TestHybrid(StoreContract):
 
 class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     kind = "upstox_db_examples:HybridUpstoxStorage"
+    seconds_of_crowding = 5
 
     @pytest.fixture
     def address(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Address:

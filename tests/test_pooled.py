@@ -173,6 +173,8 @@ class TestPooled(StoreContract):
 
 
 class TestPooledUnderCrowdsAndKills(ReliabilityContract):
+    seconds_of_crowding = 5
+
     @pytest.fixture
     def address(self, path: Path) -> Address:
         return Address("upstox_db_examples:PooledUpstoxStorage", (str(path),))

@@ -337,7 +337,7 @@ class TestANaiveStoreUnderCrowdsAndKills:
     @pytest.mark.slow
     def test_a_lock_that_removes_its_file_lets_two_in(self, naive: Address, tmp_path: Path) -> None:
         with pytest.raises(AssertionError):
-            reliability.the_lock_lets_one_in_at_a_time(naive, tmp_path)
+            reliability.the_lock_lets_one_in_at_a_time(naive, tmp_path, 5)
 
 
 def count(path: Path) -> Counts:
