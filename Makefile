@@ -16,9 +16,9 @@ ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
 lab: .venv/all
 	$(BIN)/jupyter lab --notebook-dir=notebooks $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
 
-# Two processes, for most tests wait for something; a class or a notebook stays in one of them.
+# Three processes, for most tests wait for something; a class or a notebook stays in one of them.
 test: .venv/dev
-	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env -n 2 --dist loadscope --no-loadscope-reorder $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env -n 3 --dist loadscope --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 # Jupyter and matplotlib keep files in the home folder: here that is a temporary one.
 notebooks: .venv/all

@@ -360,6 +360,8 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_lock(tmp_path: Path, upstox: L
     upstox.login_seconds = 0.3
     accounts = made_accounts(upstox, IDS[:30])
     code = (
+        # A shell that runs the tests in the background leaves SIGINT ignored for all below it.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from upstox_db_examples import *; from tests.test_batch import AT_ONCE\n"
         f"login = Accounts({ {user_id: upstox.add_account(user_id).credentials() for user_id in IDS[:30]} }, "
         f"base_domain={upstox.base_domain!r})\n"
