@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -116,17 +120,47 @@ def test_what_has_to_be_put_right_first_ends_with_3(run: Run, account: Account, 
             assert secret not in done.stderr
 
 
-def test_what_may_be_tried_again_ends_with_1(run: Run, tmp_path: Path) -> None:
+def test_what_may_be_tried_again_ends_with_1(run: Run) -> None:
     nobody = "postgresql://user:hunter2hunter2@127.0.0.1:1/db"
     for arguments in (["token"], ["status"]):
         done = run("--store", nobody, *arguments)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith("StoreUnavailable: PostgreSQL at 127.0.0.1:1/db cannot be reached")
         assert "hunter2" not in done.stderr
+
+
+def test_what_cannot_be_read_ends_with_3_and_stays(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
     (tmp_path / "damaged").write_text("nothing")
     done = run("restore", "damaged")
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("BackupDamaged: ")
+    token = good(run("token"))
+    done = run("token", UPSTOX_DB_KEY_FILE=str(tmp_path / "other-keys"))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("KeyUnavailable: ")
+    assert good(run("token")) == token
+    assert upstox.logins() == 1
+
+
+def test_a_token_that_could_not_be_stored_is_printed_all_the_same(
+    run: Run, tmp_path: Path, upstox: LocalUpstox
+) -> None:
+    SQLiteUpstoxStorage(tmp_path / "upstox.db").close()
+    upstox.login_seconds = 1
+
+    def break_the_store() -> None:
+        while not upstox.logins():  # It is made, and its answer waits.
+            time.sleep(0.01)
+        with closing(sqlite3.connect(tmp_path / "upstox.db")) as conn:
+            conn.execute("DROP TABLE upstox_tokens")
+
+    with ThreadPoolExecutor(1) as thread:
+        broken = thread.submit(break_the_store)
+        done = run("token")
+        broken.result()
+    assert upstox.is_living(done.stdout.removesuffix("\n"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
+    assert done.stderr.startswith("Not stored, so the next call logs in again: ")
 
 
 def test_a_wrong_command_ends_with_2_and_help_has_examples(run: Run) -> None:

@@ -272,6 +272,26 @@ class TestPostgreSQL(StoreContract):
         assert len(tokens) == 1
         assert upstox.logins() == 1
 
+    def test_logins_of_several_users_at_once_reuse_their_connections(self, open_store: OpenStore) -> None:
+        everybody = [f"CD{n:04}" for n in range(4)]
+        barrier = threading.Barrier(4)
+
+        def log_in_together(user_id: str | None) -> AccessTokenData:
+            barrier.wait(10)
+            return token_data(user_id or USER)
+
+        def backends() -> set[Any]:
+            mine = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            return {row["pid"] for row in bare(self.url, mine)}
+
+        store = open_store(login=log_in_together)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(store.store_token, everybody))
+            before = backends()
+            list(threads.map(store.store_token, everybody))
+        assert backends() == before
+        assert len(before) >= 4
+
     def test_backends_that_were_killed_are_replaced_silently(self, store: PostgreSQLUpstoxStorage) -> None:
         token = store.store_token()["token"]
         with ThreadPoolExecutor(5) as threads:

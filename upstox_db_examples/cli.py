@@ -11,12 +11,21 @@ import click
 
 import upstox_db_examples as package
 
-from .errors import ConfigurationError, InvalidInput, LoginRefused, StorageError
+from .errors import (
+    InvalidInput,
+    LoginInterrupted,
+    LoginLimited,
+    LoginSuperseded,
+    StorageError,
+    StoreUnavailable,
+    TokenNotStored,
+)
 from .login import Accounts
 from .storage import TokenStorage
 from .token import TokenResult
 
 DONE, TRY_AGAIN, USAGE, FIX_FIRST = 0, 1, 2, 3
+PASSING = (StoreUnavailable, LoginInterrupted, LoginLimited, LoginSuperseded, TokenNotStored)
 
 STORES = """\b
   upstox.db, sqlite:///path                SQLite
@@ -34,8 +43,7 @@ class Command(click.Group):
             return super().invoke(ctx)
         except StorageError as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
-            refused = isinstance(error, LoginRefused | ConfigurationError | InvalidInput)
-            ctx.exit(FIX_FIRST if refused else TRY_AGAIN)
+            ctx.exit(TRY_AGAIN if isinstance(error, PASSING) else FIX_FIRST)
         except ModuleNotFoundError as error:
             click.echo(str(error), err=True)
             ctx.exit(FIX_FIRST)
@@ -78,8 +86,14 @@ def main(ctx: click.Context, store: str, accounts: str | None) -> None:
 @click.pass_obj
 def token(store: Any, user: str | None, masked: bool) -> None:
     """Print the living token, and nothing else; log in if there is none."""
-    result = store().get_or_create_token(user)
-    click.echo(shown(result) if masked else result["token"])
+    try:
+        result = store().get_or_create_token(user)
+        click.echo(shown(result) if masked else result["token"])
+    except TokenNotStored as error:
+        if masked:
+            raise
+        click.echo(error.token.reveal())  # It lives, and nobody else has it.
+        click.echo(f"Not stored, so the next call logs in again: {error.__cause__}", err=True)
 
 
 @main.command()

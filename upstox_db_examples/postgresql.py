@@ -189,7 +189,8 @@ class PostgreSQLUpstoxStorage(TokenStorage):
     Args:
         connection_string: a URL or a libpq string, as `psycopg2.connect` takes it; several hosts, TLS and a password
             file work as libpq documents them.
-        pool_size: how many connections are kept open at the most. A login uses one more, its own, to hold its lock.
+        pool_size: how many connections there are at the most. A login uses one more, its own, to hold its lock; of
+            these as many are kept as well.
         timeout: seconds for each answer of the server, and for a free connection of the pool.
         options: see `Options`.
 

@@ -35,7 +35,7 @@ class PostgreSQLConnections:
 
     Args:
         dsn: where the database is, as `psycopg2.connect` takes it.
-        pool_size: how many connections are kept at the most; a held lock has one more, of its own.
+        pool_size: how many connections there are at the most, and how many more are kept for the holders of locks.
         timeout: seconds for each answer of the server, and for a free connection.
 
     Raises:
@@ -154,23 +154,24 @@ class PostgreSQLConnections:
             self._unlocked.pop().close()
 
     def _for_a_lock(self) -> connection:
-        """A connection outside the pool, for a login may take long; the last one if it is still good."""
+        """A connection outside the pool, for a login may take long: one that was kept, if it is still good."""
         if self._process == os.getpid():
             with contextlib.suppress(IndexError):
-                conn = self._unlocked.pop()
-                if not conn.closed and not _readable(conn):
-                    return conn
-                conn.close()
+                while True:
+                    conn = self._unlocked.pop()
+                    if not conn.closed and not _readable(conn):
+                        return conn
+                    conn.close()
         return self._connect()
 
     def _free(self, conn: connection) -> None:
-        """Give the locks back, and keep one connection: making another takes longer than storing a token."""
+        """Give the locks back, and keep the connection: making another takes longer than storing a token."""
         try:
             self.answer(conn, "SELECT pg_advisory_unlock_all(); RESET ALL")
         except (psycopg2.Error, TimeoutError):
             conn.close()
             return
-        if self._closed or self._unlocked or self._process != os.getpid():
+        if self._closed or len(self._unlocked) >= self._pool.size() or self._process != os.getpid():
             conn.close()
         else:
             self._unlocked.append(conn)

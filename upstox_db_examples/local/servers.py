@@ -1,7 +1,8 @@
 """Genuine database servers from PyPI wheels, on a free port of this machine, for learning and for tests.
 
-    with postgresql() as url:
-        ...
+    >>> with postgresql() as url:
+    ...     print(url.partition(":")[0])
+    postgresql
 
 A URL in the environment (POSTGRES_URL, MONGODB_URL, REDIS_URL) always wins: then nothing is started. A server dies with
 the process that started it, also when that is killed.
