@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("Starting PostgreSQL, MongoDB and Redis ...", flush=True)
         servers = Servers(
             folder,
-            stack.enter_context(local.postgresql()),
+            stack.enter_context(local.postgresql(settings={"max_connections": "200"})),
             stack.enter_context(local.mongodb()),
             stack.enter_context(local.redis()),
         )

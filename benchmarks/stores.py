@@ -175,7 +175,7 @@ def _files(stack: ExitStack, servers: Servers, count: int, run: str) -> Path:
 def _postgresql(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Side]:
     own = stack.enter_context(rows.postgresql_database(servers.postgresql, f"{run}_ours"))
     other = stack.enter_context(rows.postgresql_database(servers.postgresql, f"{run}_guide"))
-    mine = ours(stack.enter_context(PostgreSQLUpstoxStorage(own, **options())))
+    mine = ours(stack.enter_context(PostgreSQLUpstoxStorage(own, pool_size=CROWD, **options())))
     theirs = guide(GuidePostgreSQL(other, login))
     kv = stack.enter_context(key_value(keyvalue.PostgreSQLStore, "tokens", login, users("KV"), url=other))
     for side in (mine, theirs, kv):
@@ -212,7 +212,8 @@ def _hybrid(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Si
     prefix = stack.enter_context(rows.redis_prefix(servers.redis, run))
     own = stack.enter_context(rows.postgresql_database(servers.postgresql, f"{run}_ours"))
     other = stack.enter_context(rows.postgresql_database(servers.postgresql, f"{run}_guide"))
-    mine = ours(stack.enter_context(HybridUpstoxStorage(servers.redis, own, redis_prefix=prefix, **options())))
+    hybrid = HybridUpstoxStorage(servers.redis, own, redis_prefix=prefix, pool_size=CROWD, **options())
+    mine = ours(stack.enter_context(hybrid))
     storage = GuideHybrid(keywords(servers.redis), other, login)
     stack.callback(storage.redis.close)
     storage.prefix = f"{prefix}:guide:"
