@@ -92,7 +92,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         **options: Unpack[Options],
     ) -> None:
         self._believed = believed
-        # Longer than a commit can take, and than a reader who was here before may bring his copy.
+        # Longer than a commit can take, and than a reader who was here before may bring a copy.
         self._buried_for = max(2 * timeout, believed)
         self._postgres_again_at = 0.0
         self._folding = threading.Lock()

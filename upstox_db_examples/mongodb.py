@@ -182,7 +182,7 @@ class MongoUpstoxStorage(TokenStorage):
             with self._database() as db:
                 self._leases.prove_held()
                 # Until the next line has run, nothing leads to this record. Its generation is unique: whoever lost
-                # his lease comes to an end here, or on the next line if he was stopped between the two.
+                # the lease comes to an end here, or on the next line after a stop between the two.
                 db.tokens.insert_one({**record, "is_active": True, "last_used_at": None, "audit": [created]})
                 before = db.active_tokens.find_one_and_replace(
                     {"_id": token.user_id, "generation": {"$lt": token.generation}}, active, upsert=True
@@ -364,7 +364,7 @@ class MongoUpstoxStorage(TokenStorage):
         ended = [token for token in tokens if not token.ciphertext]
         with self._database() as db:
             self._leases.prove_held()
-            # Cut off anywhere, this leaves the user with a token if he had one: first the new record, then the one
+            # Cut off anywhere, this leaves the user with a token if there was one: first the new record, then the one
             # document that leads to it, as in `_insert`, and only then the end of the earlier ones.
             _put_in_records(db, living)
             for token in living:

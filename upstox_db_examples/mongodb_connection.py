@@ -110,7 +110,7 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 _EXPLANATIONS: dict[int, tuple[type[StorageError], str]] = {
-    13: (ConfigurationError, "does not allow this user to do that. Grant him readWrite on the database."),
+    13: (ConfigurationError, "does not allow this user to do that. Grant it readWrite on the database."),
     18: (StoreUnavailable, "refused the user or its password. Check both."),
     121: (StoreUnavailable, "refused the document by its validator. Was it changed by hand?"),
     14031: (StoreUnavailable, "has a full disk. Make room and try again."),

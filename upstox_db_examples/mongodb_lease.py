@@ -28,8 +28,8 @@ class _Lease(NamedTuple):
 class Leases:
     """Leases in the collection `leases`. Only the server's clock counts, for those of two machines differ.
 
-    A holder renews his lease as long as he lives. One that was stopped, or cut off from the server, for longer than
-    the lease may lose it without knowing; so what he writes must be refused by what he writes to: see `prove_held`.
+    A holder renews its lease as long as it lives. One that was stopped, or cut off from the server, for longer than
+    the lease may lose it without knowing; so what it writes must be refused by what it writes to: see `prove_held`.
 
     Args:
         database: gives the database.

@@ -26,8 +26,8 @@ def _only(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
 
 
 VALIDATORS: dict[str, dict[str, Any]] = {
-    # The one active token of a user is the one document with his id, so `_id` is the unique index that forbids a
-    # second one. Only ciphertext is let in. A revoked token's document stays without it until it expires.
+    # The one active token of a user is the one document with that user's id, so `_id` is the unique index that forbids
+    # a second one. Only ciphertext is let in. A revoked token's document stays without it until it expires.
     "active_tokens": _only(
         {
             "_id": {"bsonType": "string"},

@@ -53,7 +53,7 @@ class StoredToken:
         key_id: the key that encrypted it.
         generation: 1 for the user's first token, one more for each that follows. Two logins that were under way
             at once would write the same number, so the later write is refused.
-        account: which credentials made it, so that a caller who names no user finds his own again.
+        account: which credentials made it, so that a caller who names no user finds the right one again.
         created_at, expires_at, last_used_at: aware datetimes, UTC.
         token_id: the store's own id of the row, once it is stored.
         source: which database answered, where a store has two.

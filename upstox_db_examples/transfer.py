@@ -1,7 +1,7 @@
 """From any store to any other: export to an encrypted file, import, migrate. All of it can be repeated.
 
-One user after another: first his tokens, in one transaction of the target (MongoDB: in an order of writes that may be
-cut off anywhere), then his audit entries, some hundreds at a time. What is there already is left alone, so a transfer
+One user after another: first the tokens, in one transaction of the target (MongoDB: in an order of writes that may be
+cut off anywhere), then the audit entries, some hundreds at a time. What is there already is left alone, so a transfer
 that was killed is simply run again. Tokens are encrypted again and not moved as they lie: so the two stores may have
 different keys, and a token that cannot be read is found out before anything is written.
 """

@@ -26,7 +26,7 @@ FORMAT = "upstox_db_examples export, version 1"
 
 
 class Part(NamedTuple):
-    """A part of what is kept of a user: the first has his tokens, those that follow his audit entries, oldest first.
+    """A part of what is kept of a user: the first has the tokens, those that follow the audit entries, oldest first.
 
     In parts, for a user whose token is read a thousand times an hour has more audit entries than memory can hold.
     """
