@@ -27,8 +27,8 @@ from .files import written_whole
 from .storage import Options, TokenStorage
 from .token import AuditEntry, StoredToken
 
-ROOM = 16_384  # bytes, written twice as long in hex: more than a token with its index and audit entries takes
-LAST_ROW = "WHERE id = last_insert_rowid()"
+ROOM = 64_000  # bytes: more than a token with its index and audit entries takes
+CACHE = -2000  # SQLite's own size
 BUSY_SECONDS = 5.0  # how long a statement waits for another writer
 
 # Times are whole seconds since 1970, UTC: SQLite has no time type, and text in local time is what made the guide's
@@ -350,19 +350,25 @@ class SQLiteUpstoxStorage(TokenStorage):
         return len(rows)
 
     def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
-        with self.get_connection() as conn:
-            conn.execute("BEGIN IMMEDIATE")
+        with self._transaction() as conn:
             self._audit_entry(conn, None, user_id, action, now, metadata)
-            if action == "login":
-                # A full disk has to show now: the pages that this takes and frees are there for the token.
-                conn.execute(f"UPDATE upstox_token_audit SET metadata = json_quote(hex(zeroblob({ROOM}))) {LAST_ROW}")
-                conn.execute(f"UPDATE upstox_token_audit SET metadata = '{{}}' {LAST_ROW}")
-            conn.execute("COMMIT")
-            if action == "login":
-                # So is the space in the log: once all of it is in the database, the next write begins at its start.
-                # A reader can prevent that. Then a disk that fills in this second costs a login, and the error of
-                # that has the token. PASSIVE waits for nobody.
-                conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        if action == "login":
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """A full disk has to show before a login is spent: what the token needs is written once and rolled back.
+
+        A cache of one page has it written to the log at once. There it counts for nothing, and the next transaction
+        writes over it. (To bring the log into the database does as much, and waits for the disk three times more.)
+        """
+        with self.get_connection() as conn:
+            conn.execute("PRAGMA cache_size = 1")
+            try:
+                conn.execute("BEGIN IMMEDIATE")
+                conn.execute(RECORD, (None, None, "room", "", 0, json.dumps("0" * ROOM)))
+                conn.execute("ROLLBACK")
+            finally:
+                conn.execute(f"PRAGMA cache_size = {CACHE}")
 
     def _generation(self, user_id: str) -> int:
         return int(self._rows(GENERATION, user_id)[0][0])
