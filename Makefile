@@ -14,7 +14,7 @@ ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
 
 # Root has to be allowed by name: in a container one often is.
 lab: .venv/all
-	$(BIN)/jupyter lab --notebook-dir=notebooks $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
 
 # Three processes, for most tests wait for something; a class or a notebook stays in one of them.
 test: .venv/dev
