@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -320,6 +321,20 @@ def test_links_lead_somewhere(document: str) -> None:
     file = ROOT / document
     links = re.findall(r"\]\(([^)#:]+)\)", file.read_text())
     assert [link for link in links if not (file.parent / link).exists()] == []
+
+
+def test_the_wheel_holds_all_of_the_package(tmp_path: Path) -> None:
+    # By way of the sdist, which therefore holds all that the wheel is made of.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    package = ROOT / "upstox_db_examples"
+    due = {str(file.relative_to(ROOT)) for file in package.rglob("*") if file.suffix in (".py", ".lua", ".typed")}
+    assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name} == due
+    code = "import upstox_db_examples as u; print(u.__file__); u.SQLiteUpstoxStorage('x.db'); u.HybridUpstoxStorage"
+    done = run(code, tmp_path, PYTHONPATH=str(wheel))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(wheel) in done.stdout
 
 
 def test_every_public_name_says_what_it_is() -> None:
