@@ -206,12 +206,12 @@ def fork_and_compare(connection: Connection, address: Address) -> None:
     """Use a pool, fork, use it in the child; sends whether the child has the parent's pool or connection."""
     store = address.open(login=made_up_login)
     with store.get_connection() as conn:
-        parents = (id(store._pool), conn)
+        parents = (id(store._connections.pool), conn)
     reading, writing = os.pipe()
     if os.fork() == 0:
         try:
             with store.get_connection() as conn:
-                same = f"{int(id(store._pool) == parents[0])}{int(conn is parents[1])}"
+                same = f"{int(id(store._connections.pool) == parents[0])}{int(conn is parents[1])}"
             os.write(writing, same.encode())
         finally:
             os._exit(0)

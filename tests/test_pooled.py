@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from upstox_db_examples import InvalidInput, PooledUpstoxStorage, StoreUnavailable, TokenStorage
+from upstox_db_examples import InvalidInput, PooledUpstoxStorage, StoreUnavailable, TokenStorage, pooled
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.sqlite_connections import connected
 
 from . import processes, test_sqlite
 from .contract import OpenStore, StoreContract, living
@@ -85,13 +86,12 @@ class TestPooled(StoreContract):
         self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, upstox: LocalUpstox
     ) -> None:
         opened: list[object] = []
-        real = PooledUpstoxStorage._connect
 
-        def counted(self: PooledUpstoxStorage) -> sqlite3.Connection:
-            opened.append(self)
-            return real(self)
+        def counted(path: Path) -> sqlite3.Connection:
+            opened.append(path)
+            return connected(path)
 
-        monkeypatch.setattr(PooledUpstoxStorage, "_connect", counted)
+        monkeypatch.setattr(pooled, "connected", counted)
         store = self.pooled(open_store, pool_size=3)
         with ThreadPoolExecutor(8) as threads:
             tokens = {result["token"] for result in threads.map(store.get_or_create_token, [USER] * 400)}

@@ -26,8 +26,10 @@ from upstox_db_examples import (
     TokenNotStored,
     TokenStorage,
     sqlite,
+    sqlite_connections,
 )
 from upstox_db_examples.local.upstox import Account, LocalUpstox
+from upstox_db_examples.sqlite_connections import connected
 
 from . import leaks, processes, reliability
 from .conftest import Clock
@@ -256,7 +258,7 @@ class TestSQLite(StoreContract):
     def test_another_writer_is_waited_for_and_then_named(
         self, path: Path, open_store: OpenStore, upstox: LocalUpstox, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.2)
+        monkeypatch.setattr(sqlite_connections, "BUSY_SECONDS", 0.2)
         store = open_store()
         token = store.store_token()["token"]
         with bare(path) as other:
@@ -275,9 +277,9 @@ class TestSQLite(StoreContract):
         for _ in range(5):
             with ThreadPoolExecutor(8) as threads:
                 list(threads.map(lambda _: store.get_valid_token(USER), range(80)))
-        assert 1 <= len(store._idle) <= 9
+        assert 1 <= len(store._connections._idle) <= 9
         store.close()
-        assert not store._idle
+        assert not store._connections._idle
 
     def test_an_open_transaction_is_rolled_back_when_a_connection_comes_back(self, store: SQLiteUpstoxStorage) -> None:
         with store.get_connection() as conn:
@@ -369,21 +371,21 @@ def full(store: SQLiteUpstoxStorage) -> Iterator[None]:
     with store.get_connection() as conn:
         pages = conn.execute("PRAGMA page_count").fetchone()[0]
 
-    def limited() -> sqlite3.Connection:  # the limit belongs to a connection
-        conn = SQLiteUpstoxStorage._connect(store)
+    def limited(path: Path) -> sqlite3.Connection:  # the limit belongs to a connection
+        conn = connected(path)
         conn.execute(f"PRAGMA max_page_count = {pages}")
         return conn
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_connect", limited)
+        patch.setattr(sqlite_connections, "connected", limited)
         close_idle(store)
         yield
     close_idle(store)
 
 
 def close_idle(store: SQLiteUpstoxStorage) -> None:
-    while store._idle:
-        store._idle.pop().close()
+    while store._connections._idle:
+        store._connections._idle.pop().close()
 
 
 def limit_file_size(size: int) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .errors import (
     InvalidInput,
@@ -23,7 +23,7 @@ from .errors import (
 from .token import TokenResult
 
 if TYPE_CHECKING:
-    from .storage import TokenStorage
+    from .login import Login
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,22 @@ class BatchResult(dict[str, Any]):
     exception: Exception | None = None
 
 
+class Store(Protocol):
+    """What a batch needs of a store. Not `TokenStorage` itself, for that imports this file."""
+
+    _login: Login
+
+    def get_valid_token(self, user_id: str) -> TokenResult | None: ...
+
+    def get_or_create_token(self, user_id: str | None = None) -> TokenResult: ...
+
+    def store_token(self, user_identifier: str | None = None) -> TokenResult: ...
+
+    def _declared_user(self) -> str | None: ...
+
+
 def store_batch(
-    store: TokenStorage, user_ids: Iterable[str], *, replace: bool, progress: bool, pace: Pace
+    store: Store, user_ids: Iterable[str], *, replace: bool, progress: bool, pace: Pace
 ) -> list[BatchResult]:
     """See `TokenStorage.store_token_batch`."""
     given = _checked(user_ids)
@@ -122,7 +136,7 @@ def store_batch(
     return [results[user_id] for user_id in given]
 
 
-def _store_one(store: TokenStorage, user_id: str, replace: bool, several: bool, pace: Pace) -> BatchResult:
+def _store_one(store: Store, user_id: str, replace: bool, several: bool, pace: Pace) -> BatchResult:
     try:
         if not replace and (living := store.get_valid_token(user_id)):
             return _success(living, kept=True)
@@ -134,7 +148,7 @@ def _store_one(store: TokenStorage, user_id: str, replace: bool, several: bool, 
         return _failure(user_id, error)
 
 
-def _refuse_a_guess(store: TokenStorage, user_id: str, several: bool) -> None:
+def _refuse_a_guess(store: Store, user_id: str, several: bool) -> None:
     """One account's credentials can serve one user of the list. Trying them on the others would cost a login each."""
     if not getattr(store._login, "account", None):
         return

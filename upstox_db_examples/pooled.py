@@ -7,13 +7,15 @@ import sqlite3
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Unpack, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from .errors import InvalidInput, StoreUnavailable
-from .sqlite import SQLiteUpstoxStorage, explained
+from .sqlite import SQLiteUpstoxStorage
+from .sqlite_connections import SQLiteConnections, connected, explained
 from .storage import Options
 
 
@@ -22,7 +24,8 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
 
     `SQLiteUpstoxStorage` keeps as many connections as threads were ever busy at once. Here a thread that finds all
     of them in use waits, and is told so after `timeout`. The pool is SQLAlchemy's: a queue of one's own, as in the
-    SDK's guide, waits for ever, and hands on the half-done transaction of the borrower before.
+    SDK's guide, waits for ever, and hands on the half-done transaction of the borrower before. Who holds a connection
+    of `get_connection` and asks the store for something needs a second one.
 
     Args:
         db_path, audit_reads, options: as for `SQLiteUpstoxStorage`.
@@ -33,6 +36,8 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         InvalidInput: `pool_size` or `timeout` is not a positive number.
         ConfigurationError: the path cannot be used, or holds something else.
     """
+
+    _connections: PooledConnections
 
     def __init__(
         self,
@@ -49,18 +54,42 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
             raise InvalidInput("timeout must be a positive number of seconds.")
         self.pool_size = pool_size
         self._timeout = timeout
-        self._pool = self._new_pool()
         super().__init__(db_path, audit_reads=audit_reads, **options)
 
-    @contextmanager
-    def get_connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection of the pool, in autocommit mode. A transaction that is left open is rolled back.
+    def pool_status(self) -> dict[str, int]:
+        """How the pool is used now.
 
-        Who holds one and asks the store for something needs a second one.
+        Returns:
+            `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many are open and
+            free. `unopened`: how many were not needed so far, or were thrown away after an error.
+        """
+        in_use, idle = self._connections.pool.checkedout(), self._connections.pool.checkedin()
+        return {"size": self.pool_size, "in_use": in_use, "idle": idle, "unopened": self.pool_size - in_use - idle}
+
+    def _connections_to(self, path: Path) -> PooledConnections:
+        return PooledConnections(path, self.pool_size, self._timeout)
+
+
+class PooledConnections(SQLiteConnections):
+    """A bounded number of them.
+
+    Args:
+        path: the database.
+        size: how many there are at the most.
+        timeout: seconds to wait for a free one.
+    """
+
+    def __init__(self, path: Path, size: int, timeout: float) -> None:
+        super().__init__(path)
+        self._size, self._timeout = size, timeout
+        self.pool = self._new_pool()
+
+    @contextmanager
+    def lent(self) -> Iterator[sqlite3.Connection]:
+        """As `SQLiteConnections.lent`.
 
         Raises:
-            StoreUnavailable: none came free in time, or SQLite could not do it.
-            ConfigurationError: SQLite said so inside, in our words.
+            StoreUnavailable: also if none came free in time.
         """
         try:
             borrowed = self._from_pool()
@@ -76,41 +105,29 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
                 borrowed.close()  # back to the pool
         except PoolTimeout as error:
             raise StoreUnavailable(
-                f"No connection to {self.db_path} came free for {self._timeout:g} s; pool_size is {self.pool_size}. "
+                f"No connection to {self.path} came free for {self._timeout:g} s; pool_size is {self._size}. "
                 "Hold connections for a shorter time, or use a larger pool_size."
             ) from error
         except sqlite3.Error as error:
-            raise explained(error, self.db_path) from error
-
-    def pool_status(self) -> dict[str, int]:
-        """How the pool is used now.
-
-        Returns:
-            `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many are open and
-            free. `unopened`: how many were not needed so far, or were thrown away after an error.
-        """
-        in_use, idle = self._pool.checkedout(), self._pool.checkedin()
-        return {"size": self.pool_size, "in_use": in_use, "idle": idle, "unopened": self.pool_size - in_use - idle}
+            raise explained(error, self.path) from error
 
     def close(self) -> None:
         self._closed = True
-        _dispose(self._pool, self._process)
+        _dispose(self.pool, self._process)
 
     def _from_pool(self) -> Any:
         if self._process != os.getpid():
             # A forked child may not use the parent's connections, nor close them. The old pool's finalizer keeps them.
-            self._pool, self._process = self._new_pool(), os.getpid()
-        if self._closed:
-            raise StoreUnavailable("This store is closed.")
-        return self._pool.connect()
+            self.pool, self._process = self._new_pool(), os.getpid()
+        self.refuse_if_closed()
+        return self.pool.connect()
 
     def _new_pool(self) -> QueuePool:
-        # A proxy: a pool that holds the store would keep the store from ever being found unused, and so itself.
-        store = weakref.proxy(self)
+        path = self.path  # A pool that holds `self` would keep it from ever being found unused, and so itself.
         # What is left open is rolled back above, where an error can still be told; in the pool it would only be logged.
         pool = QueuePool(
-            lambda: store._connect(),
-            pool_size=self.pool_size,
+            lambda: cast(Any, connected(path)),
+            pool_size=self._size,
             max_overflow=0,
             timeout=self._timeout,
             use_lifo=True,

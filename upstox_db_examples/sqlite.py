@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import weakref
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
@@ -24,12 +22,12 @@ from .errors import (
     StoreUnavailable,
 )
 from .files import written_whole
+from .sqlite_connections import SQLiteConnections, checked_path, explained
 from .storage import Options, TokenStorage
 from .token import AuditEntry, StoredToken
 
 ROOM = 64_000  # bytes: more than a token with its index and audit entries takes
 CACHE = -2000  # SQLite's own size
-BUSY_SECONDS = 5.0  # how long a statement waits for another writer
 
 # Times are whole seconds since 1970, UTC: SQLite has no time type, and text in local time is what made the guide's
 # query hand out dead tokens. An active row is exactly one that holds a ciphertext, so history cannot leak one.
@@ -181,14 +179,9 @@ class SQLiteUpstoxStorage(TokenStorage):
         self, db_path: str | os.PathLike[str] = "upstox.db", *, audit_reads: bool = False, **options: Unpack[Options]
     ) -> None:
         super().__init__(**options)
-        self.db_path = _checked_path(db_path)
+        self.db_path = checked_path(db_path)
         self._audit_reads = audit_reads
-        # Idle connections, the last used on top. One for each thread would stay open after the thread has ended.
-        self._idle: deque[sqlite3.Connection] = deque()
-        self._process = os.getpid()
-        self._closed = False
-        # As in the guide, nobody has to close a store: its connections are closed when it is no longer used.
-        weakref.finalize(self, _close_all, self._idle, self._process)
+        self._connections = self._connections_to(self.db_path)
         self.init_database()
 
     def init_database(self) -> None:
@@ -209,7 +202,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         Raises:
             StoreUnavailable, ConfigurationError: whatever SQLite raised inside, in our words.
         """
-        return _Borrowed(self)
+        return self._connections.lent()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """A copy of the database at this moment, while others read and write. Open it as any other.
@@ -239,40 +232,13 @@ class SQLiteUpstoxStorage(TokenStorage):
                 copy.close()
 
     def close(self) -> None:
-        self._closed = True
-        _close_all(self._idle, self._process)
+        self._connections.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.db_path)!r})"
 
-    def _borrow(self) -> sqlite3.Connection:
-        if self._process != os.getpid():
-            # A forked child may not use the parent's connections, nor close them. They are left alone.
-            self._inherited, self._idle, self._process = self._idle, deque(), os.getpid()
-        if self._closed:
-            raise StoreUnavailable("This store is closed.")
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self._connect()
-
-    def _connect(self) -> sqlite3.Connection:
-        conn = sqlite3.connect(self.db_path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        conn.row_factory = sqlite3.Row
-        try:
-            # FULL: with NORMAL a power cut loses tokens that were already reported as stored.
-            conn.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
-        except sqlite3.Error:
-            conn.close()
-            raise
-        return conn
-
-    def _give_back(self, conn: sqlite3.Connection) -> None:
-        conn.rollback()
-        if self._closed:
-            conn.close()
-        else:
-            self._idle.append(conn)
+    def _connections_to(self, path: Path) -> SQLiteConnections:
+        return SQLiteConnections(path)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -438,38 +404,6 @@ class SQLiteUpstoxStorage(TokenStorage):
         conn.execute(RECORD, (token_id, user_id, action, self._actor, _seconds(now), json.dumps(metadata or {})))
 
 
-class _Borrowed:
-    """A connection on loan. A class and not a generator: entering and leaving it takes a third of the time."""
-
-    __slots__ = ("_conn", "_store")
-
-    def __init__(self, store: SQLiteUpstoxStorage) -> None:
-        self._store = store
-
-    def __enter__(self) -> sqlite3.Connection:
-        try:
-            self._conn = self._store._borrow()
-        except sqlite3.Error as error:
-            raise explained(error, self._store.db_path) from error
-        return self._conn
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if error is None:
-            try:
-                self._store._give_back(self._conn)
-            except sqlite3.Error as failed:
-                error = failed
-        if error is not None:
-            self._conn.close()  # It rolls back, and a connection that saw an error is not used again.
-        if isinstance(error, sqlite3.Error):
-            raise explained(error, self._store.db_path) from error
-
-
-def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
-    while idle and os.getpid() == process:
-        idle.pop().close()
-
-
 def _columns(token: StoredToken) -> dict[str, object]:
     """A token as SQLite takes it: times as seconds, lists and dicts as JSON."""
     # Not by `asdict`, whose deep copies take three times as long.
@@ -534,43 +468,3 @@ def _seconds(moment: datetime) -> int:
 
 def _moment(seconds: int) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
-
-
-def _checked_path(db_path: str | os.PathLike[str]) -> Path:
-    """The path, its file made with mode 0600 if it was not there: SQLite itself would leave that to the umask.
-
-    Its WAL and shared memory files take the mode of the database.
-    """
-    text = os.fspath(db_path)
-    if not isinstance(text, str) or not text or "\0" in text or text.startswith((":memory:", "file:")):
-        raise InvalidInput("db_path is the path of a file. A database in memory would lose the token with the process.")
-    path = Path(text).absolute()
-    try:
-        if path.is_dir():
-            raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be made: {error.strerror}.") from error
-    return path
-
-
-def explained(error: sqlite3.Error, path: Path) -> StorageError:
-    """What SQLite raised, in our words, with what to do."""
-    name = getattr(error, "sqlite_errorname", "") or type(error).__name__
-    for start, (kind, what) in _EXPLANATIONS.items():
-        if name.startswith(start):
-            return kind(f"{path} {what}")
-    return StoreUnavailable(f"{path}: SQLite could not do it ({name}).")
-
-
-_EXPLANATIONS: dict[str, tuple[type[StorageError], str]] = {
-    "SQLITE_BUSY": (StoreUnavailable, f"was locked by another writer for {BUSY_SECONDS:.0f} s. Try again."),
-    "SQLITE_FULL": (StoreUnavailable, "cannot grow: the disk is full. Make room and try again."),
-    "SQLITE_IOERR": (StoreUnavailable, "lies on a disk that failed or is full. Mend that and try again."),
-    "SQLITE_READONLY": (ConfigurationError, "cannot be written to. Check the mode and the owner of file and folder."),
-    "SQLITE_CANTOPEN": (ConfigurationError, "cannot be opened. Check the mode and the owner of file and folder."),
-    "SQLITE_NOTADB": (ConfigurationError, "is not a SQLite database. Name another file."),
-    "SQLITE_CORRUPT": (ConfigurationError, "is damaged. Bring its backup back, or move it away and log in again."),
-}
