@@ -305,11 +305,13 @@ def test_a_backup_that_is_cut_off_is_refused(sqlite: Address, opened: Open, cloc
     assert isinstance(store, SQLiteUpstoxStorage)
     store.backup(tmp_path / "copy.db")
     whole, dice = (tmp_path / "copy.db").read_bytes(), random.Random(1)
-    for number in range(20):
-        cut = tmp_path / f"cut-{number}.db"
-        cut.write_bytes(whole[: dice.randrange(1, len(whole))])
-        with pytest.raises(StorageError), SQLiteUpstoxStorage(cut, keys=KEY) as opened_again:
-            opened_again.get_valid_token(USERS[0])
+    anywhere = [dice.randrange(1, len(whole)) for _ in range(20)]
+    in_the_last_page = [len(whole) - missing for missing in (1, 100, 4095, 4096)]
+    for size in [1, *anywhere, *in_the_last_page]:
+        cut = tmp_path / f"cut-{size}.db"
+        cut.write_bytes(whole[:size])
+        with pytest.raises(ConfigurationError, match=r"is damaged|is not a SQLite database"):
+            SQLiteUpstoxStorage(cut, keys=KEY)
 
 
 def test_a_full_disk_leaves_what_was_there_before(sqlite: Address, opened: Open, clock: Clock, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from .errors import (
     StoreUnavailable,
 )
 from .files import written_whole
-from .sqlite_connections import SQLiteConnections, checked_path, explained
+from .sqlite_connections import SQLiteConnections, checked_path, explained, refuse_cut_off
 from .storage import Options, TokenStorage
 from .token import AuditEntry, StoredToken
 
@@ -278,6 +278,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             raise ConfigurationError(
                 f"{self.db_path} was made by another program and may hold plaintext tokens. Name another file."
             )
+        refuse_cut_off(conn, self.db_path)
         return version
 
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:

@@ -134,6 +134,18 @@ def checked_path(db_path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def refuse_cut_off(conn: sqlite3.Connection, path: Path) -> None:
+    """SQLite notices itself that whole pages are missing at the end, but not that the last one is only half there.
+
+    Raises:
+        ConfigurationError: the file was cut off, as by a copy that did not end.
+    """
+    page: int = conn.execute("PRAGMA page_size").fetchone()[0]
+    wal = Path(f"{path}-wal")  # It may hold what the file does not hold yet.
+    if path.stat().st_size % page and not (wal.exists() and wal.stat().st_size):
+        raise ConfigurationError(f"{path} {_EXPLANATIONS['SQLITE_CORRUPT'][1]}")
+
+
 def explained(error: sqlite3.Error, path: Path) -> StorageError:
     """What SQLite raised, in our words, with what to do."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
