@@ -8,12 +8,14 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import (
     ConfigurationError,
@@ -150,6 +152,28 @@ def test_a_login_at_the_source_meanwhile_is_noticed_and_brought_over_by_the_next
             migrate(source, target, progress=False)
         migrate(source, target, progress=False)
         assert to_be_compared(target) == to_be_compared(source)
+
+
+def test_a_migration_waits_for_a_login_at_the_target_and_does_not_touch_its_token(
+    each_address: Address, sqlite: Address, opened: Open, clock: Clock
+) -> None:
+    source, target = filled(opened(sqlite), clock), opened(each_address)
+    migrate(source, target, progress=False)
+    source.store_token(USERS[0])
+    source.revoke_token(USERS[0])
+    clock.advance(minutes=7)
+    with ThreadPoolExecutor() as pool:
+        migrations = []
+
+        def slow_login(user_id: str | None) -> AccessTokenData:
+            migrations.append(pool.submit(migrate, source, target, progress=False))
+            assert not wait(migrations, timeout=1).done, "it did not wait"
+            return made_up_login(user_id)
+
+        token = opened(each_address, login=slow_login).store_token(USERS[0])["token"]
+        with pytest.raises(InvalidInput, match=f"{USERS[0]} has another history there"):
+            migrations[0].result()
+    assert token_of(target, USERS[0]) == token
 
 
 def test_a_target_that_was_read_hands_out_the_newer_token_at_once(

@@ -42,7 +42,8 @@ def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True
         what the source keeps, and how much of it was new to the target.
 
     Raises:
-        InvalidInput: for some user the two have histories that never were one. Nothing is changed.
+        InvalidInput: for some user the two have histories that never were one. Nothing is changed; where the two
+            parted while this ran, nothing of that user.
         KeyUnavailable, TokenRefused: a living token of the source cannot be read. Nothing is changed.
         StorageError: afterwards the two still differ; somebody wrote meanwhile. Run it again.
     """
@@ -84,7 +85,8 @@ def _checked(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[Sto
     for _, parts_of_user in by_user(parts):
         users += 1
         for part in parts_of_user:
-            _refuse_another_history(part, target)
+            if part.tokens:
+                _refuse_another_history(part.user_id, part.tokens, target._tokens_of(part.user_id))
             for token in part.tokens:
                 if _alive(token, now):
                     decrypt(token)
@@ -105,6 +107,7 @@ def _bring(
             # The lock of logins, so that none comes in between.
             with target._lock(user_id or NOBODY):
                 there = target._tokens_of(user_id)
+                _refuse_another_history(user_id, tokens, there)  # Since it was checked, there may have been a login.
                 known = {token.generation for token in there}
                 if changed := _merged(tokens, there, target._now()):
                     target._put_in(user_id, [_encrypted_again(t, known, target, decrypt) for t in changed], [])
@@ -164,16 +167,14 @@ class _Counted:
 # What is written
 
 
-def _refuse_another_history(part: Part, target: TokenStorage) -> None:
-    if not part.tokens:
-        return
-    there = {token.generation: token for token in target._tokens_of(part.user_id)}
-    for token in part.tokens:
-        other = there.get(token.generation, token)
+def _refuse_another_history(user_id: str | None, tokens: list[StoredToken], there: list[StoredToken]) -> None:
+    known = {token.generation: token for token in there}
+    for token in tokens:
+        other = known.get(token.generation, token)
         if not _same(token, other):
             raise InvalidInput(
-                f"{part.user_id} has another history there: token {token.generation} was made at {token.created_at} "
-                f"here and at {other.created_at} there. Nothing was changed; take a target that has no tokens of this "
+                f"{user_id} has another history there: token {token.generation} was made at {token.created_at} here "
+                f"and at {other.created_at} there. Nothing of it was changed; take a target that has no tokens of this "
                 "user."
             )
 
