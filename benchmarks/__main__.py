@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("Starting PostgreSQL, MongoDB and Redis ...", flush=True)
         servers = Servers(
             folder,
-            stack.enter_context(local.postgresql(settings={"max_connections": "200"})),
+            stack.enter_context(local.postgresql(settings={"max_connections": "400"})),
             stack.enter_context(local.mongodb()),
             stack.enter_context(local.redis()),
         )
@@ -55,12 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measured(name: str, servers: Servers, options: argparse.Namespace) -> list[report.Row]:
     rows = []
-    for tokens in options.tokens:
-        print(f"{name}: loading {tokens:,} tokens ...", flush=True)
-        with opened(name, servers, tokens) as sides:
-            for operation in OPERATIONS:
-                for crowd, rounds in ((1, options.rounds), (CROWD, _fewer(options.rounds))):
-                    results = compare(sides, operation, crowd, rounds, options.seconds)
+    with ExitStack() as stack:
+        # The small and the large tables take their turns in the same rounds, for they are compared as well.
+        sides = {}
+        for tokens in options.tokens:
+            print(f"{name}: loading {tokens:,} tokens ...", flush=True)
+            sides.update({(tokens, side.name): side for side in stack.enter_context(opened(name, servers, tokens))})
+        for operation in OPERATIONS:
+            for crowd, rounds in ((1, options.rounds), (CROWD, _fewer(options.rounds))):
+                all_results = compare(sides, operation, crowd, rounds, options.seconds)
+                for tokens in options.tokens:
+                    results = {side: result for (count, side), result in all_results.items() if count == tokens}
                     rows.append(report.Row(name, operation, tokens, crowd, results))
                     costs = ", ".join(f"{side} {result.cost:,.0f}" for side, result in results.items())
                     print(f"{name}: {operation}, {crowd} at once, {tokens:,} tokens: {costs} µs", flush=True)

@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -172,17 +172,19 @@ class Result:
     failed: int
 
 
-def compare(sides: Sequence[Side], operation: str, crowd: int, rounds: int, seconds: float) -> dict[str, Result]:
+def compare[Key](
+    sides: Mapping[Key, Side], operation: str, crowd: int, rounds: int, seconds: float
+) -> dict[Key, Result]:
     """Each side's result. Who begins changes from round to round, so that nobody always comes after the same one."""
-    able = [side for side in sides if side.can(operation)]
-    turns: dict[str, list[Times]] = {side.name: [] for side in able}
-    for side in able:
+    able = [(key, side) for key, side in sides.items() if side.can(operation)]
+    turns: dict[Key, list[Times]] = {key: [] for key, _ in able}
+    for _, side in able:
         side.turn(operation, crowd, seconds / 5)  # not counted: connections are opened, caches filled
     for number in range(rounds):
         first = number % len(able)
-        for side in able[first:] + able[:first]:
-            turns[side.name].append(side.turn(operation, crowd, seconds))
-    return {name: _result(name, each, crowd, seconds) for name, each in turns.items()}
+        for key, side in able[first:] + able[:first]:
+            turns[key].append(side.turn(operation, crowd, seconds))
+    return {key: _result(sides[key].name, each, crowd, seconds) for key, each in turns.items()}
 
 
 def _result(name: str, turns: Sequence[Times], crowd: int, seconds: float) -> Result:

@@ -162,6 +162,12 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     yield from _postgres_database(postgres_server)
 
 
+@pytest.fixture
+def another_postgres_url(postgres_server: str) -> Iterator[str]:
+    """A second database of this test's own."""
+    yield from _postgres_database(postgres_server)
+
+
 def _postgres_database(postgres_server: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     _run(postgres_server, f"CREATE DATABASE {name}")
@@ -169,12 +175,6 @@ def _postgres_database(postgres_server: str) -> Iterator[str]:
         yield urlunsplit(urlsplit(postgres_server)._replace(path=f"/{name}"))
     finally:
         _run(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
-
-
-@pytest.fixture
-def another_postgres_url(postgres_server: str) -> Iterator[str]:
-    """A second database of this test's own."""
-    yield from _postgres_database(postgres_server)
 
 
 @pytest.fixture(scope="session")
@@ -196,23 +196,22 @@ class MongoDatabase(NamedTuple):
 @pytest.fixture
 def mongo(mongo_server: str) -> Iterator[MongoDatabase]:
     """A database of this test's own."""
+    yield from _mongo_database(mongo_server)
+
+
+@pytest.fixture
+def another_mongo(mongo_server: str) -> Iterator[MongoDatabase]:
+    """A second database of this test's own."""
+    yield from _mongo_database(mongo_server)
+
+
+def _mongo_database(mongo_server: str) -> Iterator[MongoDatabase]:
     database = MongoDatabase(mongo_server, f"test_{uuid.uuid4().hex}")
     try:
         yield database
     finally:
         with pymongo.MongoClient[Any](mongo_server) as client:
             client.drop_database(database.name)
-
-
-@pytest.fixture
-def another_mongo(mongo: MongoDatabase) -> Iterator[str]:
-    """The name of a second database of this test's own."""
-    name = f"{mongo.name}_2"
-    try:
-        yield name
-    finally:
-        with pymongo.MongoClient[Any](mongo.url) as client:
-            client.drop_database(name)
 
 
 @pytest.fixture(scope="session")
@@ -223,6 +222,16 @@ def redis_server() -> Iterator[str]:
 @pytest.fixture
 def redis_prefix(redis_server: str) -> Iterator[str]:
     """A prefix for this test's own keys."""
+    yield from _redis_prefix(redis_server)
+
+
+@pytest.fixture
+def another_redis_prefix(redis_server: str) -> Iterator[str]:
+    """A second prefix for this test's own keys."""
+    yield from _redis_prefix(redis_server)
+
+
+def _redis_prefix(redis_server: str) -> Iterator[str]:
     prefix = f"test_{uuid.uuid4().hex}"
     try:
         yield prefix
@@ -243,16 +252,29 @@ def redis_prefix(redis_server: str) -> Iterator[str]:
 )
 def each_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     """Each store in turn, empty."""
-    where: tuple[Any, ...] = (str(tmp_path / "upstox.db"),)
+    return _empty(request.param, "", request, tmp_path)
+
+
+@pytest.fixture
+def another(each_address: Address, request: pytest.FixtureRequest, tmp_path: Path) -> Address:
+    """A second, empty store of the kind of `each_address`."""
+    return _empty(each_address.kind.partition(":")[2], "another_", request, tmp_path)
+
+
+def _empty(name: str, which: str, request: pytest.FixtureRequest, tmp_path: Path) -> Address:
+    def given(fixture: str) -> Any:
+        return request.getfixturevalue(f"{which}{fixture}")
+
+    where: tuple[Any, ...] = (str(tmp_path / f"{which}upstox.db"),)
     options = {}
-    if request.param == "PostgreSQLUpstoxStorage":
-        where = (request.getfixturevalue("postgres_url"),)
-    elif request.param == "MongoUpstoxStorage":
-        where = tuple(request.getfixturevalue("mongo"))
-    elif request.param == "HybridUpstoxStorage":
-        where = (request.getfixturevalue("redis_server"), request.getfixturevalue("postgres_url"))
-        options = {"redis_prefix": request.getfixturevalue("redis_prefix")}
-    return Address(f"upstox_db_examples:{request.param}", where, options)
+    if name == "PostgreSQLUpstoxStorage":
+        where = (given("postgres_url"),)
+    elif name == "MongoUpstoxStorage":
+        where = tuple(given("mongo"))
+    elif name == "HybridUpstoxStorage":
+        where = (request.getfixturevalue("redis_server"), given("postgres_url"))
+        options = {"redis_prefix": given("redis_prefix")}
+    return Address(f"upstox_db_examples:{name}", where, options)
 
 
 @pytest.fixture

@@ -41,20 +41,6 @@ from .test_postgresql import bare
 USERS = [f"CD{n:04}" for n in range(4)]
 
 
-@pytest.fixture
-def another(each_address: Address, tmp_path: Path, request: pytest.FixtureRequest) -> Address:
-    """A second, empty store of the same kind."""
-    where, options = each_address.arguments, dict(each_address.options)
-    if each_address.kind.endswith(("SQLiteUpstoxStorage", "PooledUpstoxStorage")):
-        where = (str(tmp_path / "second.db"),)
-    elif each_address.kind.endswith("MongoUpstoxStorage"):
-        where = (where[0], request.getfixturevalue("another_mongo"))
-    else:
-        where = (*where[:-1], request.getfixturevalue("another_postgres_url"))
-        options = {name: f"{prefix}_second" for name, prefix in options.items()}
-    return Address(each_address.kind, where, options)
-
-
 def filled(store: TokenStorage, clock: Clock) -> TokenStorage:
     """Tokens that live, were replaced, were revoked, are dead; uses; logins that failed."""
     for user_id in USERS:

@@ -315,15 +315,16 @@ class TokenStorage(ABC):
     def _actor(self) -> str:
         return self._named_actor or f"{_user_and_host()}:{os.getpid()}"
 
-    # What each database does in its own way. Times are aware; a StorageError says what went wrong.
+    # What each database does in its own way. Times are aware; a StorageError says what went wrong. A change of a token
+    # and its audit entry, whose action is in quotes here, are one transaction.
 
     @abstractmethod
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
-        """The user's active token if it dies after `alive_after`, its use counted where this store counts uses."""
+        """The user's active token if it dies after `alive_after`; where this store counts uses, one more ("used")."""
 
     @abstractmethod
     def _insert(self, token: StoredToken) -> int | str:
-        """In one transaction: the earlier token inactive and erased, this one active, both in the audit.
+        """The earlier token inactive and erased ("deactivated"), this one active ("created"); its id.
 
         Raises:
             LoginSuperseded: the user already has a token of this generation.
@@ -346,32 +347,40 @@ class TokenStorage(ABC):
         """Whom these credentials logged in last."""
 
     @abstractmethod
-    def _revoke(self, user_id: str, now: datetime) -> bool: ...
+    def _revoke(self, user_id: str, now: datetime) -> bool:
+        """The user's active token erased ("revoked"); whether there was one."""
 
     @abstractmethod
-    def _expire(self, now: datetime, limit: int) -> int: ...
+    def _expire(self, now: datetime, limit: int) -> int:
+        """At most `limit` dead tokens erased ("expired"); how many, and 0 only when there are none left."""
 
     @abstractmethod
-    def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]: ...
+    def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
+        """What `get_token_history` gives."""
 
     @abstractmethod
-    def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]: ...
+    def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
+        """What `get_user_statistics` gives."""
 
     @abstractmethod
-    def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]: ...
+    def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
+        """What `get_audit_trail` gives."""
 
     @abstractmethod
-    def _under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]: ...
+    def _under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
+        """At most `limit` active tokens, dead ones too, that a key other than this encrypts."""
 
     @abstractmethod
     def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
-        """In one transaction, each only where the old ciphertext still stands; how many were replaced."""
+        """Each only where the old ciphertext still stands; how many were replaced. Not audited."""
 
     @abstractmethod
-    def _count_keys(self) -> dict[str, int]: ...
+    def _count_keys(self) -> dict[str, int]:
+        """How many active tokens, dead ones too, each key encrypts."""
 
     @abstractmethod
-    def _health(self) -> dict[str, Any]: ...
+    def _health(self) -> dict[str, Any]:
+        """What `get_storage_status` gives, but for the time."""
 
     # What transfer.py needs.
 
