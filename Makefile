@@ -12,9 +12,12 @@ BIN := .venv/bin
 ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
 .PHONY: lab test notebooks check docs bench clean
 
+# A token may travel between the notebook and its kernel: so that is encrypted, where the kernel can.
+ENCRYPTED := --KernelManager.transport_encryption=auto
+
 # Root has to be allowed by name: in a container one often is.
 lab: .venv/all
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
+	$(BIN)/jupyter lab $(ENCRYPTED) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
 
 # Three processes, for most tests wait for something; a class or a notebook stays in one of them.
 test: .venv/dev
@@ -23,7 +26,7 @@ test: .venv/dev
 # Jupyter and matplotlib keep files in the home folder: here that is a temporary one.
 notebooks: .venv/all
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && HOME=$$folder \
-		$(BIN)/jupyter nbconvert --log-level=WARN --to notebook --execute --output-dir "$$folder" notebooks/*.ipynb && \
+		$(BIN)/jupyter nbconvert --log-level=WARN $(ENCRYPTED) --to notebook --execute --output-dir "$$folder" notebooks/*.ipynb && \
 		echo "All notebooks ran: $$(cd notebooks && ls *.ipynb | tr '\n' ' ')"
 
 # All classes are imported first, for those that need a driver are imported when they are asked for.

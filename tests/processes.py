@@ -163,8 +163,15 @@ def rotate(connection: Connection, address: Address, old: bytes, new: bytes) -> 
 
 
 def migrate_on(connection: Connection, source: Address, target: Address) -> None:
-    """Migrate all from one to the other."""
+    """Migrate all from one to the other; tells of each write before it is made."""
     with source.open() as one, target.open() as other:
+        put_in = other._put_in
+
+        def told(*arguments: Any) -> None:
+            connection.send("writing")
+            put_in(*arguments)
+
+        other._put_in = told
         connection.send("ready")
         migrate(one, other, progress=False)
         connection.send("done")

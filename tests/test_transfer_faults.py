@@ -48,7 +48,9 @@ MANY = 20_000  # audit entries of one user
 
 @pytest.mark.slow
 def test_a_migration_can_be_killed_at_any_moment(each_address: Address, sqlite: Address, opened: Open) -> None:
-    dice, whole, in_its_midst = random.Random(1), 0.0, 0
+    dice, in_its_midst = random.Random(1), 0
+    if "Mongo" in each_address.kind:  # Each killed migration leaves a lease to wait for, so this one is short.
+        each_address = each_address._replace(options={"lease": 0.1})
     source, target = opened(sqlite), opened(each_address)
     for number in range(21):
         # So that there is always something left to do: a token more for each, a token fewer, and someone new.
@@ -59,17 +61,15 @@ def test_a_migration_can_be_killed_at_any_moment(each_address: Address, sqlite: 
         living, before = living_users(target), to_be_compared(target)
         process, connection = processes.start(processes.migrate_on, sqlite, each_address)
         assert connection.recv() == "ready"
-        begin = time.monotonic()
-        if number == 0:
-            assert connection.recv() == "done"
-            whole = time.monotonic() - begin
-        else:
-            time.sleep(dice.uniform(0, whole * (8 + number) / 8))
+        # Counted and not timed: a migration is as fast as the machine lets it be. Each user takes two writes.
+        for _ in range(dice.randrange(2 * (8 + number))):
+            assert connection.recv() == "writing"
+        time.sleep(dice.uniform(0, 0.005))
         processes.kill(process)
         connection.close()
         in_its_midst += to_be_compared(target) not in (before, to_be_compared(source))
         assert living - living_users(target) <= {f"CD{number:04}"}, "who had a token has one, but for the revoked one"
-    assert in_its_midst > 2, "they were hardly ever killed in the midst of writing"
+    assert in_its_midst > 10, "they were hardly ever killed in the midst of writing"
     migrate(source, target, progress=False)
     assert to_be_compared(target) == to_be_compared(source)
     assert migrate(source, target, progress=False)[3:] == (0, 0)
@@ -127,7 +127,7 @@ def test_three_migrations_at_once_bring_nothing_over_twice(
         source.get_valid_token(user_id)
     started = [processes.start(processes.migrate_on, sqlite, each_address) for _ in range(3)]
     for process, connection in started:
-        assert [connection.recv(), connection.recv()] == ["ready", "done"]
+        assert "done" in iter(connection.recv, None)
         process.join()
         connection.close()
     assert to_be_compared(target) == to_be_compared(source)
