@@ -18,8 +18,8 @@ import psycopg2
 import redis
 from pymongo import MongoClient
 
-from benchmarks import report
-from benchmarks.measure import OPERATIONS, compare
+from benchmarks import report, steps
+from benchmarks.measure import OPERATIONS, Threaded, compare
 from benchmarks.stores import CROWD, STORES, Servers, opened
 from upstox_db_examples.local import servers as local
 
@@ -40,20 +40,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stack.enter_context(local.redis()),
         )
         versions = _versions(servers)
-        rows = [row for name in STORES for row in _measured(name, servers, options)]
+        rows: list[report.Row] = []
+        parts: list[steps.Steps] = []
+        for name in STORES:
+            rows += _measured(name, servers, options, parts)
     rows.sort(key=lambda row: (STORES.index(row.store), OPERATIONS.index(row.operation), row.crowd, row.tokens))
     how = (
         f"{options.rounds} rounds for one thread, {_fewer(options.rounds)} for {CROWD}, on {os.cpu_count()} processor "
         f"cores; {CROWD} users with a living token, and "
         f"{' and '.join(f'{count:,}' for count in options.tokens)} old tokens of others."
     )
-    text = report.written(rows, versions, how)
+    text = report.written(rows, parts, versions, how)
     print(f"\n{text}\n")
     _write(options.folder, text, rows)
     print(f"{options.folder / 'README.md'} and benchmarks.svg are written, after {time.perf_counter() - begin:.0f} s.")
 
 
-def _measured(name: str, servers: Servers, options: argparse.Namespace) -> list[report.Row]:
+def _measured(name: str, servers: Servers, options: argparse.Namespace, parts: list[steps.Steps]) -> list[report.Row]:
     rows = []
     with ExitStack() as stack:
         # The small and the large tables take their turns in the same rounds, for they are compared as well.
@@ -61,7 +64,7 @@ def _measured(name: str, servers: Servers, options: argparse.Namespace) -> list[
         for tokens in options.tokens:
             print(f"{name}: loading {tokens:,} tokens ...", flush=True)
             sides.update({(tokens, side.name): side for side in stack.enter_context(opened(name, servers, tokens))})
-        for operation in OPERATIONS:
+        for operation in (each for each in OPERATIONS if any(side.can(each) for side in sides.values())):
             for crowd, rounds in ((1, options.rounds), (CROWD, _fewer(options.rounds))):
                 all_results = compare(sides, operation, crowd, rounds, options.seconds)
                 for tokens in options.tokens:
@@ -69,6 +72,9 @@ def _measured(name: str, servers: Servers, options: argparse.Namespace) -> list[
                     rows.append(report.Row(name, operation, tokens, crowd, results))
                     costs = ", ".join(f"{side} {result.cost:,.0f}" for side, result in results.items())
                     print(f"{name}: {operation}, {crowd} at once, {tokens:,} tokens: {costs} µs", flush=True)
+        mine = sides[max(options.tokens), "ours"]
+        assert isinstance(mine, Threaded)
+        parts += steps.measured(name, mine.storage, mine.users)
     return rows
 
 

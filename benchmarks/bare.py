@@ -167,7 +167,7 @@ class BareMongo:
 
 
 class BareHybrid(BarePostgreSQL):
-    """PostgreSQL's transaction, then a copy in Redis; a read is our Lua script alone."""
+    """PostgreSQL's transaction, then a copy in Redis; a read is our Lua script alone, while the copy is there."""
 
     def __init__(self, redis_url: str, url: str, prefix: str, login: Login) -> None:
         super().__init__(url, login)
@@ -179,12 +179,24 @@ class BareHybrid(BarePostgreSQL):
         now = int(time.time())
         keys = [self._prefix + user_id, f"{self._prefix}{user_id}:count", f"{self._prefix}uses"]
         found = self._use(keys=keys, args=[user_id, now, ACTOR, now, "an id", 0])
-        return found[2].decode() if found[0] == b"used" else None
+        if found[0] == b"used":
+            return str(found[2].decode())
+        token = super().read(user_id)
+        if token:
+            self._copy(user_id, token)
+        return token
 
     def store(self, user_id: str) -> str:
-        token, day_later = super().store(user_id), int(time.time()) + 86_400
-        self._redis.set(self._prefix + user_id, f"{day_later}000 1 {day_later} 1 {token}", ex=86_400)
+        token = super().store(user_id)
+        self._copy(user_id, token)
         return token
+
+    def forget(self, user_id: str) -> None:
+        self._redis.delete(self._prefix + user_id)
+
+    def _copy(self, user_id: str, token: str) -> None:
+        day_later = int(time.time()) + 86_400
+        self._redis.set(self._prefix + user_id, f"{day_later}000 1 {day_later} 1 {token}", ex=86_400)
 
     def close(self) -> None:
         self._redis.close()

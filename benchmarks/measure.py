@@ -10,11 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 Call = Callable[[str], str | None]  # a user's id -> the token
 AsyncCall = Callable[[str], Awaitable[str | None]]
-OPERATIONS = ("read", "store")
+OPERATIONS = ("read", "cold read", "store")
 
 
 @dataclass
@@ -63,11 +63,28 @@ class Side(Protocol):
 
 
 class Threaded:
-    """A side whose calls block: each of a crowd is a thread."""
+    """A side whose calls block: each of a crowd is a thread.
 
-    def __init__(self, name: str, users: Sequence[str], store: Call, read: Call | None) -> None:
+    Args:
+        forget: loses the cache's copy of a user's token. With it there is a cold read: the time of a read after that.
+
+    Attributes:
+        storage: what is measured, where more is to be known of it.
+    """
+
+    storage: Any = None
+
+    def __init__(
+        self,
+        name: str,
+        users: Sequence[str],
+        store: Call,
+        read: Call | None,
+        forget: Callable[[str], object] | None = None,
+    ) -> None:
         self.name, self.users = name, users
-        self._calls = {"store": store, "read": read}
+        self._forget = forget
+        self._calls = {"store": store, "read": read, "cold read": read if forget else None}
 
     def can(self, operation: str) -> bool:
         return self._calls[operation] is not None
@@ -78,11 +95,11 @@ class Threaded:
         return call(user)
 
     def turn(self, operation: str, crowd: int, seconds: float) -> Times:
-        call = self._calls[operation]
+        call, before = self._calls[operation], self._forget if operation == "cold read" else None
         assert call
         each = [Times() for _ in range(crowd)]
         if crowd == 1:
-            _calls_until(time.perf_counter() + seconds, call, self.users, each[0])
+            _calls_until(time.perf_counter() + seconds, call, self.users, each[0], before)
             return each[0]
         ends: list[float] = []
         # One end for all: a thread that gets its first chance late has less time, and not time of its own.
@@ -90,7 +107,7 @@ class Threaded:
 
         def work(number: int) -> None:
             ready.wait()
-            _calls_until(ends[0], call, self.users[number::crowd], each[number])
+            _calls_until(ends[0], call, self.users[number::crowd], each[number], before)
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(crowd)]
         for thread in threads:
@@ -144,8 +161,12 @@ class Asynchronous:
         return total
 
 
-def _calls_until(end: float, call: Call, users: Sequence[str], times: Times) -> None:
+def _calls_until(
+    end: float, call: Call, users: Sequence[str], times: Times, before: Callable[[str], object] | None
+) -> None:
     for user in itertools.cycle(users):
+        if before:
+            before(user)  # Not part of the call's time, but of a crowd's turn.
         if (begin := time.perf_counter()) >= end:
             break
         try:

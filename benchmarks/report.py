@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.measure import Result
+from benchmarks.steps import Steps
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NONE = "—"  # a side that has no such method
@@ -21,6 +22,7 @@ MORE = {
     ("MongoDB", "read"): "decrypts; counts the use and audits it, durably",
     ("MongoDB", "store"): "encrypts; audits the login first; a lease a user",
     ("Hybrid", "read"): "decrypts; counts the use and audits it, in Redis",
+    ("Hybrid", "cold read"): "decrypts; counts the use and audits it, in PostgreSQL",
     ("Hybrid", "store"): "as PostgreSQL; a tombstone, so that no old copy is read",
     ("Pooled", "read"): "decrypts; a bounded pool",
     ("Pooled", "store"): "as SQLite; a bounded pool",
@@ -80,20 +82,24 @@ TARGETS = (
     *_targets_of("PostgreSQL", "store", 1.3, 5),
     *_targets_of("MongoDB", "read", 1.3, 1),
     *_targets_of("Hybrid", "read", 1.4, 1.3),
+    *_targets_of("Hybrid", "cold read", 1.4, 8),
 )
 GROWTH = 1.2  # a read among the most tokens, against one among the fewest
 
 
-def written(rows: Sequence[Row], versions: dict[str, str], how: str) -> str:
+def written(rows: Sequence[Row], parts: Sequence[Steps], versions: dict[str, str], how: str) -> str:
     """All that stands between the markers."""
-    parts = [
+    most = max(row.tokens for row in rows)
+    chapters = [
         f"{how}\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "## Targets\n\n" + _targets(rows),
+        f"## Where our time goes\n\nOne thread, {most:,} tokens: each step's share of all calls' time, and a call's "
+        "median in microseconds.\n\n" + _steps(parts),
         "## Ratios\n\n" + _ratios(rows),
         "## Times\n\nFor each side the median and the 99th percentile of single calls, in microseconds; with more than "
         "one thread also, in brackets, what a call cost all threads together.\n\n" + _times(rows),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(chapters)
 
 
 def into(file: Path, text: str) -> None:
@@ -127,6 +133,14 @@ def _targets(rows: Sequence[Row]) -> str:
 def _verdict(target: Target, ratio: float | None) -> str:
     # Of the number that is shown, so that nobody reads "3.00, not reached" of 3.
     return "reached" if ratio and target.reached(round(ratio, 2)) else "**not reached**"
+
+
+def _steps(parts: Sequence[Steps]) -> str:
+    lines = []
+    for each in parts:
+        shares = ", ".join(f"{share:.0%} {step}" for step, share in each.shares.items())
+        lines.append([each.store, each.operation, f"{each.micros:,.0f}", shares])
+    return _table(["store", "call", "µs", "steps"], lines)
 
 
 def _ratios(rows: Iterable[Row]) -> str:

@@ -75,7 +75,13 @@ def ours(storage: TokenStorage) -> Threaded:
         found = storage.get_valid_token(user_id)
         return found["token"] if found else None
 
-    return Threaded("ours", users("OURS"), store, read)
+    def forget(user_id: str) -> None:
+        redis = storage._redis  # type: ignore[attr-defined]
+        redis._client.delete(*redis._keys(user_id))
+
+    side = Threaded("ours", users("OURS"), store, read, forget if isinstance(storage, HybridUpstoxStorage) else None)
+    side.storage = storage
+    return side
 
 
 def guide(storage: GuideSQLite | GuidePostgreSQL | GuideMongo | GuideHybrid) -> Threaded:
@@ -87,7 +93,7 @@ def guide(storage: GuideSQLite | GuidePostgreSQL | GuideMongo | GuideHybrid) -> 
         found = storage.get_valid_token(user_id)
         return found["token"] if found else None
 
-    return Threaded("guide", users("GUIDE"), store, read)
+    return Threaded("guide", users("GUIDE"), store, read, getattr(storage, "forget", None))
 
 
 def guide_pooled(storage: GuidePooled) -> Threaded:
@@ -101,7 +107,7 @@ def guide_pooled(storage: GuidePooled) -> Threaded:
 
 
 def bare(storage: BareSQLite | BarePostgreSQL | BareMongo) -> Threaded:
-    return Threaded("bare", users("BARE"), storage.store, storage.read)
+    return Threaded("bare", users("BARE"), storage.store, storage.read, getattr(storage, "forget", None))
 
 
 class Servers:

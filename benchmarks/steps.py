@@ -1,0 +1,98 @@
+"""Where the time of a call of ours goes: a stopwatch around each step of the life cycle, on one thread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from upstox_db_examples.storage import TokenStorage
+
+# What a step is called in the table. One that a store has not, such as the room on SQLite's disk, is left out.
+READ = {"_find": "found in the database", "_decrypt": "decrypted"}
+STORE = {
+    "_lock": "lock taken and given back",
+    "_generation": "generation read",
+    "_record": "login audited",
+    "_make_room": "room on the disk made sure of",
+    "_encrypt": "encrypted",
+    "_insert": "token stored",
+}
+REST = "the rest"
+CALLS = 300
+
+
+class Steps(NamedTuple):
+    """The median time of a call, in microseconds, and the share of each step in all calls together."""
+
+    store: str
+    operation: str
+    micros: float
+    shares: dict[str, float]
+
+
+def measured(name: str, storage: TokenStorage, users: Sequence[str]) -> list[Steps]:
+    """A read and a store of this storage, step by step. The storage is of no other use afterwards."""
+    stopwatch = Stopwatch(storage, READ | STORE)
+    return [
+        stopwatch.times(name, "read", storage.get_valid_token, users, READ),
+        stopwatch.times(name, "store", storage.store_token, users, STORE),
+    ]
+
+
+class Stopwatch:
+    """Puts itself around these methods of a storage. Of a step within another one only the inner one is counted."""
+
+    def __init__(self, storage: TokenStorage, names: dict[str, str]) -> None:
+        self._spent: dict[str, float] = defaultdict(float)
+        self._inner = [0.0]
+        for name in names:
+            if method := getattr(storage, name, None):
+                setattr(storage, name, self._lock(method) if name == "_lock" else self._step(name, method))
+
+    def times(
+        self, store: str, operation: str, call: Callable[[str], object], users: Sequence[str], names: dict[str, str]
+    ) -> Steps:
+        self._spent.clear()
+        micros = []
+        for number in range(CALLS):
+            begin = time.perf_counter()
+            call(users[number % len(users)])
+            micros.append((time.perf_counter() - begin) * 1e6)
+        shares = {said: self._spent[name] * 1e6 / sum(micros) for name, said in names.items() if name in self._spent}
+        return Steps(store, operation, statistics.median(micros), {**shares, REST: 1 - sum(shares.values())})
+
+    def _step(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            with self._running(name):
+                return method(*arguments)
+
+        return timed
+
+    def _lock(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @contextmanager
+        def timed(name: str) -> Iterator[None]:
+            lock = method(name)
+            with self._running("_lock"):
+                lock.__enter__()
+            try:
+                yield
+            finally:
+                with self._running("_lock"):
+                    lock.__exit__(None, None, None)
+
+        return timed
+
+    @contextmanager
+    def _running(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            whole = time.perf_counter() - begin
+            self._spent[name] += whole - self._inner.pop()
+            self._inner[-1] += whole
