@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from upstox_db_examples import KeyRing
+from upstox_db_examples import KeyRing, Pace
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.token import IST
 
@@ -37,6 +37,25 @@ class Clock:
 
     def advance(self, **parts: float) -> None:
         self.now += timedelta(**parts)
+
+
+class FakeTime:
+    """Seconds that pass only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+    def pace(self, limits: Iterable[tuple[int, float]] = ()) -> Pace:
+        """Turns at this time: without limits, at once."""
+        return Pace(limits, clock=self.clock, sleep=self.sleep)
 
 
 def shown_with_locals(error: BaseException) -> str:

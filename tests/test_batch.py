@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,15 +30,16 @@ from upstox_db_examples import (
     TokenNotStored,
     TokenStorage,
 )
+from upstox_db_examples.batch import LIMITS
 from upstox_db_examples.errors import StoreUnavailable
 from upstox_db_examples.local.upstox import LocalUpstox
 
 from . import processes
-from .conftest import Clock
+from .conftest import Clock, FakeTime
 from .processes import KEY, Address, token_data
 
 IDS = [f"CD{number:04}" for number in range(100)]
-AT_ONCE = Pace(limits=(), sleep=lambda _: None)
+AT_ONCE = FakeTime().pace()
 
 
 @pytest.fixture
@@ -233,28 +235,13 @@ def test_a_token_that_could_not_be_stored_is_not_lost(
 # Limits
 
 
-class FakeTime:
-    """Seconds that pass only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-
-    def clock(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-
 @pytest.fixture
 def fake() -> FakeTime:
     return FakeTime()
 
 
 def test_logins_keep_to_upstoxs_limits(fake: FakeTime) -> None:
-    pace, begun = Pace(clock=fake.clock, sleep=fake.sleep), []
+    pace, begun = fake.pace(LIMITS), []
     for user_id in (f"U{number}" for number in range(200)):
         with pace.turn(user_id):
             begun.append(fake.now)
@@ -280,10 +267,50 @@ def test_after_a_limit_nobody_logs_in_until_it_is_over(
     store: TokenStorage, upstox: LocalUpstox, fake: FakeTime
 ) -> None:
     upstox.fail("rate_limit")
-    results = batch(store, IDS[:3], pace=Pace(limits=(), clock=fake.clock, sleep=fake.sleep))
+    results = batch(store, IDS[:3], pace=fake.pace())
     assert [result["success"] for result in results] == [True] * 3
     assert upstox.logins() == 3
     assert fake.slept == [60.0], "once, and not for each account"
+
+
+def test_who_waits_already_waits_for_a_limit_that_comes_meanwhile(fake: FakeTime) -> None:
+    def sleep(seconds: float) -> None:
+        fake.sleep(seconds)
+        if len(fake.slept) == 1:
+            with contextlib.suppress(LoginLimited):
+                first.__exit__(LoginLimited, LoginLimited("Wait", retry_after=600), None)
+
+    pace = Pace([(1, 1.0)], clock=fake.clock, sleep=sleep)
+    first = pace.turn("CD0000")
+    first.__enter__()
+    with pace.turn("CD0001"):
+        assert fake.now == 601
+
+
+def test_a_short_limit_does_not_end_a_longer_one(fake: FakeTime) -> None:
+    pace = fake.pace()
+    with contextlib.suppress(LoginLimited), pace.turn("CD0000"):
+        with contextlib.suppress(LoginLimited), pace.turn("CD0001"):
+            raise LoginLimited("Wait", retry_after=600)
+        raise LoginLimited("Wait", retry_after=60)
+    with pace.turn("CD0002"):
+        assert fake.now == 600
+
+
+def test_an_account_whose_one_time_passwords_are_blocked_holds_nobody_else_up(
+    store: TokenStorage, upstox: LocalUpstox, fake: FakeTime
+) -> None:
+    order: list[tuple[str, float]] = []
+    accounts = store._login
+
+    def noted(user_id: str | None) -> AccessTokenData:
+        order.append((str(user_id), fake.now))
+        return accounts(user_id)
+
+    store._login = noted
+    upstox.fail("otp_blocked")
+    assert all(result["success"] for result in batch(store, IDS[:3], pace=fake.pace()))
+    assert order == [(IDS[0], 0), (IDS[1], 0), (IDS[2], 0), (IDS[0], 600)]
 
 
 def test_a_store_that_is_down_says_so_for_all_at_once(
@@ -293,14 +320,14 @@ def test_a_store_that_is_down_says_so_for_all_at_once(
         raise StoreUnavailable("the disk is full")
 
     monkeypatch.setattr(type(store), "_record", down)
-    results = batch(store, IDS, replace=True, pace=Pace(clock=fake.clock, sleep=fake.sleep))
+    results = batch(store, IDS, replace=True, pace=fake.pace(LIMITS))
     assert {result["error_type"] for result in results} == {"StoreUnavailable"}
     assert (upstox.attempts(), fake.slept) == (0, [])
 
 
 def test_a_limit_that_stays_is_given_up(store: TokenStorage, upstox: LocalUpstox, fake: FakeTime) -> None:
     upstox.fail("otp_blocked", times=9)
-    (result,) = batch(store, IDS[:1], pace=Pace(limits=(), clock=fake.clock, sleep=fake.sleep))
+    (result,) = batch(store, IDS[:1], pace=fake.pace())
     assert isinstance(result.exception, LoginLimited)
     assert upstox.attempts() == 3
     assert fake.slept == [600.0, 600.0]
@@ -318,7 +345,7 @@ def test_the_others_get_their_turn_while_one_waits_for_his_next_code(
 
     store._login = noted
     upstox.fail("drop", step=6)
-    results = batch(store, IDS[:3], pace=Pace(limits=(), clock=fake.clock, sleep=fake.sleep))
+    results = batch(store, IDS[:3], pace=fake.pace())
     assert all(result["success"] for result in results)
     assert order == [*IDS[:3], IDS[0]]
     assert len(fake.slept) == 1

@@ -19,7 +19,7 @@ from upstox_db_examples.cipher import Binding
 from .conftest import shown_with_locals
 
 TOKEN = Secret("eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9." + "x" * 80)
-HERE = Binding("AB1234", datetime(2026, 1, 6, 22, 0, tzinfo=UTC), generation=3)
+HERE = Binding("AB1234", datetime(2026, 1, 6, 22, 0, tzinfo=UTC), generation=3, kind="access token in SQLite")
 RING = KeyRing(KeyRing.new_key())
 CIPHERTEXT = RING.encrypt(TOKEN, HERE)
 
@@ -41,7 +41,8 @@ def test_the_text_names_its_key_and_never_comes_twice() -> None:
         HERE._replace(expires_at=HERE.expires_at + timedelta(seconds=1)),
         HERE._replace(expires_at=HERE.expires_at - timedelta(days=1)),
         HERE._replace(generation=4),
-        HERE._replace(kind="extended_token"),
+        HERE._replace(kind="access token in PostgreSQL"),
+        HERE._replace(kind="extended token in SQLite"),
     ],
 )
 def test_a_ciphertext_in_another_place_is_refused(elsewhere: Binding) -> None:

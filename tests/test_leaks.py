@@ -19,7 +19,6 @@ from upstox_db_examples import (
     HybridUpstoxStorage,
     KeyRing,
     MongoUpstoxStorage,
-    Pace,
     PooledUpstoxStorage,
     PostgreSQLUpstoxStorage,
     SdkLogin,
@@ -32,7 +31,7 @@ from upstox_db_examples.local.servers import MongoDBServer, PostgreSQLServer, Re
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
 from . import leaks
-from .conftest import Clock, shown_with_locals
+from .conftest import Clock, FakeTime, shown_with_locals
 from .processes import USER
 
 
@@ -111,7 +110,7 @@ def full_run(
             shown.append(shown_with_locals(error))
 
     upstox.stall_seconds = 0.1
-    at_once = Pace(limits=(), sleep=lambda _: None)
+    at_once = FakeTime().pace()
     login = SdkLogin(account.credentials(), base_domain=upstox.base_domain)
     options: dict[str, Any] = {"login": login, "clock": clock}
     with surroundings.open(**options, keys=KeyRing(keys[0])) as store:

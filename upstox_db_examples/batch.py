@@ -35,7 +35,7 @@ TOTP_SECONDS = 30  # a one-time password serves once, and the next one comes aft
 class Pace:
     """When the next login may begin. Safe to share between threads.
 
-    These are 25 lines and no package for rate limits: such a package knows neither one-time passwords nor how long
+    These are 40 lines and no package for rate limits: such a package knows neither one-time passwords nor how long
     Upstox said to wait.
 
     Args:
@@ -57,24 +57,24 @@ class Pace:
         self._sleep = sleep
         self._begun: deque[float] = deque(maxlen=max((count for count, _ in self._limits), default=1))
         self._held_until = 0.0
-        self._next_code: dict[str, float] = {}  # when this account has a one-time password that was not used
+        self._next_turn: dict[str, float] = {}  # when this account has a one-time password that was not used
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def turn(self, user_id: str) -> Iterator[None]:
-        """Wait for this account's turn, then log in inside. A `LoginLimited` in there holds all accounts back."""
-        with self._lock:
-            now = self._clock()
-            full = [self._begun[-count] + seconds for count, seconds in self._limits if len(self._begun) >= count]
-            begin = max(now, self._held_until, self._next_code.get(user_id, now), *full)
-            self._begun.append(begin)
-        if begin > now:
-            logger.info("Waiting %.0f s before the login of %s", begin - now, user_id)
-            self._sleep(begin - now)
+        """Wait for this account's turn, then log in inside.
+
+        A `LoginLimited` in there holds all accounts back, or this one if it is the only one that Upstox limits.
+        """
+        begin = self._wait(user_id)
+        held_until = 0.0
         try:
             yield
         except LoginLimited as error:
-            self._held_until = self._clock() + error.retry_after
+            held_until = self._clock() + error.retry_after
+            if not error.account_only:
+                with self._lock:
+                    self._held_until = max(self._held_until, held_until)
             raise
         except (LoginError, TokenNotStored):
             raise
@@ -84,7 +84,21 @@ class Pace:
                 self._begun.remove(begin)
             raise
         finally:
-            self._next_code[user_id] = self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS
+            next_code = self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS
+            self._next_turn[user_id] = max(next_code, held_until)
+
+    def _wait(self, user_id: str) -> float:
+        """Until this account's turn has come; when that was. Looked at anew after each sleep: a limit may have come."""
+        while True:
+            with self._lock:
+                now = self._clock()
+                full = [self._begun[-count] + seconds for count, seconds in self._limits if len(self._begun) >= count]
+                wait = max(self._held_until, self._next_turn.get(user_id, now), *full, now) - now
+                if wait <= 0:
+                    self._begun.append(now)
+                    return now
+            logger.info("Waiting %.0f s before the login of %s", wait, user_id)
+            self._sleep(max(wait, 0.001))  # Less might be nothing to the clock.
 
 
 # One for the process: Upstox counts logins, whichever batch or store they are for.

@@ -1,11 +1,12 @@
 """Encryption at rest: AES-256-GCM, a key ring, and every ciphertext bound to its row.
 
 A stored token reads `v1.<key id>.<base64url of nonce, ciphertext and tag>`. The row's user, the token's kind, its
-expiry and its generation are authenticated with it, so that a ciphertext copied into another user's row, or a row
-whose expiry was edited, is refused.
+expiry and its generation are authenticated with it, so that a ciphertext copied into another user's row or another
+kind of store, or a row whose expiry was edited, is refused.
 
-What this does not do: whoever can write the database can put back a whole older row, and Python cannot wipe a token
-from memory. Keep the keys where the database's backups are not.
+What this does not do: whoever can write the database can put back a whole older row, or the same user's row of the
+same generation and expiry from another database of that kind under the same keys. Python cannot wipe a token from
+memory. Keep the keys where the database's backups are not.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ DEFAULT_KEY_FILE = "~/.config/upstox_db_examples/keys"
 
 
 class Binding(NamedTuple):
-    """What a ciphertext belongs to. `expires_at` counts in whole seconds."""
+    """What a ciphertext belongs to. `expires_at` counts in whole seconds; `kind` says what it is and where it lies."""
 
     user_id: str
     expires_at: datetime
     generation: int
-    kind: str = "access_token"
+    kind: str
 
     def encoded(self, key_id: str) -> bytes:
         user_id, expires_at, generation, kind = self

@@ -50,7 +50,7 @@ class BackupDamaged(StorageError):
 
 
 class LoginError(StorageError):
-    """No token was obtained. The three children say what to do.
+    """No token was obtained. The children say what to do.
 
     Attributes:
         code: Upstox's error code, where it gave one.
@@ -70,11 +70,15 @@ class LoginLimited(LoginError):
 
     Attributes:
         retry_after: how long, in seconds.
+        account_only: whether other accounts can log in meanwhile.
     """
 
-    def __init__(self, message: str, code: str | None = None, retry_after: float = 60.0) -> None:
+    def __init__(
+        self, message: str, code: str | None = None, retry_after: float = 60.0, account_only: bool = False
+    ) -> None:
         super().__init__(message, code)
         self.retry_after = retry_after
+        self.account_only = account_only
 
 
 class LoginInterrupted(LoginError):

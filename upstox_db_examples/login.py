@@ -46,9 +46,10 @@ FIX_CODES = {
     "1017106": "the PIN is wrong; five wrong ones lock the account",
     "1017108": "the account is locked",
 }
+# How many seconds, and whether only this account has to wait: a one-time password is sent to one mobile number.
 WAIT_CODES = {
-    "UDAPI10005": ("too many requests", 60.0),
-    "1017069": ("Upstox blocked one-time passwords", 600.0),
+    "UDAPI10005": ("too many requests", 60.0, False),
+    "1017069": ("Upstox blocked this account's one-time passwords", 600.0, True),
 }
 AGAIN_CODES = {
     "UDAPI100057": "the authorization code was used up",
@@ -314,8 +315,8 @@ def _explain(error: object, credentials: Credentials) -> LoginError:
         if code in FIX_CODES:
             return LoginRefused(f"Fix the credentials: {FIX_CODES[code]}. Upstox said: {said}", code)
         if code in WAIT_CODES:
-            reason, seconds = WAIT_CODES[code]
-            return LoginLimited(f"Wait {seconds:.0f} s: {reason}. Upstox said: {said}", code, seconds)
+            reason, seconds, account_only = WAIT_CODES[code]
+            return LoginLimited(f"Wait {seconds:.0f} s: {reason}. Upstox said: {said}", code, seconds, account_only)
         if code in AGAIN_CODES:
             return LoginInterrupted(f"Log in again: {AGAIN_CODES[code]}. Upstox said: {said}", code)
         return LoginRefused(f"Upstox refused the login. It said: {said}", code)

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Unpack
 
 from bson import ObjectId
@@ -19,7 +19,7 @@ from .errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailabl
 from .mongodb_connection import Document, MongoDBConnection
 from .mongodb_lease import LONG_AGO, Leases
 from .mongodb_schema import make_collections
-from .storage import BATCH, Options, TokenStorage, require_aware
+from .storage import Options, TokenStorage, require_aware
 from .token import AuditEntry, Secret, StoredToken
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
@@ -50,6 +50,8 @@ class MongoUpstoxStorage(TokenStorage):
         ConfigurationError: the URL or the database is not usable.
         StoreUnavailable: the server cannot be reached.
     """
+
+    _kind = "access token in MongoDB"
 
     def __init__(
         self,
@@ -116,25 +118,6 @@ class MongoUpstoxStorage(TokenStorage):
             active = {each["token_id"] for each in db.active_tokens.find({"_id": {"$in": list(users)}, **_held()})}
         now = self._now()
         return [_shown(record, is_active=record["_id"] in active and record["expires_at"] > now) for record in records]
-
-    def cleanup_old_audit_entries(self, days_to_keep: int = 90) -> int:
-        """Delete audit entries older than this many days, in batches; tokens' records and counts stay.
-
-        Returns:
-            how many there were.
-        """
-        if type(days_to_keep) is not int or not 0 <= days_to_keep <= 36_500:
-            raise InvalidInput("days_to_keep must be a whole number of days from 0 up.")
-        old = {"performed_at": {"$lt": self._now() - timedelta(days=days_to_keep)}}
-        with self._database() as db:
-            _move_audit(db, [record["_id"] for record in db.tokens.find({"audit": {"$elemMatch": old}}, {"_id": 1})])
-        deleted = 0
-        while True:
-            with self._database() as db:
-                ids = [entry["_id"] for entry in db.token_audit.find(old, {"_id": 1}).limit(BATCH)]
-                if not ids:
-                    return deleted
-                deleted += db.token_audit.delete_many({"_id": {"$in": ids}}).deleted_count
 
     def close(self) -> None:
         self._connection.close()
@@ -223,6 +206,14 @@ class MongoUpstoxStorage(TokenStorage):
                 [DeleteOne({"_id": each["user_id"], "token_id": each["_id"]}) for each in records], ordered=False
             )
             return _end(db, [self._entry(each["user_id"], "expired", now, each["_id"]) for each in records])
+
+    def _forget_entries(self, before: datetime, limit: int) -> int:
+        old = {"performed_at": {"$lt": before}}
+        with self._database() as db:
+            inside = db.tokens.find({"audit": {"$elemMatch": old}}, {"_id": 1}).limit(limit)
+            _move_audit(db, [record["_id"] for record in inside])
+            ids = [entry["_id"] for entry in db.token_audit.find(old, {"_id": 1}).limit(limit)]
+            return db.token_audit.delete_many({"_id": {"$in": ids}}).deleted_count if ids else 0
 
     def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
         with self._database() as db:

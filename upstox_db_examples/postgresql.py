@@ -128,6 +128,11 @@ SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.c
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
 WHERE a.user_id = %(user_id)s ORDER BY a.performed_at DESC, a.id DESC LIMIT %(limit)s
 """
+# By id, for old entries have low ones: so no index on the time has to be kept up to date with each read.
+FORGET = """
+DELETE FROM upstox_token_audit
+WHERE id IN (SELECT id FROM upstox_token_audit WHERE performed_at < %(before)s ORDER BY id LIMIT %(limit)s) RETURNING id
+"""
 GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
 # Two ranges and not <>, which no index serves.
@@ -199,6 +204,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         StoreUnavailable: the server cannot be reached.
     """
 
+    _kind = "access token in PostgreSQL"
     # One step for each schema version. Never change a step that was released: append one.
     _steps: tuple[str, ...] = (SCHEMA,)
 
@@ -296,6 +302,9 @@ class PostgreSQLUpstoxStorage(TokenStorage):
 
     def _expire(self, now: datetime, limit: int) -> int:
         return len(self._run(EXPIRE, now=now, limit=limit, actor=self._actor))
+
+    def _forget_entries(self, before: datetime, limit: int) -> int:
+        return len(self._run(FORGET, before=before, limit=limit))
 
     def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
         metadata_text = json.dumps(metadata or {})

@@ -111,6 +111,8 @@ SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.c
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
 WHERE a.user_id = ? ORDER BY a.performed_at DESC, a.id DESC LIMIT ?
 """
+# By id, for old entries have low ones: so no index on the time has to be kept up to date with each write.
+OLD_ENTRIES = "SELECT id FROM upstox_token_audit WHERE performed_at < ? ORDER BY id LIMIT ?"
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
 # Two ranges and not <>, which no index serves.
@@ -171,6 +173,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         ConfigurationError: the path cannot be used, or holds something else.
     """
 
+    _kind = "access token in SQLite"
     # One step for each schema version; a file of an older version is taken forward. Never change a step that was
     # released: append one.
     _steps: tuple[str, ...] = (SCHEMA,)
@@ -308,6 +311,13 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def _expire(self, now: datetime, limit: int) -> int:
         return self._erase("expired", now, EXPIRE, _seconds(now), limit)
+
+    def _forget_entries(self, before: datetime, limit: int) -> int:
+        # Looked for outside the transaction, which would keep writers waiting.
+        old = [(row["id"],) for row in self._rows(OLD_ENTRIES, _seconds(before), limit)]
+        with self._transaction() as conn:
+            conn.executemany("DELETE FROM upstox_token_audit WHERE id = ?", old)
+        return len(old)
 
     def _erase(self, action: str, now: datetime, sql: str, *values: object) -> int:
         with self._transaction() as conn:

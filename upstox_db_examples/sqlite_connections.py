@@ -122,15 +122,17 @@ def checked_path(db_path: str | os.PathLike[str]) -> Path:
     text = os.fspath(db_path)
     if not isinstance(text, str) or not text or "\0" in text or text.startswith((":memory:", "file:")):
         raise InvalidInput("db_path is the path of a file. A database in memory would lose the token with the process.")
-    path = Path(text).absolute()
     try:
+        # Through symbolic links: two names of one file would lead to two locks, and so to two logins at once.
+        path = Path(text).resolve()
         if path.is_dir():
             raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         pass
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be made: {error.strerror}.") from error
+    except (OSError, RuntimeError) as error:  # Python 3.12 says RuntimeError of links that lead in a circle.
+        reason = getattr(error, "strerror", None) or "its links lead in a circle"
+        raise ConfigurationError(f"{text} cannot be made: {reason}.") from error
     return path
 
 

@@ -17,18 +17,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 from .batch import PACE, BatchResult, Pace, store_batch
 from .cipher import Binding, KeyRing, KeySource
 from .errors import (
     InvalidInput,
+    KeyUnavailable,
     LoginInterrupted,
     LoginRefused,
     LoginSuperseded,
     StorageError,
     TokenNotStored,
+    TokenRefused,
 )
 from .login import Login, SdkLogin
 from .token import AuditEntry, ExpiryPolicy, Secret, StoredToken, TokenResult
@@ -64,6 +66,9 @@ class Options(TypedDict, total=False):
 
 class TokenStorage(ABC):
     """Keeps one living Upstox token a user. Safe to share between threads; a context manager."""
+
+    _kind: ClassVar[str]
+    """What a ciphertext is and where it lies: one that is copied from another kind of store is refused."""
 
     def __init__(self, **options: Unpack[Options]) -> None:
         if unknown := sorted(set(options) - Options.__annotations__.keys()):
@@ -175,7 +180,9 @@ class TokenStorage(ABC):
         Returns:
             whether there was one.
         """
-        return self._revoke(_require_user_id(user_id), self._now())
+        revoked = self._revoke(_require_user_id(user_id), self._now())
+        logger.info("Revoked the token of %s" if revoked else "%s had no token to revoke", user_id)
+        return revoked
 
     def cleanup_expired_tokens(self) -> int:
         """Erase the ciphertext of dead tokens; their history and audit stay.
@@ -186,24 +193,63 @@ class TokenStorage(ABC):
         removed = 0
         while batch := self._expire(self._now(), BATCH):
             removed += batch
+        logger.info("Erased %s dead tokens", removed)
+        return removed
+
+    def cleanup_old_audit_entries(self, days_to_keep: int = 90) -> int:
+        """Delete audit entries older than this many days, in batches; tokens' records and counts stay.
+
+        Returns:
+            how many there were.
+
+        Raises:
+            ConfigurationError: a role that may only store and read tokens cannot delete what was audited.
+        """
+        if type(days_to_keep) is not int or not 0 <= days_to_keep <= 36_500:
+            raise InvalidInput("days_to_keep must be a whole number of days from 0 up.")
+        before, removed = self._now() - timedelta(days=days_to_keep), 0
+        while batch := self._forget_entries(before, BATCH):
+            removed += batch
+        logger.info("Deleted %s audit entries", removed)
         return removed
 
     def rotate_keys(self) -> int:
         """Encrypt every token again that is not under the key ring's first key.
 
-        Others may read and write meanwhile. Killed half-way, it can be run again.
+        In three steps, so that no program meets a key it does not know: give every program the new key behind the
+        old one; then in front of it; then call this. Others may read and write meanwhile. Killed half-way, it can be
+        run again.
 
         Returns:
             how many were encrypted again.
+
+        Raises:
+            KeyUnavailable, TokenRefused: some tokens cannot be read; it names the users. All others were done.
         """
-        newest = self._ring.key_ids[0]
-        rotated = 0
+        newest, rotated = self._ring.key_ids[0], 0
+        refused: dict[str, StorageError] = {}
         while batch := self._under_other_keys(newest, BATCH):
-            rotated += self._replace_ciphertexts((old, self._encrypt(self._decrypt(old), old)) for old in batch)
+            pairs = []
+            for old in batch:
+                try:
+                    pairs.append((old, self._encrypt(self._decrypt(old), old)))
+                except (KeyUnavailable, TokenRefused) as error:
+                    refused[old.user_id] = error
+            if not pairs:
+                break
+            rotated += self._replace_ciphertexts(pairs)
+        if refused:
+            first, users = next(iter(refused.values())), ", ".join(sorted(refused))
+            first.args = (f"{rotated} tokens were encrypted again, but not those of {users}. The first: {first}",)
+            raise first
+        logger.info("Encrypted %s tokens again under key %s", rotated, newest)
         return rotated
 
     def keys_in_use(self) -> dict[str, int]:
-        """How many stored tokens each key id encrypts. A key that is not named here can be thrown away."""
+        """How many stored tokens each key id encrypts.
+
+        A key that is not named here can be thrown away, unless a backup or an export that you keep needs it.
+        """
         return self._count_keys()
 
     def get_storage_status(self) -> dict[str, Any]:
@@ -274,8 +320,10 @@ class TokenStorage(ABC):
             token.token_id = self._insert(token)
         except LoginSuperseded:
             raise
-        except StorageError as error:
-            raise TokenNotStored(minted.token, minted.user_id, error) from error
+        except Exception as error:
+            # Whatever it is, such as a name that this database cannot hold: the token lives and must not be lost.
+            reason = error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}.")
+            raise TokenNotStored(minted.token, minted.user_id, reason) from error
         self._seen_user = minted.user_id
         logger.info("Stored token %s of %s", token.token_id, token.user_id)
         return _result(minted.token, token)
@@ -294,18 +342,26 @@ class TokenStorage(ABC):
         return None if getattr(self._login, "account", None) else self._seen_user
 
     def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
-        ciphertext = self._ring.encrypt(secret, _binding(token))
+        binding = Binding(token.user_id, token.expires_at, token.generation, self._kind)
+        ciphertext = self._ring.encrypt(secret, binding)
         return replace(token, ciphertext=ciphertext, key_id=self._ring.key_ids[0])
 
-    def _decrypt(self, token: StoredToken) -> Secret:
-        return self._ring.decrypt(token.ciphertext, _binding(token))
+    def _decrypt(self, token: StoredToken, kind: str | None = None) -> Secret:
+        """The token; `kind` is that of the store it comes from, where that is another one."""
+        binding = Binding(token.user_id, token.expires_at, token.generation, kind or self._kind)
+        try:
+            return self._ring.decrypt(token.ciphertext, binding)
+        except KeyUnavailable:
+            # A program that runs for long learns here of a key that was added meanwhile.
+            self._key_ring = None
+            return self._ring.decrypt(token.ciphertext, binding)
 
     @property
     def _ring(self) -> KeyRing:
         # Made when first needed: history, audit and cleanup work without any key.
-        if self._key_ring is None:
-            self._key_ring = self._keys() if callable(self._keys) else self._keys
-        return self._key_ring
+        if (ring := self._key_ring) is None:
+            ring = self._key_ring = self._keys() if callable(self._keys) else self._keys
+        return ring
 
     def _now(self) -> datetime:
         """The present in UTC, in whole seconds, as all stores can keep it."""
@@ -353,6 +409,10 @@ class TokenStorage(ABC):
     @abstractmethod
     def _expire(self, now: datetime, limit: int) -> int:
         """At most `limit` dead tokens erased ("expired"); how many, and 0 only when there are none left."""
+
+    @abstractmethod
+    def _forget_entries(self, before: datetime, limit: int) -> int:
+        """At most `limit` audit entries from before this moment deleted; how many, and 0 only when none are left."""
 
     @abstractmethod
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
@@ -452,10 +512,6 @@ def _result(secret: Secret, token: StoredToken) -> TokenResult:
             **({"source": token.source} if token.source else {}),
         },
     )
-
-
-def _binding(token: StoredToken) -> Binding:
-    return Binding(token.user_id, token.expires_at, token.generation)
 
 
 def _check_user_id(user_id: object) -> str | None:

@@ -21,7 +21,7 @@ from .batch import progress_bar
 from .errors import InvalidInput, StorageError
 from .storage import BATCH, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
-from .transfer_file import Counts, Part, by_user, read_export, write_export
+from .transfer_file import Counts, Part, by_user, kind_of, read_export, write_export
 
 COMPARED = (
     "generation", "created_at", "expires_at", "user_name", "email", "broker", "user_type", "products", "exchanges",
@@ -62,7 +62,7 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         StoreUnavailable: it cannot be written, or the store cannot be read.
     """
     with progress_bar(len(store._users()), "user", progress) as advance:
-        return write_export(Path(path), store._ring, _parts(store), advance)
+        return write_export(Path(path), store._kind, store._ring, _parts(store), advance)
 
 
 def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
@@ -75,8 +75,13 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         InvalidInput: as `migrate`.
     """
     file = Path(path)
-    users = _checked(read_export(file, store._ring), store, store._decrypt)
-    return _bring(lambda: read_export(file, store._ring), store, store._decrypt, users, progress)
+    kind = kind_of(file)
+
+    def decrypt(token: StoredToken) -> Secret:
+        return store._decrypt(token, kind)
+
+    users = _checked(read_export(file, store._ring), store, decrypt)
+    return _bring(lambda: read_export(file, store._ring), store, decrypt, users, progress)
 
 
 def _checked(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]) -> int:
@@ -175,7 +180,7 @@ def _refuse_another_history(user_id: str | None, tokens: list[StoredToken], ther
             raise InvalidInput(
                 f"{user_id} has another history there: token {token.generation} was made at {token.created_at} here "
                 f"and at {other.created_at} there. Nothing of it was changed; take a target that has no tokens of this "
-                "user."
+                "user. (Bring a backup back before any program logs in at the new store.)"
             )
 
 

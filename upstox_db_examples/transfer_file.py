@@ -1,8 +1,9 @@
 """The file of an export: what is in it, in which order, and why a part of it is never taken for the whole.
 
-A line in plain text, which names the format, the key and this one export. Then a line a part, and a last one with the
-counts and a checksum over all before it, each encrypted and bound to the first line and to its own number: so that a
-line that was changed, moved, left out or taken from another export is refused, as is a file without its last line.
+A line in plain text, which names the format, the kind of store, the key and this one export. Then a line a part, and
+a last one with the counts and a checksum over all before it, each encrypted and bound to the first line and to its own
+number: so that a line that was changed, moved, left out or taken from another export is refused, as is a file without
+its last line.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ def by_user(parts: Iterator[Part]) -> Iterator[tuple[str | None, Iterator[Part]]
     return itertools.groupby(parts, key=lambda part: part.user_id)
 
 
-def write_export(path: Path, ring: KeyRing, parts: Iterator[Part], advance: Callable[[], object]) -> Counts:
+def write_export(path: Path, kind: str, ring: KeyRing, parts: Iterator[Part], advance: Callable[[], object]) -> Counts:
     """See `transfer.export_tokens`. `advance` is called after each user."""
     _refuse_another_file(path)
-    header = f"{FORMAT}, {ring.key_ids[0]}, {secrets.token_hex(8)}"
+    header = f"{FORMAT}, {kind}, {ring.key_ids[0]}, {secrets.token_hex(8)}"
     counts, digest, number = Counts(), hashlib.sha256(), 0
     with written_whole(path) as temporary, temporary.open("w") as file:
 
@@ -85,12 +86,9 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
     last_user: object = object()
     try:
         with path.open(encoding="ascii") as file:
-            first = file.readline()
-            header = first.removesuffix("\n")
-            if not header.startswith(FORMAT) or header == first:
-                raise BackupDamaged(f"{path} is not an export of this version.")
-            digest.update(first.encode())
-            key_id = header.split(", ")[2]
+            header = _header(path, file.readline())
+            digest.update(f"{header}\n".encode())
+            key_id = header.split(", ")[3]
             for line in file:
                 # Else one wrong letter in a key's id would be taken for a key that is missing.
                 if not line.startswith(f"v1.{key_id}.") or not line.endswith("\n"):
@@ -113,6 +111,22 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
         raise damaged from error
     except OSError as error:
         raise StoreUnavailable(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def kind_of(path: Path) -> str:
+    """What the tokens in it are bound to. What it says is proved by each line that can be decrypted."""
+    try:
+        with path.open(encoding="ascii", errors="replace") as file:
+            return _header(path, file.readline()).split(", ")[2]
+    except OSError as error:
+        raise StoreUnavailable(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _header(path: Path, first: str) -> str:
+    header = first.removesuffix("\n")
+    if not header.startswith(FORMAT) or header == first or header.count(", ") != 4:
+        raise BackupDamaged(f"{path} is not a whole export of this version. Nothing was imported from it.")
+    return header
 
 
 def _refuse_another_file(path: Path) -> None:
