@@ -24,12 +24,17 @@ from upstox_db_examples import (
     KeyUnavailable,
     LoginInterrupted,
     LoginRefused,
+    LoginSuperseded,
     SdkLogin,
+    Secret,
     StorageError,
+    TokenNotStored,
     TokenRefused,
     TokenResult,
     TokenStorage,
+    storage,
 )
+from upstox_db_examples.cipher import Binding
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.token import IST
 
@@ -332,6 +337,32 @@ class StoreContract(ABC):
         with pytest.raises(ConnectionError, match="the vault is shut"):
             store.get_or_create_token(USER)
 
+    def test_who_was_logged_in_meanwhile_keeps_that_token(self, open_store: OpenStore, clock: Clock) -> None:
+        other = open_store(login=lambda _: token_data(USER, "eyJ0eXAi" + "other" * 9))
+
+        def slow_and_overtaken(_: str | None) -> AccessTokenData:
+            clock.advance(seconds=3)
+            other.store_token(USER)  # This kills the token that the slow login gives.
+            return token_data(USER)
+
+        with pytest.raises(LoginSuperseded):
+            open_store(login=slow_and_overtaken).store_token()
+        assert living(other)["token"].endswith("other")
+
+    @pytest.mark.parametrize("step", ["_generation", "_encrypt", "_insert"])
+    def test_a_token_is_not_lost_whatever_fails_after_the_login(
+        self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, step: str
+    ) -> None:
+        store = open_store(login=lambda _: token_data(USER))
+
+        def odd(*_: object) -> None:
+            raise ValueError("a driver's own error, as for a name that it cannot write")
+
+        monkeypatch.setattr(store, step, odd)
+        with pytest.raises(TokenNotStored) as caught:
+            store.store_token()
+        assert caught.value.token.reveal() == token_data(USER).access_token
+
     def test_an_opaque_token_is_kept_until_half_past_three(self, open_store: OpenStore, clock: Clock) -> None:
         store = open_store(login=lambda _: token_data(USER, "opaque-" * 9))
         result = store.store_token()
@@ -364,6 +395,17 @@ class StoreContract(ABC):
         with pytest.raises(TokenRefused):
             store.get_valid_token("CD0002")
         assert store.get_valid_token("CD0001")
+
+    def test_a_ciphertext_from_another_kind_of_store_is_refused(self, store: TokenStorage, keys: KeyRing) -> None:
+        store.store_token()
+        (row,) = self.raw_rows()
+        here = Binding(USER, ist(7, 3, 30), 1, type(store)._kind)
+        assert keys.decrypt(row["access_token"], here)
+        for kind in {"access token in SQLite", "access token in PostgreSQL", "access token in MongoDB"} - {here.kind}:
+            elsewhere = keys.encrypt(Secret("eyJ0eXAi" * 9), here._replace(kind=kind))
+            self.write_raw(row["id"], access_token=elsewhere)
+            with pytest.raises(TokenRefused):
+                store.get_valid_token(USER)
 
     def test_a_prolonged_token_is_refused(self, store: TokenStorage, clock: Clock) -> None:
         store.store_token()
@@ -429,6 +471,29 @@ class StoreContract(ABC):
             read = after.get_valid_token(user_id)
             assert read is not None
             assert read["token"] == token
+
+    def test_a_token_that_cannot_be_read_does_not_stop_a_rotation(self, open_store: OpenStore) -> None:
+        lost, old, new = (KeyRing.new_key() for _ in range(3))
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        open_store(login=login, keys=KeyRing(lost)).store_token("CD0001")
+        for user_id in ("CD0000", "CD0002"):
+            open_store(login=login, keys=KeyRing(old)).store_token(user_id)
+        rotating = open_store(keys=KeyRing(new, old))
+        with pytest.raises(KeyUnavailable, match=r"^2 tokens were encrypted again, but not those of CD0001") as caught:
+            rotating.rotate_keys()
+        assert caught.value.key_id == KeyRing(lost).key_ids[0]
+        assert rotating.keys_in_use() == {KeyRing(new).key_ids[0]: 2, KeyRing(lost).key_ids[0]: 1}
+        assert rotating.revoke_token("CD0001")
+        assert rotating.rotate_keys() == 0
+
+    def test_a_program_that_runs_for_long_learns_of_a_new_key(self, open_store: OpenStore) -> None:
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        vault = [KeyRing.new_key()]
+        long_running = open_store(login=login, keys=lambda: KeyRing(*vault))
+        long_running.store_token(USER)
+        vault.insert(0, KeyRing.new_key())
+        assert open_store(keys=KeyRing(*vault)).rotate_keys() == 1
+        assert living(long_running)
 
     # History, statistics, audit, cleanup
 
@@ -496,6 +561,47 @@ class StoreContract(ABC):
         assert [row["access_token"] for row in self.raw_rows()] == [None]
         assert len(store.get_token_history(USER)) == 1
         assert store.get_audit_trail(USER)[0]["action"] == "expired"
+
+    def test_old_audit_entries_are_deleted_and_the_counts_stay(self, counting: TokenStorage, clock: Clock) -> None:
+        counting.store_token()
+        for _ in range(3):
+            living(counting)
+        clock.advance(days=89)
+        assert counting.cleanup_old_audit_entries() == 0
+        clock.advance(days=2)
+        counting.store_token()
+        assert counting.cleanup_old_audit_entries() == 5, "login, created and three uses"
+        assert counting.cleanup_old_audit_entries() == 0
+        assert counting.get_user_statistics(USER)["total_usage"] == 3
+        assert [entry["action"] for entry in counting.get_audit_trail(USER)] == ["created", "deactivated", "login"]
+        assert counting.cleanup_old_audit_entries(days_to_keep=0) == 0
+
+    @pytest.mark.parametrize("cleanup", ["cleanup_expired_tokens", "cleanup_old_audit_entries"])
+    def test_a_cleanup_leaves_others_their_turn_after_each_batch(
+        self, open_store: OpenStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, cleanup: str
+    ) -> None:
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        cleaning, other = open_store(login=login), open_store(login=login)
+        for number in range(7):
+            other.store_token(f"CD{number:04}")
+        clock.advance(days=100)
+        other.store_token(USER)
+        monkeypatch.setattr(storage, "BATCH", 2)
+        step = "_expire" if cleanup == "cleanup_expired_tokens" else "_forget_entries"
+        batch, turns = getattr(cleaning, step), []
+
+        def others_turn_and_batch(*arguments: Any) -> int:
+            turns.append(living(other)["token"] == other.store_token(USER)["token"])
+            return int(batch(*arguments))
+
+        monkeypatch.setattr(cleaning, step, others_turn_and_batch)
+        assert getattr(cleaning, cleanup)() == (7 if step == "_expire" else 14), "and what is in use stays"
+        assert len(turns) >= 4
+
+    @pytest.mark.parametrize("days", [-1, 1.5, "90", None, True, 10**6])
+    def test_an_odd_number_of_days_is_refused(self, store: TokenStorage, days: Any) -> None:
+        with pytest.raises(InvalidInput, match="days_to_keep"):
+            store.cleanup_old_audit_entries(days)
 
     def test_the_status_names_the_database_and_the_time(self, store: TokenStorage, clock: Clock) -> None:
         status = store.get_storage_status()

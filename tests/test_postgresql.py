@@ -338,7 +338,7 @@ class TestPostgreSQL(StoreContract):
 
     def test_a_wrong_password_is_said_and_not_shown(self) -> None:
         wrong = as_role(self.url, "postgres", "hunter2hunter2")
-        with pytest.raises(StoreUnavailable, match="refused the role or its password") as caught:
+        with pytest.raises(ConfigurationError, match="refused the role or its password") as caught:
             PostgreSQLUpstoxStorage(wrong)
         assert "hunter2" not in shown_with_locals(caught.value)
 
@@ -502,8 +502,10 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(
             with store._connections.session() as conn:
                 assert conn.info.ssl_in_use
         wrong_authority, _, _ = make_certificates(tmp_path)
-        with pytest.raises(StoreUnavailable):
-            PostgreSQLUpstoxStorage(f"{verified}{wrong_authority}")
+        wrong_host = verified.replace("127.0.0.1", "another.name") + f"{server.ca_file}&hostaddr=127.0.0.1"
+        for refused in (f"{verified}{wrong_authority}", wrong_host):
+            with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
+                PostgreSQLUpstoxStorage(refused)
 
 
 def bare(url: str, sql: str, *values: object, **named: object) -> list[dict[str, Any]]:

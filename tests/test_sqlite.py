@@ -7,6 +7,7 @@ import os
 import resource
 import sqlite3
 import stat
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,13 @@ from upstox_totp.models import AccessTokenData
 from upstox_db_examples import (
     ConfigurationError,
     InvalidInput,
+    KeyRing,
     SQLiteUpstoxStorage,
     StorageError,
     StoreUnavailable,
     TokenNotStored,
     TokenStorage,
+    export_tokens,
     sqlite,
     sqlite_connections,
 )
@@ -36,6 +39,18 @@ from .conftest import Clock
 from .contract import OpenStore, StoreContract, living
 from .processes import USER, Address, token_data
 from .reliability import Counts, ReliabilityContract
+
+
+def others_can_read(file: Path) -> bool:
+    if os.geteuid() != 0:  # Only root can become somebody else. For all others what counts is what they grant.
+        return file.is_file() and bool(file.stat().st_mode & 0o077)
+    command = ["cat", str(file)]
+    done = subprocess.run(command, user=65534, group=65534, extra_groups=[], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def token_data_of(user_id: str | None) -> AccessTokenData:
+    return token_data(user_id or USER)
 
 
 @pytest.fixture
@@ -93,6 +108,38 @@ class TestSQLite(StoreContract):
             assert leaks.files_with(secret, path.parent) == []
         store.close()
         assert all(leaks.files_with(secret, path.parent) == [] for secret in tokens)
+
+    def test_nobody_else_can_read_them(self, keys: KeyRing) -> None:
+        # In a folder that others can enter, unlike pytest's.
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            (folder / "control").write_text("others can read this")
+            (folder / "control").chmod(0o644)
+            with SQLiteUpstoxStorage(folder / "upstox.db", login=token_data_of, keys=keys) as store:
+                store.store_token(USER)
+                store.backup(folder / "copy.db")
+                export_tokens(store, folder / "export", progress=False)
+                readable = {str(file.relative_to(folder)) for file in folder.rglob("*") if others_can_read(file)}
+        assert readable == {"control"}
+
+    def test_of_two_names_of_one_file_only_one_logs_in(
+        self, open_store: OpenStore, path: Path, upstox: LocalUpstox
+    ) -> None:
+        stores = [open_store()]
+        self.path = path.parent / "link.db"
+        self.path.symlink_to(path)
+        stores.append(open_store())
+        upstox.login_seconds = 0.3
+        with ThreadPoolExecutor(2) as threads:
+            tokens = set(threads.map(lambda store: store.get_or_create_token(USER)["token"], stores))
+        assert (len(tokens), upstox.logins()) == (1, 1)
+
+    def test_links_that_lead_in_a_circle_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a.db").symlink_to(tmp_path / "b.db")
+        (tmp_path / "b.db").symlink_to(tmp_path / "a.db")
+        with pytest.raises(ConfigurationError, match=r"a\.db cannot be made"):
+            SQLiteUpstoxStorage(tmp_path / "a.db")
 
     def test_a_commit_reaches_the_disk_before_it_is_acknowledged(self, store: SQLiteUpstoxStorage) -> None:
         with store.get_connection() as conn:

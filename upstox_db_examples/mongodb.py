@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Unpack
 
 from bson import ObjectId
-from pymongo import ASCENDING, DESCENDING, DeleteOne, ReturnDocument, UpdateOne
+from pymongo import ASCENDING, DESCENDING, ReturnDocument, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
@@ -19,7 +19,7 @@ from .errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailabl
 from .mongodb_connection import Document, MongoDBConnection
 from .mongodb_lease import LONG_AGO, Leases
 from .mongodb_schema import make_collections
-from .storage import Options, TokenStorage, require_aware
+from .storage import Options, TokenStorage, require_aware, require_positive
 from .token import AuditEntry, Secret, StoredToken
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
@@ -41,7 +41,8 @@ class MongoUpstoxStorage(TokenStorage):
     Args:
         connection_string: a `mongodb://` or `mongodb+srv://` URL, as `pymongo.MongoClient` takes it.
         database_name: the database.
-        timeout: seconds for each call's answers together, elections of a new primary included.
+        timeout: seconds for the answers of each step, elections of a new primary included: a read is one step, a
+            login a few.
         lease: seconds after which another caller may log a user in whose login's process has died. A login that takes
             longer keeps its lease.
         options: see `Options`.
@@ -63,6 +64,8 @@ class MongoUpstoxStorage(TokenStorage):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(**options)
+        require_positive("timeout", timeout)
+        require_positive("lease", lease)
         url = Secret(connection_string)
         del connection_string  # A traceback that prints local variables must not show its password.
         self._connection = MongoDBConnection(url, database_name, timeout)
@@ -87,15 +90,18 @@ class MongoUpstoxStorage(TokenStorage):
         """
         statistics = self.get_user_statistics(user_id)
         statistics["avg_usage"] = statistics.pop("avg_usage_per_token")
-        newest = next((row for row in self.get_token_history(user_id, limit=1) if row["is_active"]), None)
+        # From the document that leads to it, and not the newest record: that one may be on its way.
+        with self._database() as db:
+            active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": self._now()}, **_held()})
+            record = db.tokens.find_one({"_id": active["token_id"]}, {"usage_count": 1}) if active else None
         return {
             "user_id": user_id,
             "statistics": statistics,
             "recent_activity": self.get_audit_trail(user_id, limit=10),
             "active_token": {
-                "exists": newest is not None,
-                "expires_at": newest["expires_at"] if newest else None,
-                "usage_count": newest["usage_count"] if newest else 0,
+                "exists": active is not None,
+                "expires_at": active["expires_at"].isoformat() if active else None,
+                "usage_count": record["usage_count"] if record else 0,
             },
         }
 
@@ -191,8 +197,10 @@ class MongoUpstoxStorage(TokenStorage):
                 {"_id": user_id, **_held()},
                 {"$unset": {"ciphertext": 1, "key_id": 1}, "$set": {"ended": entry}},
             )
-            if erased:
-                _end(db, [{**entry, "token_id": erased["token_id"]}])
+            # Or by one who was cut off here.
+            held = erased or db.active_tokens.find_one({"_id": user_id, "ended": {"$exists": True}})
+            if held:
+                _end(db, [{**held.get("ended", entry), "token_id": held["token_id"]}])
         return erased is not None
 
     def _expire(self, now: datetime, limit: int) -> int:
@@ -201,16 +209,28 @@ class MongoUpstoxStorage(TokenStorage):
             records = list(db.tokens.find(dead, {"user_id": 1}).sort("expires_at").limit(limit))
             if not records:
                 return 0
-            # Usually the TTL was here before.
-            db.active_tokens.bulk_write(
-                [DeleteOne({"_id": each["user_id"], "token_id": each["_id"]}) for each in records], ordered=False
+            # Usually the TTL was here before. Else a revocation may have been cut off, and ends here.
+            ids = {"token_id": {"$in": [each["_id"] for each in records]}}
+            users = {"_id": {"$in": [each["user_id"] for each in records]}}
+            cut_off = {
+                each["token_id"]: each["ended"]
+                for each in db.active_tokens.find(
+                    {**users, **ids, "ended": {"$exists": True}}, {"ended": 1, "token_id": 1}
+                )
+            }
+            db.active_tokens.delete_many({**users, **ids})
+            entries = [self._entry(each["user_id"], "expired", now, each["_id"]) for each in records]
+            return _end(
+                db,
+                [{**entry, **cut_off.get(entry["token_id"], {}), "token_id": entry["token_id"]} for entry in entries],
             )
-            return _end(db, [self._entry(each["user_id"], "expired", now, each["_id"]) for each in records])
 
     def _forget_entries(self, before: datetime, limit: int) -> int:
         old = {"performed_at": {"$lt": before}}
         with self._database() as db:
-            inside = db.tokens.find({"audit": {"$elemMatch": old}}, {"_id": 1}).limit(limit)
+            # By the index on the few records that hold entries.
+            holding = {"audit.user_id": {"$gte": ""}, "audit": {"$elemMatch": old}}
+            inside = db.tokens.find(holding, {"_id": 1}).limit(limit)
             _move_audit(db, [record["_id"] for record in inside])
             ids = [entry["_id"] for entry in db.token_audit.find(old, {"_id": 1}).limit(limit)]
             return db.token_audit.delete_many({"_id": {"$in": ids}}).deleted_count if ids else 0
@@ -237,7 +257,9 @@ class MongoUpstoxStorage(TokenStorage):
     def _generation(self, user_id: str) -> int:
         with self._database() as db:
             newest = db.tokens.find_one({"user_id": user_id}, {"generation": 1}, sort=[("generation", DESCENDING)])
-        return int(newest["generation"]) if newest else 0
+            # After a restore that was not of one moment the records may be behind.
+            active = db.active_tokens.find_one({"_id": user_id}, {"generation": 1})
+        return max(int(each["generation"]) if each else 0 for each in (newest, active))
 
     def _user_of_account(self, account: str) -> str | None:
         with self._database() as db:
@@ -437,14 +459,24 @@ def _end(db: Database[Document], entries: list[Document]) -> int:
 
 def _move_audit(db: Database[Document], token_ids: list[ObjectId]) -> None:
     """From inside the records to a collection of their own. Cut off anywhere, it is done again without harm."""
-    for record in db.tokens.find({"_id": {"$in": token_ids}, "audit.0": {"$exists": True}}, {"audit": 1}):
-        try:
-            db.token_audit.insert_many(record["audit"], ordered=False)
-        except BulkWriteError as error:
-            if any(fault["code"] != 11000 for fault in error.details["writeErrors"]):
-                raise
-        moved = [entry["_id"] for entry in record["audit"]]
-        db.tokens.update_one({"_id": record["_id"]}, {"$pull": {"audit": {"_id": {"$in": moved}}}})
+    records = list(db.tokens.find({"_id": {"$in": token_ids}, "audit.0": {"$exists": True}}, {"audit": 1}))
+    if not records:
+        return
+    try:
+        db.token_audit.insert_many([entry for record in records for entry in record["audit"]], ordered=False)
+    except BulkWriteError as error:
+        if any(fault["code"] != 11000 for fault in error.details["writeErrors"]):
+            raise
+    db.tokens.bulk_write(
+        [
+            UpdateOne(
+                {"_id": record["_id"]},
+                {"$pull": {"audit": {"_id": {"$in": [entry["_id"] for entry in record["audit"]]}}}},
+            )
+            for record in records
+        ],
+        ordered=False,
+    )
 
 
 def _shown(record: Mapping[str, Any], *, is_active: bool) -> dict[str, Any]:

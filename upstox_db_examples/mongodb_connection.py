@@ -91,7 +91,9 @@ def _described(url: Secret, name: str) -> str:
     """Where the database is, without any password."""
     try:
         if url.reveal().startswith("mongodb+srv://"):  # The hosts are in the DNS.
-            return url.reveal().rpartition("@")[2].removeprefix("mongodb+srv://").partition("/")[0] + f"/{name}"
+            before, _, after = url.reveal().removeprefix("mongodb+srv://").rpartition("@")
+            # With a second @ it cannot be told what belongs to a password.
+            return ("mongodb+srv" if "@" in before else after.partition("/")[0].partition("?")[0]) + f"/{name}"
         hosts = parse_uri(url.reveal(), validate=False)["nodelist"]
         return ",".join(f"{host}:{port}" for host, port in hosts) + f"/{name}"
     except (PyMongoError, ValueError, TypeError, AttributeError):
@@ -111,7 +113,7 @@ def _forget_frames(error: BaseException | None) -> None:
 
 _EXPLANATIONS: dict[int, tuple[type[StorageError], str]] = {
     13: (ConfigurationError, "does not allow this user to do that. Grant it readWrite on the database."),
-    18: (StoreUnavailable, "refused the user or its password. Check both."),
+    18: (ConfigurationError, "refused the user or its password. Check both."),
     121: (StoreUnavailable, "refused the document by its validator. Was it changed by hand?"),
     14031: (StoreUnavailable, "has a full disk. Make room and try again."),
 }
@@ -122,6 +124,11 @@ def _explained(error: Exception, where: str, timeout: float) -> StorageError:
     if code in _EXPLANATIONS:
         kind, what = _EXPLANATIONS[code]
         return kind(f"MongoDB at {where} {what}")
+    if "certificate" in str(error):
+        return ConfigurationError(
+            f"MongoDB at {where} did not pass the check of TLS: its certificate, its host name, or the authority in "
+            "tlsCAFile. Mend that; without it somebody else could be listening."
+        )
     if isinstance(error, OperationFailure) and not error.timeout:
         return StoreUnavailable(f"MongoDB at {where} could not do it (code {code}). Try again.")
     return StoreUnavailable(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from pymongo import ReturnDocument
 from pymongo.database import Database
 
-from .errors import LoginSuperseded, StorageError, StoreUnavailable
+from .errors import LoginSuperseded, StorageError, StoreUnavailable, TokenNotStored
 
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -41,7 +42,7 @@ class Leases:
     ) -> None:
         self._database = database
         self._seconds = seconds
-        self._local_locks: dict[str, threading.Lock] = {}
+        self._local_locks: dict[tuple[int, str], threading.Lock] = {}
         self._holding = threading.local()
 
     @contextmanager
@@ -53,7 +54,8 @@ class Leases:
         deadline = time.monotonic() + wait
         waited = StoreUnavailable(f"Waited {wait:g} s for another login of {name}. Try again, or raise login_wait.")
         # Of the threads of a process only one asks the server.
-        local = self._local_locks.setdefault(name, threading.Lock())
+        # (By process, for a forked child may inherit a lock that its parent's thread holds.)
+        local = self._local_locks.setdefault((os.getpid(), name), threading.Lock())
         if not local.acquire(timeout=wait):
             raise waited
         try:
@@ -62,17 +64,22 @@ class Leases:
                 if time.monotonic() >= deadline:
                     raise waited
                 time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - so that a crowd does not ask all at once
-            outer, self._holding.lease = getattr(self._holding, "lease", None), lease
+            outer: list[_Lease] = getattr(self._holding, "leases", [])
+            self._holding.leases = [*outer, lease]
             released = threading.Event()
             renewing = threading.Thread(target=self._renew_until, args=(released, lease), daemon=True)
-            renewing.start()
+            answers = True
             try:
+                renewing.start()
                 yield
+            except (StoreUnavailable, TokenNotStored):
+                answers = False
+                raise
             finally:
-                self._holding.lease = outer
-                released.set()
-                renewing.join()
-                self._release(lease)
+                self._holding.leases = outer
+                released.set()  # A renewal that is under way finds another owner, or none.
+                if answers:  # Else this would only wait once more, and the lease ends by itself.
+                    self._release(lease)
         finally:
             local.release()
 
@@ -83,10 +90,9 @@ class Leases:
         out here; whoever takes it over afterwards writes a later generation.
 
         Raises:
-            LoginSuperseded: another caller has taken this thread's lease over.
+            LoginSuperseded: another caller has taken a lease of this thread over.
         """
-        lease = getattr(self._holding, "lease", None)
-        if lease is not None and not self._renew(lease):
+        if not all(self._renew(lease) for lease in getattr(self._holding, "leases", [])):
             raise LoginSuperseded(
                 "This login took so long that another caller took over. Read the token that it stored."
             )
@@ -118,10 +124,14 @@ class Leases:
             return db.leases.update_one({"_id": lease.name, "owner": lease.owner}, renewal).matched_count == 1
 
     def _renew_until(self, released: threading.Event, lease: _Lease) -> None:
-        while not released.wait(self._seconds / 3):
-            with contextlib.suppress(StorageError):  # The next renewal may succeed; if not, the write is refused.
+        pause = self._seconds / 3
+        while not released.wait(pause):
+            try:
                 if not self._renew(lease):
                     return
+                pause = self._seconds / 3
+            except StorageError:
+                pause = self._seconds / 30  # Soon again, while it can still succeed; if not, the write is refused.
 
     def _release(self, lease: _Lease) -> None:
         with contextlib.suppress(StorageError), self._database() as db:  # else it ends by itself

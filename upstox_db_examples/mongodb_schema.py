@@ -40,7 +40,7 @@ VALIDATORS: dict[str, dict[str, Any]] = {
         key_id={"bsonType": "string"},
         ended={"bsonType": "object"},
     ),
-    # No field here could hold a token.
+    # No field here is meant for a token.
     "tokens": _only(
         {
             "_id": {"bsonType": "objectId"},
@@ -120,11 +120,15 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
         return
     if version > VERSION:
         raise ConfigurationError(f"{where} has schema version {version}; this package knows {VERSION}. Upgrade it.")
-    if found is None and (db.tokens.find_one({}, {"_id": 1}) or db.token_audit.find_one({}, {"_id": 1})):
+    foreign = found is None and (db.tokens.find_one({}, {"_id": 1}) or db.token_audit.find_one({}, {"_id": 1}))
+    if foreign and not db.schema_version.find_one({"_id": "upstox"}):  # Another opener may have made it meanwhile.
         raise ConfigurationError(
             f"{where} has a collection tokens that was made by another program and may hold plaintext tokens. Name "
             "another database."
         )
+    for name in ("tokens", "token_audit"):
+        if any("expireAfterSeconds" in index for index in db[name].list_indexes()):
+            raise ConfigurationError(f"{where} has a TTL index on {name}, which would delete history. Drop it first.")
     # From here on these collections are ours, also if this is cut off before its end.
     db.schema_version.update_one({"_id": "upstox"}, {"$setOnInsert": {"version": 0}}, upsert=True)
     for name, validator in VALIDATORS.items():

@@ -13,10 +13,10 @@ from typing import Any, Unpack, cast
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from .errors import InvalidInput, StoreUnavailable
+from .errors import StoreUnavailable
 from .sqlite import SQLiteUpstoxStorage
 from .sqlite_connections import SQLiteConnections, connected, explained
-from .storage import Options
+from .storage import Options, require_pool_size, require_positive
 
 
 class PooledUpstoxStorage(SQLiteUpstoxStorage):
@@ -48,10 +48,8 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         audit_reads: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        if type(pool_size) is not int or pool_size < 1:
-            raise InvalidInput("pool_size must be a whole number from 1 up.")
-        if not isinstance(timeout, int | float) or not timeout > 0:
-            raise InvalidInput("timeout must be a positive number of seconds.")
+        require_pool_size(pool_size)
+        require_positive("timeout", timeout)
         self.pool_size = pool_size
         self._timeout = timeout
         super().__init__(db_path, audit_reads=audit_reads, **options)
@@ -60,8 +58,8 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         """How the pool is used now.
 
         Returns:
-            `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many are open and
-            free. `unopened`: how many were not needed so far, or were thrown away after an error.
+            `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many were used and
+            are free; one that saw an error is opened anew. `unopened`: how many were not needed so far.
         """
         in_use, idle = self._connections.pool.checkedout(), self._connections.pool.checkedin()
         return {"size": self.pool_size, "in_use": in_use, "idle": idle, "unopened": self.pool_size - in_use - idle}

@@ -14,7 +14,7 @@ from psycopg2.extensions import connection
 
 from .errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from .postgresql_connections import PostgreSQLConnections
-from .storage import Options, TokenStorage
+from .storage import Options, TokenStorage, require_pool_size, require_positive
 from .token import AuditEntry, Secret, StoredToken
 
 # user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is
@@ -212,6 +212,8 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         self, connection_string: str, *, pool_size: int = 5, timeout: float = 5.0, **options: Unpack[Options]
     ) -> None:
         super().__init__(**options)
+        require_pool_size(pool_size)
+        require_positive("timeout", timeout)
         dsn = Secret(connection_string)
         del connection_string  # A traceback that prints local variables must not show its password.
         self._connections = PostgreSQLConnections(dsn, pool_size, timeout)

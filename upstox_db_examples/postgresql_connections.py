@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import select
 import threading
 import time
@@ -58,7 +59,7 @@ class PostgreSQLConnections:
         self._process = os.getpid()
         self._closed = False
         self._unlocked: list[connection] = []
-        self._local_locks: dict[str, threading.Lock] = {}
+        self._local_locks: dict[tuple[int, str], threading.Lock] = {}
         self._holding = threading.local()
 
     def run(self, sql: str, **values: object) -> list[dict[str, Any]]:
@@ -110,7 +111,8 @@ class PostgreSQLConnections:
         """
         waited = StoreUnavailable(f"Waited {wait:g} s for another login of {name}. Try again, or raise login_wait.")
         # Only one thread of a process waits at the server, or a crowd would use up its connections.
-        local = self._local_locks.setdefault(name, threading.Lock())
+        # (By process, for a forked child may inherit a lock that its parent's thread holds.)
+        local = self._local_locks.setdefault((os.getpid(), name), threading.Lock())
         if not local.acquire(timeout=wait):
             raise waited
         outer: connection | None = getattr(self._holding, "conn", None)
@@ -289,7 +291,15 @@ def _explained(error: Exception, where: str, timeout: float) -> StorageError:
         return StoreUnavailable(f"No connection to {where} came free for {timeout:g} s. Use a larger pool_size.")
     if isinstance(error, TimeoutError):
         return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
-    state = getattr(error, "pgcode", None)
+    state, text = getattr(error, "pgcode", None), str(error)
+    # (An end of file is a server that died.)
+    if state is None and re.search(r"certificate|not support SSL|SSL error: (?!unexpected eof)", text):
+        return ConfigurationError(
+            f"PostgreSQL at {where} did not pass the check of TLS: its certificate, its host name, or the authority in "
+            "sslrootcert. Mend that; without it somebody else could be listening."
+        )
+    if state is None and "authentication failed" in text:
+        return ConfigurationError(f"PostgreSQL at {where} refused the role or its password. Check both.")
     if state in _EXPLANATIONS:
         kind, what = _EXPLANATIONS[state]
         return kind(f"PostgreSQL at {where} {what}")

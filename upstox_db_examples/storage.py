@@ -10,11 +10,12 @@ import contextlib
 import functools
 import getpass
 import logging
+import math
 import os
 import re
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -79,6 +80,7 @@ class TokenStorage(ABC):
         self._named_actor = options.get("actor")
         self._policy = options.get("policy") or ExpiryPolicy()
         self._login_wait = options.get("login_wait", 60.0)
+        require_positive("login_wait", self._login_wait)
         self._key_ring: KeyRing | None = None
         self._seen_user: str | None = None
 
@@ -279,9 +281,15 @@ class TokenStorage(ABC):
             generation = self._generation(user_id) if user_id else None
             self._record(user_id, "login", now)  # ... and so has a database that takes no write.
             minted = self._mint(user_id, now)
-            if generation is None:
-                generation = self._generation(minted.user_id)
-            return self._save(minted, generation + 1, now)
+            with _not_lost(minted):
+                if generation is not None:
+                    return self._save(minted, generation + 1, now)
+                # Nobody was named, so this was not under the user's lock: he may have been logged in meanwhile.
+                with self._lock(minted.user_id):
+                    newest = self._history(minted.user_id, 1, now)
+                    if newest and newest[0]["created_at"] > now.isoformat():
+                        raise LoginSuperseded(f"A newer login of {minted.user_id} is stored. Read its token.")
+                    return self._save(minted, self._generation(minted.user_id) + 1, now)
 
     def _mint(self, user_id: str | None, now: datetime) -> _Minted:
         logger.info("Logging %s in", user_id or "the default account")
@@ -316,14 +324,7 @@ class TokenStorage(ABC):
             **minted.profile,
         )
         token = self._encrypt(minted.token, token)
-        try:
-            token.token_id = self._insert(token)
-        except LoginSuperseded:
-            raise
-        except Exception as error:
-            # Whatever it is, such as a name that this database cannot hold: the token lives and must not be lost.
-            reason = error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}.")
-            raise TokenNotStored(minted.token, minted.user_id, reason) from error
+        token.token_id = self._insert(token)
         self._seen_user = minted.user_id
         logger.info("Stored token %s of %s", token.token_id, token.user_id)
         return _result(minted.token, token)
@@ -498,6 +499,18 @@ def _wrap(data: AccessTokenData) -> _Minted:
     )
 
 
+@contextlib.contextmanager
+def _not_lost(minted: _Minted) -> Iterator[None]:
+    """Whatever fails in here, such as a name that this database cannot hold: the token lives, and must not be lost."""
+    try:
+        yield
+    except LoginSuperseded:
+        raise
+    except Exception as error:
+        reason = error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}.")
+        raise TokenNotStored(minted.token, minted.user_id, reason) from error
+
+
 def _result(secret: Secret, token: StoredToken) -> TokenResult:
     return TokenResult(
         secret,
@@ -542,7 +555,28 @@ def require_aware(moment: datetime, name: str) -> datetime:
         return moment
     if not isinstance(moment, datetime) or moment.utcoffset() is None:
         raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
-    return moment.astimezone(UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidInput(f"{name} lies outside the years 1 to 9999 in UTC.") from error
+
+
+def require_positive(name: str, number: float) -> None:
+    """
+    Raises:
+        InvalidInput: it is none, such as a time without end, for which somebody would wait.
+    """
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise InvalidInput(f"{name} must be a positive number.")
+
+
+def require_pool_size(number: int) -> None:
+    """
+    Raises:
+        InvalidInput: it is no size of a pool.
+    """
+    if type(number) is not int or number < 1:
+        raise InvalidInput("pool_size must be a whole number from 1 up.")
 
 
 @functools.cache
