@@ -49,6 +49,11 @@ def has_quiet_outputs(notebook: Notebook) -> None:
             assert not re.search(pattern, text), f"{what} in: {text}"
 
 
+def has_outputs_as_wide_as_a_page(notebook: Notebook) -> None:
+    # A wider one scrolls sideways in JupyterLab, and its end is not read.
+    assert [line for text in outputs(notebook) for line in text.splitlines() if len(line) > 100] == []
+
+
 def has_one_title_and_it_comes_first(notebook: Notebook) -> None:
     titles = [cell for cell in notebook.cells if cell.cell_type == "markdown" and re.search(r"(?m)^# ", cell.source)]
     assert titles == [notebook.cells[0]]
@@ -85,6 +90,7 @@ CHECKS: list[Callable[[Notebook], None]] = [
     ran_in_order,
     shows_no_error,
     has_quiet_outputs,
+    has_outputs_as_wide_as_a_page,
     has_one_title_and_it_comes_first,
     has_short_cells,
     hides_nothing_by_a_semicolon,
@@ -107,7 +113,7 @@ def test_the_notebook(path: Path, check: Callable[[Notebook], None]) -> None:
 def test_each_check_fails_on_a_bad_notebook() -> None:
     bad = nbformat.v4.new_notebook()
     error = nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])
-    shown = nbformat.v4.new_output("stream", text="postgresql://user:password@127.0.0.1:5432")
+    shown = nbformat.v4.new_output("stream", text="postgresql://user:password@127.0.0.1:5432 " * 3)
     bad.cells = [
         nbformat.v4.new_markdown_cell("## No title\n[gone](nowhere.ipynb)"),
         nbformat.v4.new_code_cell(
