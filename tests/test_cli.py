@@ -120,6 +120,40 @@ def test_what_has_to_be_put_right_first_ends_with_3(run: Run, account: Account, 
             assert secret not in done.stderr
 
 
+def test_a_mistyped_store_is_refused_and_not_made(run: Run, tmp_path: Path) -> None:
+    for arguments in (
+        ["status"],
+        ["history", USER],
+        ["audit", USER],
+        ["cleanup"],
+        ["rotate-keys"],
+        ["backup", "all.export"],
+        ["migrate", "sqlite:///target.db"],
+    ):
+        for address in ("typo.db", "sqlite:///nowhere/typo.db"):
+            done = run("--store", address, *arguments)
+            assert (done.returncode, done.stdout) == (3, ""), done
+            assert "typo.db cannot be opened: No such file or directory. Check --store" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_is_not_replaced_by_one_without_tokens(run: Run, tmp_path: Path) -> None:
+    good(run("login"))
+    good(run("backup", "good.export"))
+    kept = (tmp_path / "good.export").read_bytes()
+    SQLiteUpstoxStorage(tmp_path / "new.db").close()
+    # A failed login is a user and an audit entry, and yet nothing that one would want back.
+    assert run("--store", "failed.db", "token", UPSTOX_PIN_CODE="000000").returncode == 3
+    for store in ("new.db", "failed.db"):
+        done = run("--store", store, "backup", "good.export")
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "good.export is there already" in done.stderr
+        assert (tmp_path / "good.export").read_bytes() == kept
+        good(run("--store", store, "backup", f"{store}.export"))
+    good(run("backup", "good.export"))
+    assert (tmp_path / "good.export").read_bytes() != kept
+
+
 def test_what_may_be_tried_again_ends_with_1(run: Run) -> None:
     nobody = "postgresql://user:hunter2hunter2@127.0.0.1:1/db"
     for arguments in (["token"], ["status"]):

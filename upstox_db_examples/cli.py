@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -12,6 +13,7 @@ import click
 import upstox_db_examples as package
 
 from .errors import (
+    ConfigurationError,
     InvalidInput,
     LoginInterrupted,
     LoginLimited,
@@ -77,7 +79,7 @@ Put an address with a password into UPSTOX_DB_STORE: all users of a machine can 
 def main(ctx: click.Context, store: str, accounts: str | None) -> None:
     """Keep Upstox access tokens in a database: log in, read, look after them."""
     options = {"login": Accounts.from_file(accounts)} if accounts else {}
-    ctx.obj = lambda: ctx.with_resource(opened(store, **options))
+    ctx.obj = lambda new=False: ctx.with_resource(opened(store, new=new, **options))
 
 
 @main.command()
@@ -87,7 +89,7 @@ def main(ctx: click.Context, store: str, accounts: str | None) -> None:
 def token(store: Any, user: str | None, masked: bool) -> None:
     """Print the living token, and nothing else; log in if there is none."""
     try:
-        result = store().get_or_create_token(user)
+        result = store(new=True).get_or_create_token(user)
         click.echo(shown(result) if masked else result["token"])
     except TokenNotStored as error:
         if masked:
@@ -102,7 +104,7 @@ def token(store: Any, user: str | None, masked: bool) -> None:
 @click.pass_obj
 def login(store: Any, user: str | None, keep: bool) -> None:
     """Log in and keep the new token. The one before dies by that."""
-    open_store = store()
+    open_store = store(new=True)
     click.echo(shown(open_store.get_or_create_token(user) if keep else open_store.store_token(user)))
 
 
@@ -157,7 +159,13 @@ def rotate_keys(store: Any) -> None:
 @click.pass_obj
 def backup(store: Any, file: str) -> None:
     """Write all that is kept into an encrypted FILE. It needs the store's key to be read."""
-    click.echo(counted(package.export_tokens(store(), file, progress=sys.stderr.isatty())))
+    open_store = store()
+    if Path(file).exists() and not any(map(open_store._tokens_of, open_store._users())):
+        raise InvalidInput(
+            f"{file} is there already, and this store has no token to put in its place. Check --store and "
+            "UPSTOX_DB_STORE, or name another file."
+        )
+    click.echo(counted(package.export_tokens(open_store, file, progress=sys.stderr.isatty())))
 
 
 @main.command()
@@ -165,7 +173,7 @@ def backup(store: Any, file: str) -> None:
 @click.pass_obj
 def restore(store: Any, file: str) -> None:
     """Bring a backup's FILE into the store. What is there already stays."""
-    click.echo(counted(package.import_tokens(store(), file, progress=sys.stderr.isatty())))
+    click.echo(counted(package.import_tokens(store(new=True), file, progress=sys.stderr.isatty())))
 
 
 @main.command()
@@ -173,15 +181,19 @@ def restore(store: Any, file: str) -> None:
 @click.pass_context
 def migrate(ctx: click.Context, target: str) -> None:
     """Bring all that is kept into another store, TARGET or UPSTOX_DB_TARGET, and compare."""
-    source, other = ctx.obj(), ctx.with_resource(opened(target))
+    source, other = ctx.obj(), ctx.with_resource(opened(target, new=True))
     click.echo(counted(package.migrate(source, other, progress=sys.stderr.isatty())))
 
 
-def opened(where: str, **options: Any) -> TokenStorage:
+def opened(where: str, *, new: bool = False, **options: Any) -> TokenStorage:
     """The store of this address.
+
+    Args:
+        new: make a SQLite file that is not there. Else a mistyped name would be a healthy store without tokens.
 
     Raises:
         InvalidInput: there is no store of that kind.
+        ConfigurationError: there is no such file.
     """
     first, _, second = where.partition(" ")
     scheme = urlsplit(first).scheme
@@ -195,7 +207,16 @@ def opened(where: str, **options: Any) -> TokenStorage:
             urlunsplit(parts._replace(fragment="")), parts.fragment or "upstox_db", **options
         )
     if "://" not in where or scheme == "sqlite":
-        return package.SQLiteUpstoxStorage(where.removeprefix("sqlite:///"), **options)
+        file = where.removeprefix("sqlite:///")
+        try:
+            if not new:
+                Path(file).stat()
+        except OSError as error:
+            raise ConfigurationError(
+                f"{file} cannot be opened: {error.strerror}. Check --store and UPSTOX_DB_STORE. A new store is made by "
+                "upstox-db token, login or restore."
+            ) from error
+        return package.SQLiteUpstoxStorage(file, **options)
     raise InvalidInput(f"There is no store for {scheme}://. See upstox-db --help.")
 
 
