@@ -51,10 +51,10 @@ bench: .venv/dev
 		exit 1; }
 	@touch $@ .venv/all
 
-# The first interpreter that is 3.12 or newer. The default python3 is often older.
+# An interpreter that the tests run on, else the first that is newer. The default python3 is often older.
 .venv/bin/python:
-	@found=; for candidate in "$(PYTHON)" python3.14 python3.13 python3.12 python3 python \
-		"$$HOME"/.pyenv/versions/3.*/bin/python "$$(command -v uv >/dev/null 2>&1 && uv python find '>=3.12' 2>/dev/null)" \
+	@found=; for candidate in "$(PYTHON)" python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[32].*/bin/python \
+		python3 python python3.14 "$$HOME"/.pyenv/versions/3.*/bin/python "$$(command -v uv >/dev/null 2>&1 && uv python find '>=3.12' 2>/dev/null)" \
 		$(ELSEWHERE); do \
 		if [ -n "$$candidate" ] && "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; \
 		then found=$$candidate; break; fi; done; \
