@@ -23,7 +23,7 @@ from .errors import (
 )
 from .login import Accounts, SdkLogin
 from .sqlite import SQLiteUpstoxStorage
-from .storage import TokenStorage
+from .storage import Options, TokenStorage
 from .token import ExpiryPolicy, Secret, TokenResult
 from .transfer import export_tokens, import_tokens, migrate
 from .transfer_file import Counts
@@ -51,6 +51,7 @@ __all__ = [
     "LoginRefused",
     "LoginSuperseded",
     "MongoUpstoxStorage",
+    "Options",
     "Pace",
     "PooledUpstoxStorage",
     "PostgreSQLUpstoxStorage",
