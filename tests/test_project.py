@@ -347,6 +347,21 @@ def test_a_pattern_runs_where_its_files_are_copied(
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
+@pytest.mark.parametrize(
+    ("selected", "processes", "told"),
+    [("one or two", "0", "1 deselected."), ("not two", "1", "1 deselected, 1 skipped.")],
+)
+def test_what_was_not_run_is_told(tmp_path: Path, selected: str, processes: str, told: str) -> None:
+    code = "import pytest\ndef test_one(): pass\ndef test_two(): pass\ndef test_three(): pytest.skip('')\n"
+    (tmp_path / "test_some.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "tests.databases", "-n", processes, "-k", selected]
+    command += ["--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)]
+    quick = dict.fromkeys(("POSTGRES_URL", "MONGODB_URL", "REDIS_URL"), "none is asked")
+    quick["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quick}, text=True, capture_output=True, check=True)
+    assert f"\nNot run, of the tests collected: {told}\n" in done.stdout
+
+
 def test_the_readme_says_what_to_copy_for_all_five() -> None:
     assert [pattern for pattern, *_ in COPIED] == list(CLASSES)
 
