@@ -253,8 +253,14 @@ def test_every_example_runs_as_it_stands_but_for_the_url(
     assert "created" in good(execute("upstox-db", "--store", postgres_url, "audit", USER, PATH=path))
 
 
-def test_one_is_not_told_as_many(run: Run, tmp_path: Path) -> None:
+def test_what_is_old_can_be_cleaned_up_and_one_is_not_told_as_many(run: Run, tmp_path: Path) -> None:
     good(run("login"))
     with closing(sqlite3.connect(tmp_path / "upstox.db")) as conn, conn:
         conn.execute("UPDATE upstox_tokens SET expires_at = 0")
+        conn.execute("UPDATE upstox_token_audit SET performed_at = 0 WHERE action = 'login'")
     assert good(run("cleanup")) == "Erased: 1 dead token.\n"
+    assert "login" in good(run("audit", USER)), "a trail is not cut without a word"
+    assert good(run("cleanup", "--audit-days", "365")) == "Erased: 0 dead tokens.\nDeleted: 1 audit entry.\n"
+    left = [entry["action"] for entry in json.loads(good(run("audit", USER, "--json")))]
+    assert left == ["expired", "created"]
+    assert run("cleanup", "--audit-days", "-1").returncode == 2

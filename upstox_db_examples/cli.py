@@ -182,14 +182,20 @@ def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
     table(store().get_audit_trail(user, limit), ("performed_at", "action", "actor", "token_id"), as_json)
 
 
-@command("cleanup", "upstox-db cleanup")
+@command("cleanup", "upstox-db cleanup", "upstox-db cleanup --audit-days 365")
+@click.option(
+    "--audit-days", metavar="N", type=click.IntRange(0, 36_500), help="Delete audit entries older than N days, too."
+)
 @click.pass_obj
-def cleanup(store: Any) -> None:
+def cleanup(store: Any, audit_days: int | None) -> None:
     """Erase the ciphertexts of dead tokens.
 
-    Their history stays.
+    Their history stays, and so does the audit trail without --audit-days.
     """
-    click.echo(f"Erased: {many(store().cleanup_expired_tokens(), 'dead token')}.")
+    open_store = store()
+    click.echo(f"Erased: {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
+    if audit_days is not None:
+        click.echo(f"Deleted: {entries(open_store.cleanup_old_audit_entries(audit_days))}.")
 
 
 @command("rotate-keys", "upstox-db rotate-keys")
@@ -291,8 +297,11 @@ def shown(result: TokenResult) -> str:
 
 
 def counted(counts: package.Counts) -> str:
-    entries = many(counts.audit_entries, "audit entry", "audit entries")
-    return f"{many(counts.users, 'user')}, {many(counts.tokens, 'token')}, {entries}."
+    return f"{many(counts.users, 'user')}, {many(counts.tokens, 'token')}, {entries(counts.audit_entries)}."
+
+
+def entries(number: int) -> str:
+    return many(number, "audit entry", "audit entries")
 
 
 def many(number: int, one: str, more: str | None = None) -> str:
