@@ -15,14 +15,18 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 from urllib.parse import urlsplit
 
 import pytest
 
 import upstox_db_examples
+from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.local.servers import MongoDBServer, RedisServer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
+from upstox_db_examples.mongodb import MongoUpstoxStorage
+from upstox_db_examples.pooled import PooledUpstoxStorage
+from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
 from .databases import MongoDatabase, used
 
@@ -223,6 +227,17 @@ def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
     )
     done = run(code, tmp_path)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
+    # `make check` fails here if one of them is Any to mypy; editors complete what mypy sees.
+    lazy = (
+        assert_type(upstox_db_examples.PostgreSQLUpstoxStorage, type[PostgreSQLUpstoxStorage]),
+        assert_type(upstox_db_examples.MongoUpstoxStorage, type[MongoUpstoxStorage]),
+        assert_type(upstox_db_examples.HybridUpstoxStorage, type[HybridUpstoxStorage]),
+        assert_type(upstox_db_examples.PooledUpstoxStorage, type[PooledUpstoxStorage]),
+    )
+    assert {each.__name__ for each in lazy} == set(upstox_db_examples._NEED_A_DRIVER)
 
 
 @pytest.mark.parametrize(
