@@ -279,7 +279,8 @@ def test_the_readme_code_runs(tmp_path: Path, postgres_url: str, mongo: MongoDat
     assert done.returncode == 0
 
 
-def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
+def make_with(tmp_path: Path, *interpreters: str) -> subprocess.CompletedProcess[str]:
+    """`make`, where these are the only interpreters: each of them says its name and can do whatever it is asked."""
     for name in ("Makefile", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     tools = tmp_path / "tools"
@@ -287,16 +288,28 @@ def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
     for tool in ("sh", "make", "rm", "touch", "mktemp"):
         found = next(Path(folder, tool) for folder in os.environ["PATH"].split(":") if Path(folder, tool).exists())
         (tools / tool).symlink_to(found)
-    done = subprocess.run(
-        ["make", "SHELL=" + str(tools / "sh"), "ELSEWHERE=", "check"],
+    for name in interpreters:
+        (tools / name).touch(mode=0o700)
+        (tools / name).write_text(f'#!{tools / "sh"}\n[ "$1" = -c ] || echo {name} "$@"\n')
+    return subprocess.run(
+        ["make", "SHELL=" + str(tools / "sh"), "ELSEWHERE=", ".venv/bin/python"],
         cwd=tmp_path,
         env={"PATH": str(tools), "HOME": str(tmp_path)},
         text=True,
         capture_output=True,
         check=False,
     )
+
+
+def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
+    done = make_with(tmp_path)
     assert done.returncode != 0
     assert "No Python 3.12 or newer with venv was found" in done.stderr
+
+
+def test_an_interpreter_that_the_tests_run_on_goes_before_a_newer_one(tmp_path: Path) -> None:
+    done = make_with(tmp_path, "python", "python3", "python3.12", "python3.14")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "python3.12 -m venv .venv")
 
 
 README = (ROOT / "README.md").read_text()
