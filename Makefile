@@ -29,10 +29,13 @@ notebooks: .venv/all
 		$(BIN)/jupyter nbconvert --log-level=WARN $(ENCRYPTED) --to notebook --execute --output-dir "$$folder" notebooks/*.ipynb && \
 		echo "All notebooks ran: $$(cd notebooks && ls *.ipynb | tr '\n' ' ')"
 
-# All classes are imported first, for those that need a driver are imported when they are asked for.
+# What the package exports, and the modules beside it that a reader calls; two of them have one function for him. All
+# classes are imported first, for those that need a driver are imported when they are asked for.
 docs: .venv/dev
 	$(BIN)/python -W error -c "import pathlib, pdoc, upstox_db_examples as u; [getattr(u, name) for name in u.__all__]; \
-		pdoc.render.configure(docformat='google'); pdoc.pdoc('upstox_db_examples', output_directory=pathlib.Path('build/docs'))"
+		u.hybrid_redis.__all__, u.mongodb_schema.__all__ = ['runtime_acl'], ['runtime_role']; \
+		u.__all__ += ['hybrid_redis', 'mongodb_schema', 'local']; pdoc.render.configure(docformat='google'); \
+		pdoc.pdoc('upstox_db_examples', '!upstox_db_examples.local.(certificates|web)', output_directory=pathlib.Path('build/docs'))"
 
 check: .venv/dev
 	$(BIN)/ruff check .
@@ -51,10 +54,10 @@ bench: .venv/dev
 		exit 1; }
 	@touch $@ .venv/all
 
-# The first interpreter that is 3.12 or newer. The default python3 is often older.
+# An interpreter that the tests run on, else the first that is newer. The default python3 is often older.
 .venv/bin/python:
-	@found=; for candidate in "$(PYTHON)" python3.14 python3.13 python3.12 python3 python \
-		"$$HOME"/.pyenv/versions/3.*/bin/python "$$(command -v uv >/dev/null 2>&1 && uv python find '>=3.12' 2>/dev/null)" \
+	@found=; for candidate in "$(PYTHON)" python3.13 python3.12 "$$HOME"/.pyenv/versions/3.1[32].*/bin/python \
+		python3 python python3.14 "$$HOME"/.pyenv/versions/3.*/bin/python "$$(command -v uv >/dev/null 2>&1 && uv python find '>=3.12' 2>/dev/null)" \
 		$(ELSEWHERE); do \
 		if [ -n "$$candidate" ] && "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; \
 		then found=$$candidate; break; fi; done; \

