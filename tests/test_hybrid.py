@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from upstox_db_examples import (
     TokenRefused,
     TokenStorage,
 )
-from upstox_db_examples.hybrid_redis import runtime_acl
+from upstox_db_examples.hybrid_redis import Found, runtime_acl
 from upstox_db_examples.token import StoredToken
 
 from . import processes
@@ -171,6 +172,78 @@ class TestHybrid(StoreContract):
             read = store.get_valid_token(USER)
             assert (read and read["token_id"]) == (row["id"] if row["is_active"] else None)
 
+    @pytest.mark.parametrize("change", ["revoke_token", "store_token"])
+    def test_a_writer_that_comes_late_brings_nothing_back_that_was_ended_since(
+        self, open_store: OpenStore, change: str
+    ) -> None:
+        writer, other = open_store(), open_store()
+        assert isinstance(writer, HybridUpstoxStorage)
+        put = writer._redis.put
+
+        def ended_by_another_before(token: StoredToken, *rest: Any, **options: Any) -> int | None:
+            if change == "revoke_token":
+                assert other.revoke_token(USER)
+            else:  # as after a login of an account that named nobody
+                other._insert(replace(token, token_id=None, generation=token.generation + 1))
+            return put(token, *rest, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writer._redis, "put", ended_by_another_before)
+            stored = writer.store_token(USER)
+        for store in (writer, other, open_store()):
+            if change == "revoke_token":
+                assert store.get_valid_token(USER) is None
+            else:
+                assert f" {stored['token_id']} " not in self.redis.get(self.key())
+
+    def test_a_revocation_takes_a_copy_along_that_was_put_there_meanwhile(
+        self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        revoker, writer = open_store(), open_store()
+        assert isinstance(revoker, HybridUpstoxStorage)
+        bury = revoker._redis.bury
+
+        def and_then_another_stores(*arguments: Any) -> Any:
+            buried = bury(*arguments)
+            monkeypatch.undo()
+            writer.store_token(USER)
+            return buried
+
+        monkeypatch.setattr(revoker._redis, "bury", and_then_another_stores)
+        assert revoker.revoke_token(USER)
+        assert [store.get_valid_token(USER) for store in (writer, revoker)] == [None, None]
+
+    def test_a_copy_that_postgresql_does_not_know_any_more_is_taken_away(self, open_store: OpenStore) -> None:
+        store = open_store(believed=0.2)
+        store.store_token()
+        old = self.redis.get(self.key())
+        store.revoke_token(USER)
+        self.redis.set(self.key(), old)  # as a Redis does that was away while the token was revoked
+        time.sleep(0.25)
+        assert store.get_valid_token(USER) is None
+        assert self.redis.get(self.key()) is None, "else it would be handed out when PostgreSQL is away"
+
+    def test_a_copy_is_warmed_only_by_what_was_just_read(self, open_store: OpenStore) -> None:
+        store = open_store(believed=0.2)
+        assert isinstance(store, HybridUpstoxStorage)
+        store.store_token()
+        self.redis.delete(self.key())
+        read_postgresql = store._use
+
+        def slowly(*values: Any) -> StoredToken | None:
+            token: StoredToken | None = read_postgresql(*values)
+            time.sleep(0.25)
+            return token
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "_use", slowly)
+            living(store)
+        assert self.redis.get(self.key()) is None
+        clock, _ = self.redis.time()
+        living(store)
+        fresh_until = int(self.redis.get(self.key()).partition(" ")[0])
+        assert fresh_until - clock * 1000 < 2000, "believed since PostgreSQL was asked"
+
     def test_a_copy_that_comes_back_from_the_past_is_not_believed_for_long(self, open_store: OpenStore) -> None:
         store = open_store(believed=0.3)
         store.store_token()
@@ -180,7 +253,50 @@ class TestHybrid(StoreContract):
         time.sleep(0.35)
         assert living(store)["token"] == new
 
+    def test_a_key_of_another_kind_troubles_its_own_user_only(self, open_store: OpenStore) -> None:
+        store = open_store(login=lambda user_id: token_data(user_id or USER))
+        for user_id in (USER, "CD0001"):
+            store.store_token(user_id)
+        self.redis.delete(self.key())
+        self.redis.rpush(self.key(), "a list")
+        for _ in range(2):
+            assert living(store)["source"] == "postgresql"
+            assert store.get_valid_token("CD0001")["source"] == "redis"  # type: ignore[index]
+
     # What is counted
+
+    def test_a_use_whose_answer_was_lost_and_that_was_folded_already_is_counted_once(
+        self, store: HybridUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store.store_token()
+        use, other = store._redis.use, open_store()
+        assert isinstance(other, HybridUpstoxStorage)
+
+        def and_the_answer_is_lost(*arguments: Any, **options: Any) -> Found:
+            use(*arguments, **options)
+            assert other.fold_uses() == 1
+            return Found("no answer")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._redis, "use", and_the_answer_is_lost)
+            assert living(store)["source"] == "postgresql"
+        assert store.get_user_statistics(USER)["total_usage"] == 1
+
+    def test_entries_that_are_not_ours_are_thrown_away(self, store: HybridUpstoxStorage) -> None:
+        store.store_token()
+        living(store)
+        uses = f"{{{self.prefix}}}:uses"
+        self.redis.xadd(uses, {"some": "thing"})
+        self.redis.xadd(uses, {"token": "9" * 30, "user": USER, "actor": "x", "at": "1", "use": "y"})
+        assert store.get_user_statistics(USER)["total_usage"] == 1
+        assert self.redis.xlen(uses) == 0
+
+    def test_a_count_that_was_lost_does_not_stay_for_ever(self, store: HybridUpstoxStorage) -> None:
+        store.store_token()
+        count = self.key().replace(":token:", ":count:")
+        self.redis.delete(count)
+        assert living(store)["source"] == "redis"
+        assert self.redis.pttl(count) > 0
 
     def test_uses_are_folded_after_some_hundred(self, store: HybridUpstoxStorage) -> None:
         store.store_token()
@@ -282,7 +398,7 @@ class TestHybrid(StoreContract):
         assert details["redis"].pop("latency_ms") > 0
         assert details["postgresql"].pop("latency_ms") > 0
         assert details == {
-            "redis": {"role": "master", "uses_waiting": 1},
+            "redis": {"role": "master", "uses_waiting": 1, "in_use": 0},
             "postgresql": {"role": "primary", "pool_size": 5, "in_use": 0},
         }
 

@@ -113,6 +113,14 @@ class TestServersThatFail:
         redis.start()
         assert living(other)["token"] == old
 
+    @pytest.mark.parametrize("change", ["store_token", "revoke_token"])
+    def test_without_the_replicas_that_were_asked_for_it_waits(self, open_store: OpenHybrid, change: str) -> None:
+        store = open_store(replicas=1)  # This Redis has none.
+        store.store_token(USER)
+        begin = time.monotonic()
+        getattr(store, change)(USER)
+        assert time.monotonic() - begin >= 0.5, "until nobody believes a copy that a replica may bring back"
+
     def test_a_full_redis_is_no_redis(self, redis: RedisServer, store: HybridUpstoxStorage) -> None:
         with Redis.from_url(redis.url) as bare_redis:
             bare_redis.config_set("maxmemory", 1)
@@ -135,6 +143,7 @@ class TestServersThatFail:
         begin = time.monotonic()
         assert {living(store)["source"] for _ in range(50)} == {"redis"}
         assert time.monotonic() - begin < 10, "PostgreSQL is not waited for each time, for one second"
+        assert one_waits_of_four(store)
         with pytest.raises(StoreUnavailable):
             store.store_token(USER)
         with pytest.raises(StoreUnavailable):
@@ -142,7 +151,7 @@ class TestServersThatFail:
         assert self.logins == 1
         postgresql.start() if fault == "kill" else postgresql.resume()
         assert store.store_token(USER)
-        assert store.get_user_statistics(USER)["total_usage"] == 1 + 1 + 50
+        assert store.get_user_statistics(USER)["total_usage"] == 1 + 1 + 50 + 4 * 5
 
     def test_a_program_that_starts_without_postgresql_reads_from_redis(
         self, postgresql: PostgreSQLServer, store: HybridUpstoxStorage, open_store: OpenHybrid
@@ -230,6 +239,21 @@ class TestServersThatFail:
     @staticmethod
     def login_once(user_id: str | None) -> AccessTokenData:
         return token_data(user_id or USER)
+
+
+def one_waits_of_four(store: HybridUpstoxStorage) -> bool:
+    """While PostgreSQL gives no answer, at most one of several readers finds out whether it is back."""
+    asked, ask = [], store._use
+
+    def counted(*values: Any) -> Any:
+        asked.append(time.monotonic())
+        return ask(*values)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as threads:
+        patch.setattr(store, "_use", counted)
+        time.sleep(store._believed + 0.1)
+        list(threads.map(lambda _: [living(store) for _ in range(5)], range(4)))
+    return len(asked) == 1
 
 
 def bare_uses(store: HybridUpstoxStorage) -> list[str]:

@@ -21,10 +21,12 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 from upstox_totp.models import AccessTokenData
 
-from upstox_db_examples import HybridUpstoxStorage, KeyRing, StorageError
+from upstox_db_examples import ConfigurationError, HybridUpstoxStorage, KeyRing, StorageError
+from upstox_db_examples.hybrid_redis import runtime_acl
 from upstox_db_examples.local.processes import _free_port
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
+from .databases import notes
 from .processes import token_data
 from .test_postgresql import bare
 
@@ -41,6 +43,8 @@ class Load:
         self.least = dict.fromkeys([*KEPT, REVOKED], 0)
         """The number of the oldest token that a read may give which begins now."""
         self.acknowledged: dict[str, int] = {}
+        self.ids: list[int] = []
+        """Of all tokens that were acknowledged."""
         self.dead = self.missing = self.errors = self.reads = 0
         self.longest = {"read": 0.0, "write": 0.0}
         self.sources: list[tuple[float, str]] = []
@@ -72,6 +76,7 @@ class Load:
                 else:
                     result = store.store_token(user_id)
                     self.acknowledged[user_id] = self.least[user_id] = number(result)
+                    self.ids.append(result["token_id"])
 
     def _read_on_and_on(self, store: HybridUpstoxStorage, user_id: str) -> None:
         while not self._stop.wait(0.001):
@@ -94,9 +99,7 @@ class Load:
             self.errors += 1
         self.longest[what] = max(self.longest[what], time.monotonic() - begin)
 
-    def is_as_promised(self, url: str) -> None:
-        stalls = ", ".join(f"longest {what} {seconds:.1f} s" for what, seconds in self.longest.items())
-        print(f"{stalls}; {self.reads} reads, {next(self.numbers) - 1} logins, {self.errors} errors")
+    def is_as_promised(self, url: str, what: str) -> None:
         assert self.reads > 500
         assert (self.dead, self.missing) == (0, 0)
         rows = bare(
@@ -104,6 +107,17 @@ class Load:
         )
         assert {row["user_id"] for row in rows} == set(self.least)
         assert all(row["active"] == 1 for row in rows if row["user_id"] in KEPT)
+        assert self.lost(url) == 0
+        stalls = ", ".join(f"longest {call} {seconds:.1f} s" for call, seconds in self.longest.items())
+        notes.append(
+            f"Hybrid, {what} under load: {stalls}; {self.errors} errors; {len(self.ids)} stored, {self.reads} read, "
+            "none lost"
+        )
+
+    def lost(self, url: str) -> int:
+        """How many acknowledged tokens there is no record of."""
+        assert len(self.ids) > 20
+        return len(set(self.ids) - {row["id"] for row in bare(url, "SELECT id FROM upstox_tokens")})
 
 
 def number(result: Any) -> int:
@@ -167,10 +181,13 @@ class Standby(Primary):
         return len(lines) > 7 and lines[7].strip() in ("ready", "standby")
 
     def promote(self) -> None:
+        self.do("SELECT pg_promote()")
+
+    def do(self, sql: str) -> None:
         conn = psycopg2.connect(self.url)
         conn.autocommit = True
         with conn.cursor() as cursor:
-            cursor.execute("SELECT pg_promote()")
+            cursor.execute(sql)
         conn.close()
 
 
@@ -224,7 +241,7 @@ def test_a_sentinel_failover_hands_out_nothing_dead(postgres_url: str, keys: Key
             wait_for(lambda: load.sources[-1][0] > failed_over and load.sources[-1][1] == "redis")
             time.sleep(2)
         assert {source for at, source in load.sources if killed + 0.5 < at < failed_over} == {"postgresql"}
-        load.is_as_promised(postgres_url)
+        load.is_as_promised(postgres_url, "Redis's master killed")
         assert load.longest["read"] < 2
         assert reader.get_storage_status()["details"]["redis"]["role"] == "master"
 
@@ -247,7 +264,7 @@ def test_a_promoted_standby_has_every_acknowledged_token(keys: KeyRing, redis_se
             wait_for(lambda: all(load.acknowledged[user_id] > before[user_id] for user_id in KEPT))
             time.sleep(2)
         assert [source for at, source in load.sources if killed < at < killed + 1 and source == "redis"]
-        load.is_as_promised(standby.url)
+        load.is_as_promised(standby.url, "PostgreSQL's primary killed")
         tokens = {row["token_id"] for user_id in KEPT for row in writer.get_token_history(user_id, limit=100_000)}
         for user_id in KEPT:
             read = reader.get_valid_token(user_id)
@@ -255,6 +272,26 @@ def test_a_promoted_standby_has_every_acknowledged_token(keys: KeyRing, redis_se
             assert number(read) >= load.acknowledged[user_id], "an acknowledged token is lost"
             assert read["token_id"] in tokens
         assert PASSWORD not in f"{writer!r} {writer.get_storage_status()}"
+
+
+@pytest.mark.slow
+def test_without_a_synchronous_standby_some_would_be_lost(keys: KeyRing, redis_server: str, redis_prefix: str) -> None:
+    with contextlib.ExitStack() as stack:
+        primary = stack.enter_context(Primary())
+        standby = stack.enter_context(Standby(primary))
+        load = Load()
+        options: dict[str, Any] = {"keys": keys, "login": load.login, "timeout": 2, "redis_prefix": redis_prefix}
+        writer, reader = (
+            stack.enter_context(HybridUpstoxStorage(redis_server, primary.url, **options)) for _ in range(2)
+        )
+        with load.on(writer, reader):
+            time.sleep(1)
+            standby.do("ALTER SYSTEM SET primary_conninfo = ''")  # It does not hear of what comes next.
+            standby.do("SELECT pg_reload_conf()")
+            time.sleep(1)
+            primary.kill()
+        standby.promote()
+        assert load.lost(standby.url) > 0
 
 
 def test_a_redis_cluster_holds_the_copies(postgres_url: str, keys: KeyRing) -> None:
@@ -270,7 +307,12 @@ def test_a_redis_cluster_holds_the_copies(postgres_url: str, keys: KeyRing) -> N
         wait_for(lambda: all(client.cluster("info")["cluster_state"] == "ok" for client in clients))
         untyped: Any = ClusterNode
         first_of_all = untyped("127.0.0.1", nodes[0].port)
-        cluster = stack.enter_context(RedisCluster(startup_nodes=[first_of_all], password=PASSWORD, socket_timeout=1))
+        for client in clients:
+            client.execute_command("ACL", "SETUSER", "app", *runtime_acl(cluster=True), "on", f">{PASSWORD}")
+        whose: dict[str, Any] = {"username": "app", "password": PASSWORD, "socket_timeout": 1}
+        cluster = stack.enter_context(RedisCluster(startup_nodes=[first_of_all], **whose))
+        with pytest.raises(ConfigurationError, match="replicas"):
+            HybridUpstoxStorage(cluster, postgres_url, keys=keys, replicas=1)
         login = Load().login
         store = stack.enter_context(HybridUpstoxStorage(cluster, postgres_url, keys=keys, login=login))
         for user_id in KEPT:
@@ -283,3 +325,13 @@ def test_a_redis_cluster_holds_the_copies(postgres_url: str, keys: KeyRing) -> N
         assert store.rotate_keys() == 0
         assert store.revoke_token(KEPT[0])
         assert store.get_valid_token(KEPT[0]) is None
+        for node in nodes:
+            node.kill()
+        read = store.get_valid_token(KEPT[1])
+        assert read
+        assert read["source"] == "postgresql"
+        status = store.get_storage_status()
+        assert status["redis"].startswith("error: Redis gave no answer")
+        assert store.revoke_token(KEPT[1])
+        assert store.get_valid_token(KEPT[1]) is None
+        assert store.store_token(KEPT[1]), "no login is lost"

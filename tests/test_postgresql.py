@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,7 +99,7 @@ class TestPostgreSQL(StoreContract):
             assert read.result()["token"] == "eyJ0eXAi-new"
 
     def active(self) -> StoredToken:
-        (row,) = bare(self.url, f"SELECT {postgresql._HANDED_OUT} FROM upstox_tokens WHERE is_active")
+        (row,) = bare(self.url, f"SELECT {postgresql.HANDED_OUT} FROM upstox_tokens WHERE is_active")
         return postgresql._token(row)
 
     def test_a_refused_audit_entry_refuses_the_token(self, store: PostgreSQLUpstoxStorage, upstox: LocalUpstox) -> None:
@@ -335,6 +336,15 @@ class TestPostgreSQL(StoreContract):
         with pytest.raises(StorageError) as caught:
             PostgreSQLUpstoxStorage(bad, timeout=1)
         assert "hunter2" not in shown_with_locals(caught.value)
+
+    def test_a_first_host_that_gives_no_answer_is_passed_over(self, open_store: OpenStore) -> None:
+        parts = urlsplit(self.url)
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # as a machine that was switched off
+            dead, alive = f"127.0.0.1:{silent.getsockname()[1]}", f"{parts.hostname}:{parts.port}"
+            user = parts.netloc.rpartition("@")[0]
+            self.url = urlunsplit(parts._replace(netloc=f"{user}@{dead},{alive}"))
+            store = open_store(timeout=2)
+            assert store.store_token()["token"] == living(store)["token"]
 
     def test_a_wrong_password_is_said_and_not_shown(self) -> None:
         wrong = as_role(self.url, "postgres", "hunter2hunter2")

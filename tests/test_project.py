@@ -28,7 +28,7 @@ from upstox_db_examples.mongodb import MongoUpstoxStorage
 from upstox_db_examples.pooled import PooledUpstoxStorage
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
-from .databases import MongoDatabase, used
+from .databases import MongoDatabase, notes
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -448,7 +448,7 @@ def test_the_wheel_can_be_installed_and_used_in_clean_environments(wheel: Path, 
         assert run_there(mongo).stderr.splitlines()[-1] == f"ModuleNotFoundError: {told}"
         installed(folder, f"{wheel}[mongodb]")
         assert run_there(mongo).stderr == ""
-        used.append(f"the wheel: a clean environment of Python {version}")
+        notes.append(f"Ran on the wheel: a clean environment of Python {version}")
 
 
 def test_every_public_name_says_what_it_is() -> None:

@@ -13,15 +13,20 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Unpack
 
+from psycopg2 import errorcodes
+
 from .errors import StorageError, StoreUnavailable
 from .hybrid_redis import Config, RedisTokens, Use, client_of
-from .postgresql import PostgreSQLUpstoxStorage
-from .storage import BATCH, Options
+from .postgresql import HANDED_OUT, PostgreSQLUpstoxStorage, _token
+from .storage import BATCH, Options, require_positive
 from .token import AuditEntry, StoredToken
 
 logger = logging.getLogger(__name__)
 
 FOLD_AT = 500  # uses that wait in Redis
+LOOK = f"""
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
+"""
 # The audit trail itself knows which uses are in it, so folding them twice changes nothing.
 FOLDED_ONCE = """
 CREATE UNIQUE INDEX one_entry_a_use ON upstox_token_audit ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL
@@ -67,8 +72,9 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         postgres_config: as `PostgreSQLUpstoxStorage` takes it.
         redis_timeout: seconds for each answer of Redis.
         redis_pause: seconds for which Redis is left alone after it gave none.
-        believed: seconds, see above.
-        replicas: how many replicas of Redis must know of a tombstone; else `believed` is waited for as well.
+        believed: seconds, see above. The same for all programs that share a Redis.
+        replicas: how many replicas of Redis must know of a tombstone; else `believed` is waited for as well. Not with
+            a cluster.
         redis_prefix: of all keys in Redis, for installations that share one.
         options: `pool_size`, `timeout`, and see `Options`.
 
@@ -91,11 +97,13 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         timeout: float = 5.0,
         **options: Unpack[Options],
     ) -> None:
+        for name, seconds in (("believed", believed), ("redis_timeout", redis_timeout), ("redis_pause", redis_pause)):
+            require_positive(name, seconds)
         self._believed = believed
         # Longer than a commit can take, and than a reader who was here before may bring a copy.
         self._buried_for = max(2 * timeout, believed)
-        self._postgres_again_at = 0.0
-        self._folding = threading.Lock()
+        self._postgres_failed, self._postgres_again_at = False, 0.0
+        self._asking, self._folding = threading.Lock(), threading.Lock()
         self._user_of: dict[str, str] = {}
         client, owned = client_of(redis_config, redis_timeout)
         del redis_config  # A traceback that prints local variables must not show its password.
@@ -162,18 +170,25 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         self._connections.refuse_if_closed()
         use = uuid.uuid4().hex
         found = self._redis.use(user_id, alive_after, now, self._actor, use)
-        if found.what == "old" and time.monotonic() < self._postgres_again_at:
+        if found.what == "old" and self._postgres_is_left_alone():
             found = self._redis.use(user_id, alive_after, now, self._actor, use, insist=True)
         if found.token is not None and found.token.expires_at > alive_after:
-            if found.waiting % FOLD_AT == 0 and time.monotonic() >= self._postgres_again_at:
+            if found.waiting % FOLD_AT == 0 and not self._postgres_failed:
                 self._fold_quietly()
             return found.token
         try:
             # A Redis that gave no answer may still count this use when it wakes up: by its id it is folded once.
             token = self._use(user_id, alive_after, now, json.dumps({"use": use}))
         except StoreUnavailable as error:
-            return self._find_without_postgresql(user_id, alive_after, now, use, error)
+            if getattr(error.__cause__, "pgcode", None) != errorcodes.UNIQUE_VIOLATION:
+                return self._find_without_postgresql(user_id, alive_after, now, use, error)
+            # It was counted by Redis after all, and somebody has folded it already.
+            rows = self._run(LOOK, user_id=user_id, alive_after=alive_after)
+            token = _token(rows[0]) if rows else None
+        self._postgres_failed = False
         if token is None:
+            if found.what == "old":
+                self._redis.drop(user_id)  # Else it would be handed out when PostgreSQL is away.
             return None
         token.source = "postgresql"
         # A copy only where none was, or an older one of the same token: never in place of a tombstone.
@@ -184,7 +199,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
     def _find_without_postgresql(
         self, user_id: str, alive_after: datetime, now: datetime, use: str, error: StoreUnavailable
     ) -> StoredToken | None:
-        self._postgres_again_at = time.monotonic() + self._believed
+        self._postgres_failed, self._postgres_again_at = True, time.monotonic() + self._believed
         found = self._redis.use(user_id, alive_after, now, self._actor, use, insist=True)
         if found.what == "no answer":
             raise StoreUnavailable(f"Neither Redis nor PostgreSQL answers. {error}") from error
@@ -192,28 +207,35 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             raise error  # Redis cannot know that there is no other token.
         return found.token
 
+    def _postgres_is_left_alone(self) -> bool:
+        """While it gives no answer, one read finds out from time to time whether it is back; the others do not wait."""
+        with self._asking:
+            if not self._postgres_failed or time.monotonic() < self._postgres_again_at:
+                return self._postgres_failed
+            self._postgres_again_at = time.monotonic() + self._believed
+            return False
+
     def _insert(self, token: StoredToken) -> int:
         buried = self._redis.bury([token.user_id], self._buried_for)
         token_id = super()._insert(token)
-        copied = self._redis.put(replace(token, token_id=token_id), token.created_at)
-        self._wait_until_unbelieved(buried or copied is not None)
+        self._redis.put(replace(token, token_id=token_id), self._now(), tombstone=buried.tombstone)
+        self._wait_until_unbelieved(buried.certain)
         token.source = "postgresql"
         self._fold_quietly()
         return token_id
 
     def _revoke(self, user_id: str, now: datetime) -> bool:
-        # Until the token dies: a reader that was stopped for long may still come with its copy.
-        until = (self._policy.next_death(now) - now).total_seconds()
-        buried = self._redis.bury([user_id], until)
+        self._redis.bury([user_id], self._buried_for)
         revoked = super()._revoke(user_id, now)
-        self._wait_until_unbelieved(buried)
+        # Once more: the token that was revoked may be one that was stored, and copied, since the first tombstone.
+        self._wait_until_unbelieved(self._redis.bury([user_id], self._buried_for).certain)
         return revoked
 
     def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         rows = list(pairs)
         buried = self._redis.bury([old.user_id for old, _ in rows], self._buried_for)
         replaced = super()._replace_ciphertexts(rows)
-        self._wait_until_unbelieved(buried)
+        self._wait_until_unbelieved(buried.certain)
         return replaced
 
     def _forget_entries(self, before: datetime, limit: int) -> int:
@@ -225,9 +247,9 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return super()._tokens_of(user_id)
 
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        buried = not tokens or self._redis.bury([token.user_id for token in tokens], self._buried_for)
+        certain = not tokens or self._redis.bury([token.user_id for token in tokens], self._buried_for).certain
         super()._put_in(user_id, tokens, entries)
-        self._wait_until_unbelieved(buried)
+        self._wait_until_unbelieved(certain)
 
     def _wait_until_unbelieved(self, out_of_redis: bool) -> None:
         if not out_of_redis:
@@ -250,8 +272,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
 
     def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
         self.fold_uses()
-        # A use comes into the table when it is folded, which may be after something later.
-        return sorted(super()._audit(user_id, limit), key=lambda entry: str(entry["performed_at"]), reverse=True)
+        return super()._audit(user_id, limit)
 
     def _health(self) -> dict[str, Any]:
         health = super()._health()

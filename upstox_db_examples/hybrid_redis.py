@@ -7,6 +7,7 @@ import logging
 import ssl
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import Any, Literal, NamedTuple
 import redis
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
-from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 
@@ -34,6 +42,10 @@ NO_CONFIGURATION = (
 )
 
 
+# A cluster's own exceptions are no RedisError.
+NO_ANSWER = (RedisError, RedisClusterException, OSError)
+
+
 class Found(NamedTuple):
     """What Redis says of a user.
 
@@ -49,6 +61,13 @@ class Found(NamedTuple):
     time: int = 0
     token: StoredToken | None = None
     waiting: int = 0
+
+
+class Buried(NamedTuple):
+    """A tombstone: what stands there, and whether it is certain that it, or nothing, stands in place of each copy."""
+
+    tombstone: str
+    certain: bool
 
 
 class Use(NamedTuple):
@@ -90,16 +109,21 @@ class RedisTokens:
     ) -> None:
         if client is None:
             raise ConfigurationError(NO_CONFIGURATION)
+        if replicas and isinstance(client, RedisCluster):
+            raise ConfigurationError(
+                "A Redis Cluster cannot be asked what one key's replicas have. Leave out replicas."
+            )
         self._client, self._owned = client, owned
         self._pause = pause
         self._believed_ms = int(believed * 1000)
-        self._timeout_ms = max(1, int(timeout * 1000))
+        self._timeout_ms = max(1, int(timeout * 500))  # replicas that are slow are no Redis that gives no answer
         self._replicas = replicas
         # In braces, so that a Redis Cluster keeps all of it in one slot: a script may touch only keys of one.
         self._prefix = f"{{{prefix}}}:"
         self._uses = f"{self._prefix}uses"
         self._use = self._client.register_script((LUA / "use.lua").read_text())
         self._put = self._client.register_script((LUA / "put.lua").read_text())
+        self._drop = self._client.register_script((LUA / "drop.lua").read_text())
         self._closed = self._failed = False
         self._ask_again_at = 0.0
         self._lock = threading.Lock()
@@ -116,7 +140,7 @@ class RedisTokens:
         """
         keys = [*self._keys(user_id), self._uses]
         values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use, int(insist)]
-        answer = self._answer(lambda: self._use(keys=keys, args=values))
+        answer = self._answer(lambda: self._use(keys=keys, args=values), insist=insist)
         if answer is None:
             return Found("no answer")
         what, clock, *more = answer
@@ -125,11 +149,12 @@ class RedisTokens:
         token, count, waiting = more
         return Found("used", int(clock), _loaded(user_id, _text(token), int(count)), int(waiting))
 
-    def put(self, token: StoredToken, now: datetime, *, since: int = 0) -> int | None:
+    def put(self, token: StoredToken, now: datetime, *, since: int = 0, tombstone: str = "") -> int | None:
         """Keep a copy until the token dies.
 
         Args:
-            since: Redis's time when a reader found nothing; 0 where a writer stores a new token.
+            since: Redis's time when a reader found nothing.
+            tombstone: what a writer put there before it stored the token; the copy is taken only in its place.
 
         Returns:
             the number of uses; -1 if there was something newer, None without an answer.
@@ -139,42 +164,53 @@ class RedisTokens:
             return -1
         keys = self._keys(token.user_id)
         values: list[str | int] = [_dumped(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
-        values += [token.usage_count, lifetime, self._believed_ms, since]
+        values += [token.usage_count, lifetime, self._believed_ms, since, tombstone]
         answer = self._answer(lambda: self._put(keys=keys, args=values), insist=not since)
         return None if answer is None else int(answer)
 
-    def bury(self, user_ids: Iterable[str], seconds: float) -> bool:
-        """A tombstone in place of each copy: it is gone, and a reader that comes late cannot bring it back.
-
-        Returns:
-            whether that is certain.
-        """
-        keys = [self._keys(user_id)[0] for user_id in user_ids]
+    def bury(self, user_ids: Iterable[str], seconds: float) -> Buried:
+        """A tombstone in place of each copy: it is gone, and who comes late with another one cannot put it there."""
+        keys, tombstone = [self._keys(user_id)[0] for user_id in user_ids], f"tombstone-{uuid.uuid4().hex}"
 
         def write() -> bool:
             try:
-                with self._client.pipeline() as pipeline:
+                # One connection, for it is this connection's writes that WAIT asks about.
+                with self._client.pipeline(transaction=False) as pipeline:
                     for key in keys:
-                        pipeline.set(key, "", px=max(1, int(seconds * 1000)))
-                    pipeline.execute()
+                        pipeline.set(key, tombstone, px=max(1, int(seconds * 1000)))
+                    if self._replicas:
+                        pipeline.execute_command("WAIT", self._replicas, self._timeout_ms)
+                    answers = pipeline.execute()
             except OutOfMemoryError:
-                self._client.delete(*keys)  # A full Redis takes no tombstone, and no late copy either.
-            if self._replicas:
-                return int(self._client.wait(self._replicas, self._timeout_ms)) >= self._replicas
-            return True
+                self._client.delete(*keys)  # In a moment there may be room again, for a copy that comes late.
+                return False
+            return not self._replicas or int(answers[-1]) >= self._replicas
 
-        return bool(self._answer(write, insist=True))
+        return Buried(tombstone, bool(self._answer(write, insist=True)))
+
+    def drop(self, user_id: str) -> None:
+        """Take away a copy that is not believed any more, for PostgreSQL knows no such token."""
+        self._answer(lambda: self._drop(keys=self._keys(user_id)[:1]))
 
     def uses(self, limit: int) -> list[Use]:
         """Uses that wait to be folded, the oldest first."""
         entries = self._answer(lambda: self._client.xrange(self._uses, count=limit)) or []
-        return [_use(_text(entry), {_text(k): _text(v) for k, v in fields.items()}) for entry, fields in entries]
+        uses, foreign = [], []
+        for entry, fields in entries:
+            try:
+                uses.append(_use(_text(entry), {_text(k): _text(v) for k, v in fields.items()}))
+            except (KeyError, ValueError, OverflowError, OSError):
+                foreign.append(entry)
+        if foreign:
+            logger.warning("%s entries of %s are not ours and are thrown away.", len(foreign), self._uses)
+            self._answer(lambda: self._client.xdel(self._uses, *foreign))
+        return uses
 
     def forget_uses(self, uses: Iterable[Use]) -> None:
         self._answer(lambda: self._client.xdel(self._uses, *(use.entry for use in uses)))
 
     def status(self) -> dict[str, Any]:
-        """`latency_ms`, `role` and `uses_waiting`.
+        """`latency_ms`, `role`, `uses_waiting`, and `in_use`: how many connections are.
 
         Raises:
             StoreUnavailable: it does not answer.
@@ -186,9 +222,13 @@ class RedisTokens:
             self._client.ping()
             latency = (time.perf_counter() - begin) * 1000
             role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
-            return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": self._client.xlen(self._uses)}
-        except (RedisError, OSError) as error:
-            raise StoreUnavailable(f"Redis gave no answer ({type(error).__name__}). Check that it runs.") from error
+            in_use = len(getattr(getattr(self._client, "connection_pool", None), "_in_use_connections", ()))
+            waiting = self._client.xlen(self._uses)
+            return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
+        except NO_ANSWER as error:
+            kind = type(error).__name__
+        # Raised out here, our error has no cause: a cluster's own frames hold the password.
+        raise StoreUnavailable(f"Redis gave no answer ({kind}). Check that it runs.")
 
     def answers(self) -> bool:
         return self._answer(self._client.ping, insist=True) is not None
@@ -231,7 +271,10 @@ class RedisTokens:
                 self._ask_again_at = time.monotonic() + self._pause
         try:
             answer = ask()
-        except (RedisError, OSError) as error:
+        except NO_ANSWER as error:
+            if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
+                logger.warning("A key of ours holds something else in Redis. PostgreSQL answers for this user.")
+                return None
             if not self._failed:
                 logger.warning("Redis does not answer (%s). PostgreSQL does it alone.", type(error).__name__)
             self._failed, self._ask_again_at = True, time.monotonic() + self._pause
@@ -242,12 +285,16 @@ class RedisTokens:
         return answer
 
 
-def runtime_acl(prefix: str = "upstox") -> list[str]:
+def runtime_acl(prefix: str = "upstox", *, cluster: bool = False) -> list[str]:
     """The rules of a Redis user who can do what the store does and no more, on the store's own keys.
 
-    `redis.execute_command("ACL", "SETUSER", "upstox_app", "on", ">password", *runtime_acl())`, or the same in a file.
+    `redis.execute_command("ACL", "SETUSER", "upstox_app", *runtime_acl(), "on", ">password")`, or the same in a file.
     """
-    commands = "ping get set del incr time xadd xlen xrange xdel evalsha script|load multi exec wait info hello select"
+    commands = (
+        "ping get set del incr pttl pexpire time xadd xlen xrange xdel evalsha script|load wait info hello select"
+    )
+    if cluster:
+        commands += " cluster|slots cluster|shards cluster|nodes command readonly"
     return ["reset", f"~{{{prefix}}}:*", "-@all", *(f"+{command}" for command in commands.split())]
 
 
@@ -269,6 +316,7 @@ def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
         "health_check_interval": 0,
+        "max_connections": 10_000,  # With fewer than there are threads, one too many would look like an outage.
     }
     try:
         if isinstance(config, str):
@@ -300,7 +348,10 @@ def _loaded(user_id: str, text: str, count: int) -> StoredToken:
 
 def _use(entry: str, fields: dict[str, str]) -> Use:
     at = datetime.fromtimestamp(int(fields["at"]), UTC)
-    return Use(entry, int(fields["token"]), fields["user"], fields["actor"], at, fields["use"])
+    token = int(fields["token"])
+    if token >= 2**63:
+        raise ValueError
+    return Use(entry, token, fields["user"], fields["actor"], at, fields["use"])
 
 
 def _text(value: Any) -> str:

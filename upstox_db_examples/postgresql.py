@@ -66,7 +66,7 @@ GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last
 GRANT SELECT, INSERT ON upstox_token_audit TO {role};
 """
 
-_HANDED_OUT = """id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at,
+HANDED_OUT = """id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at,
               user_name, email, usage_count"""
 _AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
 # Reading, counting and auditing are one statement: one round trip, and either all of it happens or nothing.
@@ -74,7 +74,7 @@ USE = f"""
 WITH used AS (
     UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = %(now)s
     WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
-    RETURNING {_HANDED_OUT}
+    RETURNING {HANDED_OUT}
 ), audited AS (
     {_AUDIT}
     SELECT token_id, user_id, 'used', %(actor)s, %(now)s,
@@ -137,8 +137,8 @@ GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens W
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
 # Two ranges and not <>, which no index serves.
 OTHER_KEYS = f"""
-SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < %(key_id)s UNION ALL
-SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > %(key_id)s LIMIT %(limit)s
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < %(key_id)s UNION ALL
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > %(key_id)s LIMIT %(limit)s
 """
 REPLACE = """
 UPDATE upstox_tokens AS t SET access_token = new.ciphertext, key_id = new.key_id

@@ -20,7 +20,7 @@ from typing import Any, cast
 import psycopg2
 import psycopg2.extras
 from psycopg2 import errorcodes
-from psycopg2.extensions import POLL_OK, POLL_READ, connection, parse_dsn
+from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_dsn
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
@@ -47,6 +47,7 @@ class PostgreSQLConnections:
         self._dsn = dsn
         self._timeout = timeout
         self.where = _described(dsn)
+        self._hosts = _one_by_one(dsn)
         # What comes back is always idle, for each message is a transaction of its own: there is nothing to reset.
         self._pool = QueuePool(
             lambda: cast(Any, self._connect()),
@@ -199,10 +200,18 @@ class PostgreSQLConnections:
         return True
 
     def _connect(self) -> connection:
+        *others, last = self._hosts
+        seconds = self._timeout / len(self._hosts)
+        for host in others:
+            with contextlib.suppress(psycopg2.Error, TimeoutError):
+                return self._connect_to(host, seconds)
+        return self._connect_to(last, seconds)
+
+    def _connect_to(self, host: Secret, seconds: float) -> connection:
         rows_as_dicts = psycopg2.extras.RealDictCursor
-        conn = self._opened(lambda: psycopg2.connect(self._dsn.reveal(), async_=True, cursor_factory=rows_as_dicts))
+        conn = self._opened(lambda: psycopg2.connect(host.reveal(), async_=True, cursor_factory=rows_as_dicts))
         try:
-            _wait(conn, self._timeout)
+            _wait(conn, seconds)
         except BaseException:
             conn.close()
             raise
@@ -268,6 +277,17 @@ def _described(dsn: Secret) -> str:
     raise ConfigurationError(
         "The connection string is not one that PostgreSQL understands, such as postgresql://user:password@host/database."
     )
+
+
+def _one_by_one(dsn: Secret) -> list[Secret]:
+    """A connection string for each host: libpq itself, asynchronous, waits for the first one until it is given up."""
+    parts = parse_dsn(dsn.reveal())
+    lists = {name: parts[name].split(",") for name in ("host", "hostaddr", "port") if name in parts}
+    number = max((len(values) for values in lists.values()), default=1)
+    if number == 1:
+        return [dsn]
+    each = ({name: values[n if len(values) > 1 else 0] for name, values in lists.items()} for n in range(number))
+    return [Secret(make_dsn(**(parts | host))) for host in each]
 
 
 _EXPLANATIONS: dict[str, tuple[type[StorageError], str]] = {

@@ -242,7 +242,7 @@ class TokenStorage(ABC):
             rotated += self._replace_ciphertexts(pairs)
         if refused:
             first, users = next(iter(refused.values())), ", ".join(sorted(refused))
-            first.args = (f"{rotated} tokens were encrypted again, but not those of {users}. The first: {first}",)
+            first.args = (f"Encrypted again: {rotated}, but not the tokens of {users}. The first: {first}",)
             raise first
         logger.info("Encrypted %s tokens again under key %s", rotated, newest)
         return rotated

@@ -2,14 +2,21 @@
 --
 -- KEYS  token, count
 -- ARGV  token, generation, expires at (seconds since 1970), token id, uses so far, milliseconds until the key ends,
---       milliseconds for which the copy is believed, since when (Redis's time in milliseconds; 0 for now)
--- Returns the number of uses, or -1 where the copy was not taken. `since` is given by a reader that found nothing: what
--- it read in PostgreSQL since then may have been replaced by the time it arrives here.
+--       milliseconds for which the copy is believed, since when (Redis's time in milliseconds), tombstone
+-- Returns the number of uses, or -1 where the copy was not taken. A reader that found nothing gives `since`: what it read
+-- in PostgreSQL since then may have been replaced by the time it arrives here. A writer gives 0 and its own tombstone:
+-- another one there is somebody's who has replaced or revoked the token since.
 local clock = redis.call('TIME')
 local time = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local since, believed = tonumber(ARGV[8]), tonumber(ARGV[7])
 local kept = redis.call('GET', KEYS[1])
 local generation = kept and tonumber(string.match(kept, '^%d+ (%d+) '))
+if since == 0 and kept ~= ARGV[9] then
+  if generation and generation < tonumber(ARGV[2]) then
+    redis.call('DEL', KEYS[1])  -- the tombstone did not come here, and an older copy stayed, or came back
+  end
+  return -1
+end
 if since > 0 and (time > since + believed or (kept and not generation)) then
   return -1  -- too late, or there is a tombstone, which only its writer may replace
 end

@@ -21,4 +21,8 @@ if tonumber(fresh_until) < time and ARGV[6] ~= '1' then
   return {'old', time}
 end
 redis.call('XADD', KEYS[3], '*', 'token', token_id, 'user', ARGV[1], 'actor', ARGV[3], 'at', ARGV[4], 'use', ARGV[5])
-return {'used', time, token, redis.call('INCR', KEYS[2]), redis.call('XLEN', KEYS[3])}
+local count = redis.call('INCR', KEYS[2])
+if count == 1 then
+  redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1]))  -- else a count that was lost would come back for ever
+end
+return {'used', time, token, count, redis.call('XLEN', KEYS[3])}
