@@ -12,11 +12,14 @@ WINDOW = 16
 PRINTABLE = re.compile(rb"[ -~]{%d,}" % WINDOW)
 
 
-def forms(secret: str) -> Iterator[bytes]:
-    """Every form in which the secret may lie somewhere, long enough to be its own."""
-    raw = secret.encode()
-    yield raw
-    yield json.dumps(secret)[1:-1].encode()
+def forms(secret: str | bytes) -> Iterator[bytes]:
+    """Every printable form in which the secret may lie somewhere; of bytes, such as a key, as Python shows them."""
+    raw = secret.encode() if isinstance(secret, str) else secret
+    if isinstance(secret, str):
+        yield raw
+        yield json.dumps(secret)[1:-1].encode()
+    else:
+        yield repr(secret)[2:-1].encode()
     yield raw.hex().encode()
     yield raw.hex().upper().encode()
     for shift in range(3):  # base64 looks different for each of the three places in a group that a text may start at
@@ -25,15 +28,16 @@ def forms(secret: str) -> Iterator[bytes]:
         yield base64.urlsafe_b64encode(whole)
 
 
-def windows(secret: str) -> set[bytes]:
+def windows(secret: str | bytes) -> set[bytes]:
     return {form[at : at + WINDOW] for form in forms(secret) for at in range(max(1, len(form) - WINDOW + 1))}
 
 
-def find(secrets: str | Iterable[str], haystack: bytes) -> set[bytes]:
-    """The windows of the secrets that are in there. A secret shorter than a window is looked for whole."""
-    each = [secrets] if isinstance(secrets, str) else secrets
+def find(secrets: str | Iterable[str | bytes], haystack: bytes) -> set[bytes]:
+    """The windows of the secrets that are in there. A secret shorter than a window, and raw bytes, are sought whole."""
+    each = [secrets] if isinstance(secrets, str) else list(secrets)
     sought = set[bytes]().union(*map(windows, each))
-    short = {window for window in sought if len(window) < WINDOW and window in haystack}
+    short = {raw for raw in each if isinstance(raw, bytes) and raw in haystack}
+    short |= {window for window in sought if len(window) < WINDOW and window in haystack}
     # Each form of a secret is printable, and databases are mostly not: so the runs of printable bytes are enough.
     return short | {
         window
@@ -43,7 +47,7 @@ def find(secrets: str | Iterable[str], haystack: bytes) -> set[bytes]:
     }
 
 
-def files_with(secrets: str | Iterable[str], folder: Path) -> list[str]:
+def files_with(secrets: str | Iterable[str | bytes], folder: Path) -> list[str]:
     """The files below the folder that hold a window of a secret."""
     each = [secrets] if isinstance(secrets, str) else list(secrets)
     return sorted(str(file) for file in folder.rglob("*") if file.is_file() and find(each, file.read_bytes()))

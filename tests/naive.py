@@ -37,10 +37,13 @@ class NaiveStorage:
         return {"token": token, "token_id": token_id}
 
     def get_or_create_token(self, user_id: str) -> dict[str, Any]:
+        return self.get_valid_token(user_id) or self.store_token(user_id)
+
+    def get_valid_token(self, user_id: str) -> dict[str, Any] | None:
         row = self.conn.execute(
-            "SELECT token FROM upstox_tokens WHERE user_id = ? AND is_active", (user_id,)
+            "SELECT token FROM upstox_tokens WHERE user_id = ? AND is_active ORDER BY id DESC", (user_id,)
         ).fetchone()
-        return {"token": row[0]} if row else self.store_token(user_id)
+        return {"token": row[0]} if row else None
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:

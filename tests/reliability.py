@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -121,8 +122,18 @@ def a_rotation_can_be_killed_at_any_moment(address: Address, users: int = 60, ki
                 reads += 1
         return reads
 
-    with ThreadPoolExecutor(1) as thread:
-        reader = thread.submit(keep_reading)
+    def keep_storing() -> dict[str, str]:
+        """As a program does that has the new key, but behind the old one: so there is always something to rotate."""
+        stored: dict[str, str] = {}
+        with address.open(login=processes.made_up_login, keys=KeyRing(old, new)) as store:
+            for user_id in itertools.cycle(f"CW{number:04}" for number in range(20)):
+                if stop.is_set():
+                    break
+                stored[user_id] = store.store_token(user_id)["token"]
+        return stored
+
+    with ThreadPoolExecutor(2) as threads:
+        reader, writer = threads.submit(keep_reading), threads.submit(keep_storing)
         killed_in_time = 0
         try:
             for _ in range(kills):
@@ -138,10 +149,12 @@ def a_rotation_can_be_killed_at_any_moment(address: Address, users: int = 60, ki
         finally:
             stop.set()
         assert reader.result() > 0
+        tokens |= writer.result()
+    assert len(tokens) > users
     assert killed_in_time, "each rotation was done before it was killed"
     with address.open(keys=both) as store:
         store.rotate_keys()
-        assert store.keys_in_use() == {only_new.key_ids[0]: users}
+        assert store.keys_in_use() == {only_new.key_ids[0]: len(tokens)}
     with address.open(keys=only_new) as store:
         assert {user_id: store.get_valid_token(user_id)["token"] for user_id in tokens} == tokens
 

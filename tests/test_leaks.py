@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
+from redis import Redis
 
 from upstox_db_examples import (
     HybridUpstoxStorage,
@@ -26,6 +27,7 @@ from upstox_db_examples import (
     TokenStorage,
     export_tokens,
     import_tokens,
+    migrate,
 )
 from upstox_db_examples.local.servers import MongoDBServer, PostgreSQLServer, RedisServer
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
@@ -33,6 +35,8 @@ from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from . import leaks
 from .conftest import Clock, FakeTime, shown_with_locals
 from .processes import USER
+
+PASSWORD = "the-password-of-this-account"
 
 
 class PlainMongoDB(MongoDBServer):
@@ -49,6 +53,10 @@ class Surroundings(NamedTuple):
     open: Callable[..., TokenStorage]
     servers: list[Any]
     folders: list[Path]
+
+
+# Each command in the slow log, and nothing compressed in the snapshot.
+SHOWS_ALL = {"slowlog-log-slower-than": "0", "slowlog-max-len": "10000", "rdbcompression": "no"}
 
 
 def sqlite(_: ExitStack, folder: Path) -> Surroundings:
@@ -71,7 +79,7 @@ def mongodb(stack: ExitStack, _: Path) -> Surroundings:
 
 def hybrid(stack: ExitStack, _: Path) -> Surroundings:
     server = stack.enter_context(PostgreSQLServer(settings={"log_statement": "all"}))
-    redis = stack.enter_context(RedisServer(settings={"appendfsync": "always", "slowlog-log-slower-than": "0"}))
+    redis = stack.enter_context(RedisServer(settings={**SHOWS_ALL, "appendfsync": "always"}))
     both = [redis, server]
 
     def open_one(**options: Any) -> TokenStorage:
@@ -111,7 +119,7 @@ def full_run(
 
     upstox.stall_seconds = 0.1
     at_once = FakeTime().pace()
-    login = SdkLogin(account.credentials(), base_domain=upstox.base_domain)
+    login = SdkLogin({**account.credentials(), "password": PASSWORD}, base_domain=upstox.base_domain)
     options: dict[str, Any] = {"login": login, "clock": clock}
     with surroundings.open(**options, keys=KeyRing(keys[0])) as store:
         for call in (store.store_token, store.store_token, store.get_or_create_token):
@@ -128,6 +136,10 @@ def full_run(
         fails(lambda: store.get_valid_token("not a user"))
         fails(lambda: store.store_token("CD0001"))
         export_tokens(store, folder / "export", progress=False)
+        if isinstance(store, SQLiteUpstoxStorage):
+            store.backup(folder / "copy.db")
+        with SQLiteUpstoxStorage(folder / "moved.db", keys=KeyRing(keys[0]), clock=clock) as moved:
+            look_at(migrate(store, moved, progress=False))
         with surroundings.open(**options, keys=KeyRing(keys[1], keys[0])) as rotating:
             look_at(rotating.rotate_keys())
             look_at(rotating.keys_in_use())
@@ -151,6 +163,23 @@ def full_run(
     return tokens, "\n".join(shown)
 
 
+@pytest.mark.parametrize("secret", ["eyJ0eXAiOiJKV1Qi" + "abc/def" * 9, KeyRing.new_key()], ids=["token", "key"])
+def test_the_search_finds_a_secret_in_each_form(secret: str | bytes) -> None:
+    raw = secret.encode() if isinstance(secret, str) else secret
+    shown: list[str | bytes] = [raw, raw.hex(), raw.hex().upper(), repr(secret), f"x{secret!r}"]
+    if isinstance(secret, str):
+        shown.append(json.dumps(secret))
+    for shift in range(3):
+        shifted = b"x" * shift + raw + b"y"
+        shown += [base64.b64encode(shifted), base64.urlsafe_b64encode(shifted)]
+    for form in shown:
+        text = form if isinstance(form, bytes) else form.encode()
+        assert leaks.find([secret], b"\0\xffnoise " + text + b" noise\0"), form
+    part = raw[5:25] if isinstance(secret, str) else raw.hex().encode()[5:25]
+    assert leaks.find([secret], b"noise" + part)
+    assert not leaks.find([secret], b"noise" + raw[:10] + b"noise" * 100)
+
+
 @pytest.mark.slow
 def test_no_secret_lies_anywhere(
     surroundings: Surroundings,
@@ -170,8 +199,7 @@ def test_no_secret_lies_anywhere(
     finally:
         sdk.setLevel(before)
     passwords = [str(urlsplit(server.url).password) for server in surroundings.servers]
-    secrets = [*tokens, account.totp_secret, account.client_secret]
-    secrets += [form(key).decode() for key in keys for form in (base64.b64encode, base64.urlsafe_b64encode)]
+    secrets: list[str | bytes] = [*tokens, account.totp_secret, account.client_secret, PASSWORD, *keys]
     texts = shown + caplog.text
     assert len(tokens) == 5
     assert len(texts) > 10_000
@@ -184,6 +212,12 @@ def test_no_secret_lies_anywhere(
             dumped = subprocess.run(dump, check=True, capture_output=True).stdout
             assert leaks.find("upstox_token_audit", dumped)
             assert not leaks.find(secrets, dumped)
+        if isinstance(server, RedisServer):
+            with Redis.from_url(server.url) as client:
+                client.save()
+                asked = repr(client.slowlog_get(10_000)).encode()
+            assert leaks.find(USER, asked)
+            assert not leaks.find(secrets, asked)
         server.stop()
     for folder in surroundings.folders:
         assert leaks.files_with(USER, folder), f"{folder.name} holds nothing that could be found"

@@ -374,6 +374,10 @@ class TestANaiveStoreUnderCrowdsAndKills:
         with pytest.raises(AssertionError):
             reliability.of_32_processes_on_an_empty_store_one_logs_in(naive, upstox, account)
 
+    def test_a_holder_woken_late_makes_a_second_token(self, naive: Address) -> None:
+        with pytest.raises(AssertionError, match="two tokens are believed to live"):
+            reliability.a_holder_that_is_stopped_and_woken_late_makes_no_second_token(naive)
+
     def test_nobody_waits_for_a_login(self, naive: Address, upstox: LocalUpstox, account: Account) -> None:
         with pytest.raises(AssertionError, match="although another process is logging in"):
             reliability.a_login_whose_process_is_killed_holds_nobody_up(naive, upstox, account)
