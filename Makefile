@@ -3,7 +3,7 @@
 # make notebooks  run all the notebooks without a window; the files in the repository stay as they are
 # make check      lint and types
 # make docs       the API reference, from the docstrings, into build/docs
-# make bench      measure all stores beside the guide's code, the bare drivers and py-key-value: about ten minutes
+# make bench      measure all stores beside the guide's code, the bare drivers and py-key-value: about seven minutes
 #                 (make bench BENCH_OPTIONS=--quick: one minute, written to build/benchmarks)
 # make PYTHON=/path/to/python3.13 ...   to choose the interpreter yourself
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upstox_db_examples import ExpiryPolicy, InvalidInput, Secret, TokenResult
-from upstox_db_examples.storage import require_aware
+from upstox_db_examples.checks import require_aware
 from upstox_db_examples.token import IST, jwt_expiry
 
 POLICY = ExpiryPolicy()

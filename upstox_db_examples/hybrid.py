@@ -15,10 +15,11 @@ from typing import Any, Unpack
 
 from psycopg2 import errorcodes
 
+from .checks import require_positive
 from .errors import StorageError, StoreUnavailable
 from .hybrid_redis import Config, RedisTokens, Use, client_of
 from .postgresql import HANDED_OUT, PostgreSQLUpstoxStorage, _token
-from .storage import BATCH, Options, require_positive
+from .storage import BATCH, Options
 from .token import AuditEntry, StoredToken
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,12 @@ from pymongo import ASCENDING, DESCENDING, ReturnDocument, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
+from .checks import require_aware, require_positive
 from .errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
 from .mongodb_connection import Document, MongoDBConnection
 from .mongodb_lease import LONG_AGO, Leases
 from .mongodb_schema import make_collections
-from .storage import Options, TokenStorage, require_aware, require_positive
+from .storage import Options, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record

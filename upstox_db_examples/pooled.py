@@ -13,10 +13,11 @@ from typing import Any, Unpack, cast
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
+from .checks import require_pool_size, require_positive
 from .errors import StoreUnavailable
 from .sqlite import SQLiteUpstoxStorage
 from .sqlite_connections import SQLiteConnections, connected, explained
-from .storage import Options, require_pool_size, require_positive
+from .storage import Options
 
 
 class PooledUpstoxStorage(SQLiteUpstoxStorage):

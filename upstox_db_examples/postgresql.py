@@ -12,9 +12,10 @@ from typing import Any, Unpack
 from psycopg2 import errorcodes
 from psycopg2.extensions import connection
 
+from .checks import require_pool_size, require_positive
 from .errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from .postgresql_connections import PostgreSQLConnections
-from .storage import Options, TokenStorage, require_pool_size, require_positive
+from .storage import Options, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
 
 # user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is

@@ -1,7 +1,6 @@
 """The life cycle that all five stores share: find -> lock -> find again -> log in -> save.
 
-A store supplies what only its database can do: the methods with a leading underscore at the end of `TokenStorage`.
-It never sees a token, only ciphertext, so that nothing the driver logs or the server writes can show one.
+A store supplies what only its database can do: see backend.py.
 """
 
 from __future__ import annotations
@@ -10,18 +9,16 @@ import contextlib
 import functools
 import getpass
 import logging
-import math
 import os
-import re
 import socket
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
 
+from .backend import Backend
 from .batch import PACE, BatchResult, Pace, store_batch
+from .checks import USER_ID, check_user_id, require_aware, require_limit, require_positive, require_user_id
 from .cipher import Binding, KeyRing, KeySource
 from .errors import (
     InvalidInput,
@@ -34,14 +31,13 @@ from .errors import (
     TokenRefused,
 )
 from .login import Login, SdkLogin
-from .token import AuditEntry, ExpiryPolicy, Secret, StoredToken, TokenResult
+from .token import ExpiryPolicy, Secret, StoredToken, TokenResult
 
 if TYPE_CHECKING:
     from upstox_totp.models import AccessTokenData
 
 logger = logging.getLogger(__name__)
 
-USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,49}")
 BATCH = 500  # rows a transaction in cleanup and key rotation, so that readers and writers are never locked out long
 
 
@@ -65,11 +61,8 @@ class Options(TypedDict, total=False):
     login_wait: float
 
 
-class TokenStorage(ABC):
+class TokenStorage(Backend):
     """Keeps one living Upstox token a user. Safe to share between threads; a context manager."""
-
-    _kind: ClassVar[str]
-    """What a ciphertext is and where it lies: one that is copied from another kind of store is refused."""
 
     def __init__(self, **options: Unpack[Options]) -> None:
         if unknown := sorted(set(options) - Options.__annotations__.keys()):
@@ -100,7 +93,7 @@ class TokenStorage(ABC):
             StoreUnavailable: the database takes no write; no login was spent.
             TokenNotStored: the database failed after the login; the error carries the token.
         """
-        return self._log_in(_check_user_id(user_identifier) or self._declared_user(), keep_living=False)
+        return self._log_in(check_user_id(user_identifier) or self._declared_user(), keep_living=False)
 
     def get_valid_token(self, user_id: str) -> TokenResult | None:
         """The user's living token, or None. Never logs in and needs no credentials.
@@ -109,7 +102,7 @@ class TokenStorage(ABC):
             KeyUnavailable, TokenRefused: there is one, and it cannot be trusted or read.
         """
         now = self._now()
-        found = self._find(_require_user_id(user_id), now + self._policy.margin, now)
+        found = self._find(require_user_id(user_id), now + self._policy.margin, now)
         return self._hand_out(found) if found else None
 
     def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
@@ -121,7 +114,7 @@ class TokenStorage(ABC):
         Raises:
             as `store_token` and `get_valid_token`.
         """
-        user_id = _check_user_id(user_id) or self._declared_user() or self._user_seen()
+        user_id = check_user_id(user_id) or self._declared_user() or self._user_seen()
         return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, keep_living=True)
 
     def store_token_batch(
@@ -157,14 +150,14 @@ class TokenStorage(ABC):
         Each has `token_id`, `created_at`, `expires_at`, `is_active` (it could be handed out now), `user_name`,
         `email`, `broker`, `usage_count`, `last_used_at`; times are ISO text in UTC.
         """
-        return self._history(_require_user_id(user_id), _require_limit(limit), self._now())
+        return self._history(require_user_id(user_id), require_limit(limit), self._now())
 
     def get_user_statistics(self, user_id: str) -> dict[str, Any]:
         """`total_tokens`, `active_tokens`, `total_usage`, `avg_usage_per_token`, `last_generation`, `last_usage`.
 
         An unknown user has zeros, and None for the two times.
         """
-        return self._statistics(_require_user_id(user_id), self._now())
+        return self._statistics(require_user_id(user_id), self._now())
 
     def get_audit_trail(self, user_id: str, limit: int = 50) -> list[dict[str, Any]]:
         """What was done to the user's tokens, by whom and when, newest first. Needs no key.
@@ -172,7 +165,7 @@ class TokenStorage(ABC):
         Each entry has `action`, `performed_at`, `actor`, `metadata`, `user_id`, `token_id`, `token_created`. The
         actions: login, login_failed, created, used, deactivated, revoked, expired.
         """
-        return self._audit(_require_user_id(user_id), _require_limit(limit))
+        return self._audit(require_user_id(user_id), require_limit(limit))
 
     def revoke_token(self, user_id: str) -> bool:
         """Forget the user's token: its ciphertext is erased and it is never handed out again.
@@ -182,7 +175,7 @@ class TokenStorage(ABC):
         Returns:
             whether there was one.
         """
-        revoked = self._revoke(_require_user_id(user_id), self._now())
+        revoked = self._revoke(require_user_id(user_id), self._now())
         logger.info("Revoked the token of %s" if revoked else "%s had no token to revoke", user_id)
         return revoked
 
@@ -257,10 +250,6 @@ class TokenStorage(ABC):
     def get_storage_status(self) -> dict[str, Any]:
         """Each database by name: "healthy", or "error: …" and what to do; and a `timestamp`. Never raises."""
         return {**self._health(), "timestamp": self._now().isoformat()}
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close what this store opened. It can be called twice."""
 
     def __enter__(self) -> Self:
         return self
@@ -372,99 +361,6 @@ class TokenStorage(ABC):
     def _actor(self) -> str:
         return self._named_actor or f"{_user_and_host()}:{os.getpid()}"
 
-    # What each database does in its own way. Times are aware; a StorageError says what went wrong. A change of a token
-    # and its audit entry, whose action is in quotes here, are one transaction.
-
-    @abstractmethod
-    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
-        """The user's active token if it dies after `alive_after`; where this store counts uses, one more ("used")."""
-
-    @abstractmethod
-    def _insert(self, token: StoredToken) -> int | str:
-        """The earlier token inactive and erased ("deactivated"), this one active ("created"); its id.
-
-        Raises:
-            LoginSuperseded: the user already has a token of this generation.
-        """
-
-    @abstractmethod
-    def _lock(self, name: str) -> AbstractContextManager[None]:
-        """One holder at a time, in all processes that share this store; freed when its holder dies."""
-
-    @abstractmethod
-    def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
-        """An audit entry that belongs to no token, durably written."""
-
-    @abstractmethod
-    def _generation(self, user_id: str) -> int:
-        """The user's latest generation, 0 if there is none."""
-
-    @abstractmethod
-    def _user_of_account(self, account: str) -> str | None:
-        """Whom these credentials logged in last."""
-
-    @abstractmethod
-    def _revoke(self, user_id: str, now: datetime) -> bool:
-        """The user's active token erased ("revoked"); whether there was one."""
-
-    @abstractmethod
-    def _expire(self, now: datetime, limit: int) -> int:
-        """At most `limit` dead tokens erased ("expired"); how many, and 0 only when there are none left."""
-
-    @abstractmethod
-    def _forget_entries(self, before: datetime, limit: int) -> int:
-        """At most `limit` audit entries from before this moment deleted; how many, and 0 only when none are left."""
-
-    @abstractmethod
-    def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
-        """What `get_token_history` gives."""
-
-    @abstractmethod
-    def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
-        """What `get_user_statistics` gives."""
-
-    @abstractmethod
-    def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
-        """What `get_audit_trail` gives."""
-
-    @abstractmethod
-    def _under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
-        """At most `limit` active tokens, dead ones too, that a key other than this encrypts."""
-
-    @abstractmethod
-    def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
-        """Each only where the old ciphertext still stands; how many were replaced. Not audited."""
-
-    @abstractmethod
-    def _count_keys(self) -> dict[str, int]:
-        """How many active tokens, dead ones too, each key encrypts."""
-
-    @abstractmethod
-    def _health(self) -> dict[str, Any]:
-        """What `get_storage_status` gives, but for the time."""
-
-    # What transfer.py needs.
-
-    @abstractmethod
-    def _users(self) -> list[str | None]:
-        """All who have tokens or audit entries; None for entries that belong to nobody."""
-
-    @abstractmethod
-    def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
-        """All tokens of a user, oldest first, with all that is known of them. One that has ended has no ciphertext."""
-
-    @abstractmethod
-    def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
-        """The user's audit entries that follow `after`, oldest first: there may be more than memory can hold."""
-
-    @abstractmethod
-    def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        """These tokens and entries, without locking readers out.
-
-        A token that is there already may have been used or revoked since it was looked at. So its uses only grow, it
-        can end and not come back, and its ciphertext stays as it is.
-        """
-
 
 class _Minted(NamedTuple):
     """What a login gave: the token wrapped, the rest as fields of `StoredToken`."""
@@ -525,58 +421,6 @@ def _result(secret: Secret, token: StoredToken) -> TokenResult:
             **({"source": token.source} if token.source else {}),
         },
     )
-
-
-def _check_user_id(user_id: object) -> str | None:
-    return None if user_id is None else _require_user_id(user_id)
-
-
-def _require_user_id(user_id: object) -> str:
-    if not isinstance(user_id, str) or not USER_ID.fullmatch(user_id):
-        raise InvalidInput(
-            "A user id is text of 1 to 50 characters: letters and digits, and after the first one also . _ @ and -."
-        )
-    return user_id
-
-
-def _require_limit(limit: object) -> int:
-    if type(limit) is not int or not 1 <= limit < 2**31:
-        raise InvalidInput("limit must be a whole number from 1 up.")
-    return limit
-
-
-def require_aware(moment: datetime, name: str) -> datetime:
-    """The same moment in UTC.
-
-    Raises:
-        InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
-    """
-    if isinstance(moment, datetime) and moment.tzinfo is UTC:
-        return moment
-    if not isinstance(moment, datetime) or moment.utcoffset() is None:
-        raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError as error:
-        raise InvalidInput(f"{name} lies outside the years 1 to 9999 in UTC.") from error
-
-
-def require_positive(name: str, number: float) -> None:
-    """
-    Raises:
-        InvalidInput: it is none, such as a time without end, for which somebody would wait.
-    """
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-        raise InvalidInput(f"{name} must be a positive number.")
-
-
-def require_pool_size(number: int) -> None:
-    """
-    Raises:
-        InvalidInput: it is no size of a pool.
-    """
-    if type(number) is not int or number < 1:
-        raise InvalidInput("pool_size must be a whole number from 1 up.")
 
 
 @functools.cache

@@ -1,0 +1,63 @@
+"""Whether what was given can be used, before anything is read or written."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+
+from .errors import InvalidInput
+
+USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,49}")
+
+
+def check_user_id(user_id: object) -> str | None:
+    return None if user_id is None else require_user_id(user_id)
+
+
+def require_user_id(user_id: object) -> str:
+    if not isinstance(user_id, str) or not USER_ID.fullmatch(user_id):
+        raise InvalidInput(
+            "A user id is text of 1 to 50 characters: letters and digits, and after the first one also . _ @ and -."
+        )
+    return user_id
+
+
+def require_limit(limit: object) -> int:
+    if type(limit) is not int or not 1 <= limit < 2**31:
+        raise InvalidInput("limit must be a whole number from 1 up.")
+    return limit
+
+
+def require_aware(moment: datetime, name: str) -> datetime:
+    """The same moment in UTC.
+
+    Raises:
+        InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
+    """
+    if isinstance(moment, datetime) and moment.tzinfo is UTC:
+        return moment
+    if not isinstance(moment, datetime) or moment.utcoffset() is None:
+        raise InvalidInput(f"{name} must be a datetime with a time zone, such as datetime.now(UTC).")
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as error:
+        raise InvalidInput(f"{name} lies outside the years 1 to 9999 in UTC.") from error
+
+
+def require_positive(name: str, number: float) -> None:
+    """
+    Raises:
+        InvalidInput: it is none, such as a time without end, for which somebody would wait.
+    """
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise InvalidInput(f"{name} must be a positive number.")
+
+
+def require_pool_size(number: int) -> None:
+    """
+    Raises:
+        InvalidInput: it is no size of a pool.
+    """
+    if type(number) is not int or number < 1:
+        raise InvalidInput("pool_size must be a whole number from 1 up.")
