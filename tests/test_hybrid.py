@@ -16,6 +16,7 @@ import pytest
 import redis.connection
 from redis import Redis
 from redis.exceptions import ResponseError
+from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import (
     ConfigurationError,
@@ -126,6 +127,15 @@ class TestHybrid(StoreContract):
         store.store_token()
         for key in (self.key(), self.key().replace(":token:", ":count:")):
             assert 0 < self.redis.pttl(key) <= 30_000
+
+    def test_nor_after_a_login_that_took_its_time(self, open_store: OpenStore, clock: Clock) -> None:
+        def slowly(user_id: str | None) -> AccessTokenData:
+            clock.advance(seconds=20)
+            return token_data(user_id or USER)
+
+        clock.set(7, 3, 29)
+        open_store(login=slowly).store_token()
+        assert 0 < self.redis.pttl(self.key()) <= 40_000
 
     def test_a_changed_copy_is_refused(self, open_store: OpenStore) -> None:
         store = open_store(login=lambda user_id: token_data(user_id or USER))

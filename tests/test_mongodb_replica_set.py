@@ -34,8 +34,8 @@ class Member(MongoDBServer):
             return bool(client.admin.command("hello")["ok"])
         return False
 
-    def direct(self) -> pymongo.MongoClient[Any]:
-        return pymongo.MongoClient("127.0.0.1", self._port, directConnection=True, timeoutMS=1000)
+    def direct(self, seconds: float = 1) -> pymongo.MongoClient[Any]:
+        return pymongo.MongoClient("127.0.0.1", self._port, directConnection=True, timeoutMS=1000 * seconds)
 
     @property
     def host(self) -> str:
@@ -57,9 +57,9 @@ def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Member]]:
             "members": [{"_id": number, "host": each.host} for number, each in enumerate(members)],
             "settings": {"electionTimeoutMillis": ELECTION_SECONDS * 1000},
         }
-        with members[0].direct() as client:
+        with members[0].direct(seconds=30) as client:
             client.admin.command("replSetInitiate", config)
-        with primary(members).direct() as client:
+        with primary(members).direct(seconds=30) as client:
             client.admin.command("createUser", "root", pwd=members[0]._password(), roles=["root"])
         yield members
 

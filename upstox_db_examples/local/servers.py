@@ -168,8 +168,10 @@ class RedisServer(Server):
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"-NOAUTH")  # While it loads its data it says so instead.
+            # While it loads its data it says so instead, but only to whom it knows.
+            connection.sendall(f"AUTH {self._password()}\r\nPING\r\n".encode())
+            with connection.makefile("rb") as answers:
+                return [answers.readline(), answers.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
         return False
 
     def _url(self) -> str:
