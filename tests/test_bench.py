@@ -87,7 +87,7 @@ def test_the_smallest_run_writes_the_table_and_the_picture(
 ) -> None:
     servers = {"MONGODB_URL": mongo_server, "REDIS_URL": redis_server}
     monkeypatch.delenv("POSTGRES_URL", raising=False)  # It starts one that takes a hundred connections and more.
-    smallest = ["--tokens", "20", "--rounds", "1", "--seconds", "0.02", "--folder", str(tmp_path / "out")]
+    smallest = ["--tokens", "20", "--rounds", "1", "--seconds", "0.2", "--folder", str(tmp_path / "out")]
     before = keys(redis_server)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "benchmarks", *smallest],
