@@ -459,8 +459,10 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
 
         with address.open() as store, ThreadPoolExecutor(1) as thread:
             reading = thread.submit(keep_reading)
-            yield counted
-            stop.set()
+            try:
+                yield counted
+            finally:
+                stop.set()
             assert reading.result() > 0
 
     @pytest.mark.slow

@@ -717,12 +717,14 @@ class TestAServerThatFails:
 
         with ThreadPoolExecutor(1) as thread:
             writer = thread.submit(keep_storing)
-            for _ in range(5):
+            try:
+                for _ in range(5):
+                    time.sleep(1)
+                    server.kill()
+                    server.start()
                 time.sleep(1)
-                server.kill()
-                server.start()
-            time.sleep(1)
-            stop.set()
+            finally:
+                stop.set()
             writer.result()
         with pymongo.MongoClient[Any](server.url) as client:
             records = {str(each["_id"]): each["generation"] for each in client.upstox_db.tokens.find()}

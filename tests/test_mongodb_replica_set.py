@@ -113,15 +113,17 @@ def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Memb
     with MongoUpstoxStorage(url, keys=keys, login=made_up_login, timeout=15) as store:
         with ThreadPoolExecutor(6) as threads:
             running = [threads.submit(job, user_id) for user_id in users for job in (keep_storing, keep_reading)]
-            for _ in range(2):
+            try:
+                for _ in range(2):
+                    time.sleep(2)
+                    killed = primary(members)
+                    killed.kill()
+                    primary([each for each in members if each is not killed])
+                    time.sleep(2)
+                    killed.start()
                 time.sleep(2)
-                killed = primary(members)
-                killed.kill()
-                primary([each for each in members if each is not killed])
-                time.sleep(2)
-                killed.start()
-            time.sleep(2)
-            stop.set()
+            finally:
+                stop.set()
             for each in running:
                 each.result()
         for user_id in users:

@@ -468,11 +468,13 @@ class TestAServerThatFails:
 
         with ThreadPoolExecutor(1) as thread:
             writer = thread.submit(keep_storing)
-            for _ in range(5):
-                time.sleep(0.3)
-                server.kill()
-                server.start()
-            stop.set()
+            try:
+                for _ in range(5):
+                    time.sleep(0.3)
+                    server.kill()
+                    server.start()
+            finally:
+                stop.set()
             writer.result()
         rows = bare(server.url, "SELECT id, is_active FROM upstox_tokens")
         assert len(acknowledged) > 20

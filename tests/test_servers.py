@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,35 @@ def test_it_stops_and_starts_again_on_the_same_port_with_the_same_data(server: P
             ask(server.url)
         server.start()
         assert ask(server.url, "SELECT to_regclass('kept') IS NOT NULL") is True
+
+
+@pytest.mark.slow
+def test_nothing_of_it_is_left_when_it_was_killed_amid_writing(server: PostgreSQLServer) -> None:
+    """A process dies only when its write to the disk is done, and PostgreSQL does not start beside one."""
+    assert server._process
+    ask(server.url, "CREATE TABLE written (x text)")
+    stop = threading.Event()
+
+    def keep_writing() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(psycopg2.Error), contextlib.closing(psycopg2.connect(server.url)) as conn:
+                conn.autocommit = True
+                while not stop.is_set():
+                    conn.cursor().execute("INSERT INTO written SELECT repeat('x', 2000) FROM generate_series(1, 500)")
+
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(8):
+            threads.submit(keep_writing)
+        try:
+            for _ in range(10):
+                time.sleep(0.3)
+                everyone = psutil.Process(server._process.pid).children(recursive=True)
+                assert len(everyone) > 8
+                server.kill()
+                assert not any(map(processes._is_alive, everyone))
+                server.start()
+        finally:
+            stop.set()
 
 
 def test_it_can_be_stalled_and_woken(server: PostgreSQLServer) -> None:

@@ -125,7 +125,7 @@ class Server(ABC):
         self._reap(wait=10)
 
     def kill(self) -> None:
-        """kill -9 of all its processes."""
+        """kill -9 of all its processes. When it returns they are gone, and what they held can be taken again."""
         self._signal(signal.SIGKILL)
         self._reap()
 
@@ -191,9 +191,15 @@ class Server(ABC):
             return
         if number != signal.SIGCONT:
             main.send_signal(signal.SIGSTOP)  # It starts no more children while they are listed.
-        for process in [*main.children(recursive=True), main]:
+        everyone = [*main.children(recursive=True), main]
+        for process in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+        if number == signal.SIGKILL:
+            # A process that writes to the disk dies a moment later, and PostgreSQL refuses to start while one is left.
+            deadline = time.monotonic() + READY_SECONDS
+            while any(map(_is_alive, everyone)) and time.monotonic() < deadline:
+                time.sleep(0.001)
 
     def _reap(self, wait: float = 0) -> None:
         if self._process:
@@ -235,6 +241,13 @@ class Server(ABC):
 
     @abstractmethod
     def _url(self) -> str: ...
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """A zombie is not: it holds nothing more, and in some containers nobody ever collects it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _free_port() -> int:
