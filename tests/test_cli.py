@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 import pytest
 
-from upstox_db_examples import SQLiteUpstoxStorage
+from upstox_db_examples import KeyRing, SQLiteUpstoxStorage
 from upstox_db_examples.cli import main
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
@@ -42,7 +42,8 @@ def account(upstox: LocalUpstox) -> Account:
 
 @pytest.fixture
 def execute(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
-    """Runs any command as one with this account does."""
+    """Runs any command as one with this account, and with keys, does."""
+    KeyRing.from_file(tmp_path / "keys")
 
     def execute_one(*command: str, **environment: str) -> Done:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
@@ -76,6 +77,18 @@ def test_token_prints_the_token_and_nothing_else(run: Run, upstox: LocalUpstox) 
     assert upstox.is_living(first.removesuffix("\n"))
     assert good(run("token", USER)) == first
     assert upstox.logins() == 1
+
+
+def test_stderr_says_what_no_error_says_and_on_request_what_is_done(run: Run, tmp_path: Path) -> None:
+    first = run("login", UPSTOX_DB_KEY_FILE=str(tmp_path / "new keys"))
+    assert (first.returncode, first.stderr.count("\n")) == (0, 1)
+    assert f"Made a new key in {tmp_path / 'new keys'}. Back it up" in first.stderr
+    again = run("--verbose", "token", UPSTOX_DB_KEY_FILE=str(tmp_path / "new keys"), UPSTOX_DB_STORE="another.db")
+    token = again.stdout.strip()
+    assert f"upstox_db_examples.storage: Logging {USER} in\n" in again.stderr
+    assert "127.0.0.1 gave a token after" in again.stderr
+    assert token.startswith("eyJ")
+    assert token[:20] not in again.stderr
 
 
 def test_nothing_else_shows_the_token(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
@@ -150,7 +163,7 @@ def test_a_mistyped_store_is_refused_and_not_made(run: Run, tmp_path: Path) -> N
             done = run("--store", address, *arguments)
             assert (done.returncode, done.stdout) == (3, ""), done
             assert "typo.db cannot be opened: No such file or directory. Check --store" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "keys"]
 
 
 def test_a_backup_is_not_replaced_by_one_without_tokens(run: Run, tmp_path: Path) -> None:
@@ -187,7 +200,7 @@ def test_what_cannot_be_read_ends_with_3_and_stays(run: Run, tmp_path: Path, ups
     token = good(run("token"))
     done = run("token", UPSTOX_DB_KEY_FILE=str(tmp_path / "other-keys"))
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("KeyUnavailable: ")
+    assert re.match("Made a new key in .*other-keys.*\nKeyUnavailable: ", done.stderr)
     assert good(run("token")) == token
     assert upstox.logins() == 1
 

@@ -48,33 +48,39 @@ class PlainMongoDB(MongoDBServer):
 
 
 class Surroundings(NamedTuple):
-    """A store, the servers behind it, and where its data lies."""
+    """A store, the servers behind it, where its data lies, and which modules of its own log something."""
 
     open: Callable[..., TokenStorage]
     servers: list[Any]
     folders: list[Path]
+    loggers: set[str]
 
 
+EVERY_STORE = {"storage", "login", "batch", "cipher", "transfer", "sqlite", "sqlite_connections"}
+POSTGRESQL = {"postgresql", "postgresql_connections"}
 # Each command in the slow log, and nothing compressed in the snapshot.
 SHOWS_ALL = {"slowlog-log-slower-than": "0", "slowlog-max-len": "10000", "rdbcompression": "no"}
 
 
 def sqlite(_: ExitStack, folder: Path) -> Surroundings:
-    return Surroundings(lambda **o: SQLiteUpstoxStorage(folder / "a.db", audit_reads=True, **o), [], [folder])
+    return Surroundings(lambda **o: SQLiteUpstoxStorage(folder / "a.db", audit_reads=True, **o), [], [folder], set())
 
 
 def pooled(_: ExitStack, folder: Path) -> Surroundings:
-    return Surroundings(lambda **o: PooledUpstoxStorage(folder / "a.db", audit_reads=True, **o), [], [folder])
+    own = {"pooled"}
+    return Surroundings(lambda **o: PooledUpstoxStorage(folder / "a.db", audit_reads=True, **o), [], [folder], own)
 
 
 def postgresql(stack: ExitStack, _: Path) -> Surroundings:
     server = stack.enter_context(PostgreSQLServer(settings={"log_statement": "all", "log_min_messages": "info"}))
-    return Surroundings(lambda **o: PostgreSQLUpstoxStorage(server.url, timeout=1, **o), [server], [server._folder])
+    folders = [server._folder]
+    return Surroundings(lambda **o: PostgreSQLUpstoxStorage(server.url, timeout=1, **o), [server], folders, POSTGRESQL)
 
 
 def mongodb(stack: ExitStack, _: Path) -> Surroundings:
     server = stack.enter_context(PlainMongoDB())
-    return Surroundings(lambda **o: MongoUpstoxStorage(server.url, timeout=2, **o), [server], [server._folder])
+    folders, own = [server._folder], {"mongodb_connection", "mongodb_schema"}
+    return Surroundings(lambda **o: MongoUpstoxStorage(server.url, timeout=2, **o), [server], folders, own)
 
 
 def hybrid(stack: ExitStack, _: Path) -> Surroundings:
@@ -85,7 +91,8 @@ def hybrid(stack: ExitStack, _: Path) -> Surroundings:
     def open_one(**options: Any) -> TokenStorage:
         return HybridUpstoxStorage(redis.url, server.url, timeout=1, believed=0.1, redis_pause=0.1, **options)
 
-    return Surroundings(open_one, both, [server._folder, redis._folder])
+    own = {"hybrid", "hybrid_redis"} | POSTGRESQL
+    return Surroundings(open_one, both, [server._folder, redis._folder], own)
 
 
 @pytest.fixture(params=[sqlite, pooled, postgresql, mongodb, hybrid], ids=lambda make: make.__name__)
@@ -138,6 +145,8 @@ def full_run(
         export_tokens(store, folder / "export", progress=False)
         if isinstance(store, SQLiteUpstoxStorage):
             store.backup(folder / "copy.db")
+            fails(lambda: wrong_statement(store))
+        look_at(KeyRing.from_file(folder / "another key"))
         with SQLiteUpstoxStorage(folder / "moved.db", keys=KeyRing(keys[0]), clock=clock) as moved:
             look_at(migrate(store, moved, progress=False))
         with surroundings.open(**options, keys=KeyRing(keys[1], keys[0])) as rotating:
@@ -161,6 +170,11 @@ def full_run(
         look_at(vars(store))
         look_at(store)
     return tokens, "\n".join(shown)
+
+
+def wrong_statement(store: SQLiteUpstoxStorage) -> None:
+    with store.get_connection() as conn:
+        conn.execute("SELECT access_token FROM nowhere")
 
 
 @pytest.mark.parametrize("secret", ["eyJ0eXAiOiJKV1Qi" + "abc/def" * 9, KeyRing.new_key()], ids=["token", "key"])
@@ -201,6 +215,8 @@ def test_no_secret_lies_anywhere(
     passwords = [str(urlsplit(server.url).password) for server in surroundings.servers]
     secrets: list[str | bytes] = [*tokens, account.totp_secret, account.client_secret, PASSWORD, *keys]
     texts = shown + caplog.text
+    spoke = {record.name.removeprefix("upstox_db_examples.") for record in caplog.records}
+    assert EVERY_STORE | surroundings.loggers <= spoke
     assert len(tokens) == 5
     assert len(texts) > 10_000
     assert USER in texts

@@ -275,13 +275,18 @@ class TestMongoDB(StoreContract):
         assert living(store)["token"] != token_data(USER).access_token
 
     @pytest.mark.parametrize("user_id", [USER, None])
-    def test_a_login_whose_lease_was_taken_over_is_refused(self, open_store: OpenStore, user_id: str | None) -> None:
+    def test_a_login_whose_lease_was_taken_over_is_refused(
+        self, open_store: OpenStore, user_id: str | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
         def login_while_the_lease_goes(_: str | None) -> AccessTokenData:
             with self.mongo.bare() as db:
                 db.leases.update_many({}, {"$set": {"owner": "somebody else"}})
+            wait_until(
+                lambda: f"Another caller has taken the lease of {user_id or 'account-default'} over" in caplog.text
+            )
             return token_data(USER)
 
-        late = open_store(login=login_while_the_lease_goes)
+        late = open_store(login=login_while_the_lease_goes, lease=0.3)
         with pytest.raises(LoginSuperseded, match="took over"):
             late.store_token(user_id)
         assert self.raw_rows() == []
@@ -380,11 +385,12 @@ class TestMongoDB(StoreContract):
         assert sorted(ended) == ["created"] * 3 + ["deactivated"] * 2
 
     def test_a_swap_whose_tidying_up_fails_is_stored_all_the_same(
-        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         store.store_token(USER)
         with cut_off_before(monkeypatch, "bulk_write"):
             second = store.store_token(USER)["token"]
+        assert f"The record of the earlier token of {USER} is still called active" in caplog.text
         assert living(store)["token"] == second
         assert [row["is_active"] for row in store.get_token_history(USER)] == [True, False]
         store.store_token(USER)

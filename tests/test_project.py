@@ -162,6 +162,16 @@ def test_links_lead_somewhere(document: str) -> None:
     assert [link for link in links if not (file.parent / link).exists()] == []
 
 
+def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> None:
+    names = [name for _, name, _ in pkgutil.iter_modules(upstox_db_examples.__path__, "upstox_db_examples.")]
+    modules = {name: importlib.import_module(name) for name in names if not name.endswith("__main__")}
+    loggers = {name: getattr(module, "logger", None) for name, module in modules.items()}
+    silent = {name.partition(".")[2] for name, logger in loggers.items() if logger is None}
+    # Values, promises, the files that others tell of, and the command, which prints.
+    assert silent == {"backend", "checks", "cli", "errors", "files", "local", "token", "transfer_file"}
+    assert all(logger.name == name for name, logger in loggers.items() if logger)
+
+
 def test_every_public_name_says_what_it_is() -> None:
     silent = []
     for name in upstox_db_examples.__all__:

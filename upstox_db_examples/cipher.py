@@ -15,6 +15,7 @@ import base64
 import binascii
 import contextlib
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from .errors import ConfigurationError, KeyUnavailable, TokenRefused
 from .token import Secret
+
+logger = logging.getLogger(__name__)
 
 VERSION = "v1"
 KEY_BYTES = 32
@@ -185,6 +188,7 @@ def _make_key_file(file: Path) -> None:
             os.fsync(temporary.fileno())
         with contextlib.suppress(FileExistsError):
             os.link(name, file)
+            logger.warning("Made a new key in %s. Back it up, apart from the database.", file)
     finally:
         Path(name).unlink()
     folder = os.open(file.parent, os.O_RDONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,10 +89,14 @@ a wrong command; with 3 if something has to be put right first, such as credenti
     type=click.Path(dir_okay=False),
     help="The credentials of several users: TOML, a table for each user's id, mode 0600. Else those in UPSTOX_*.",
 )
+@click.option("--verbose", "-v", is_flag=True, help="Say on stderr what is done, with the time.")
 @click.version_option(package_name="upstox-db-examples")
 @click.pass_context
-def main(ctx: click.Context, store: str, accounts: str | None) -> None:
+def main(ctx: click.Context, store: str, accounts: str | None, verbose: bool) -> None:
     """Keep Upstox access tokens in a database: log in, read, look after them."""
+    # A warning is what no error says, such as that a new key was made; so cron mails it.
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s" if verbose else "%(message)s")
+    logging.getLogger(package.__name__).setLevel(logging.INFO if verbose else logging.WARNING)
     options = {"login": Accounts.from_file(accounts)} if accounts else {}
     ctx.obj = lambda new=False: ctx.with_resource(opened(store, new=new, **options))
 

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import re
+import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ from .token import Secret
 if TYPE_CHECKING:
     # Imported only when a login is due: the SDK brings an HTTP client along, and a reader of tokens needs none.
     from upstox_totp.models import AccessTokenData
+
+logger = logging.getLogger(__name__)
 
 FIELDS = ("username", "password", "pin_code", "totp_secret", "client_id", "client_secret", "redirect_uri")
 SHORTEST_TOTP_SECRET = 112  # bits; the SDK refuses a shorter one only after an OTP request was spent
@@ -281,6 +284,7 @@ def _log_in(credentials: Credentials, base_domain: str, pause: float | None, tim
     from upstox_totp.models import AccessTokenResponse
 
     logging.getLogger("upstox-totp").addFilter(_no_debug)
+    where, begin = urlsplit(base_domain).hostname or "Upstox", time.monotonic()
     response = None
     try:
         # debug is said outright: with UPSTOX_DEBUG the SDK would log every secret.
@@ -294,10 +298,12 @@ def _log_in(credentials: Credentials, base_domain: str, pause: float | None, tim
             client.session.timeout = timeout
             response = client.app_token.get_access_token()
         if isinstance(response, AccessTokenResponse) and response.data:
+            logger.info("%s gave a token after %.1f s", where, time.monotonic() - begin)
             return response.data
         failure = _explain(response, credentials)
     except Exception as error:
         failure = _explain(error, credentials)
+    logger.info("%s gave no token after %.1f s (code %s)", where, time.monotonic() - begin, failure.code)
     # Raised after the except block: neither __cause__ nor __context__ leads to the SDK's frames and their secrets.
     del response
     raise failure

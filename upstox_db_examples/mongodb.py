@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -22,6 +22,8 @@ from .mongodb_lease import LONG_AGO, Leases
 from .mongodb_schema import make_collections
 from .storage import Options, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
+
+logger = logging.getLogger(__name__)
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
 ATTEMPTS = 5  # at a read while the token is being replaced
@@ -150,10 +152,10 @@ class MongoUpstoxStorage(TokenStorage):
                 )
                 if record is not None:
                     if record["usage_count"] % MOVE_AFTER == 0:
-                        with contextlib.suppress(
-                            PyMongoError
-                        ):  # They are as good inside the record; the next one tries.
+                        try:
                             _move_audit(db, [active["token_id"]])
+                        except PyMongoError as error:  # They are as good inside the record; the next one tries.
+                            logger.warning("Audit entries stay in their record (%s)", type(error).__name__)
                     return _token(active, **{name: record.get(name) for name in shown})
                 # Between the two it was replaced or revoked: look again.
         raise StoreUnavailable(f"{self._connection.where} has no record in which to count this use. Store a new token.")
@@ -181,13 +183,15 @@ class MongoUpstoxStorage(TokenStorage):
             if isinstance(error.__cause__, DuplicateKeyError):
                 raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
             raise
-        # It is stored. What now fails is made up for by the next store.
-        with contextlib.suppress(StorageError), self._database() as db:
-            earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
-            for old in [each["_id"] for each in db.tokens.find(earlier, {"_id": 1}).sort("generation")]:
-                cut_off = before["ended"] if before and before["token_id"] == old and "ended" in before else None
-                _end(db, [{**(cut_off or ended), "token_id": old}])
-                ended = {**ended, "_id": ObjectId()}
+        try:
+            with self._database() as db:
+                earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
+                for old in [each["_id"] for each in db.tokens.find(earlier, {"_id": 1}).sort("generation")]:
+                    cut_off = before["ended"] if before and before["token_id"] == old and "ended" in before else None
+                    _end(db, [{**(cut_off or ended), "token_id": old}])
+                    ended = {**ended, "_id": ObjectId()}
+        except StorageError as error:  # The token is stored. The next store makes up for this.
+            logger.warning("The record of the earlier token of %s is still called active: %s", token.user_id, error)
         return str(token_id)
 
     def _revoke(self, user_id: str, now: datetime) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from pymongo.write_concern import WriteConcern
 
 from .errors import ConfigurationError, StorageError, StoreUnavailable
 from .token import Secret
+
+logger = logging.getLogger(__name__)
 
 Document = dict[str, Any]
 
@@ -79,6 +82,7 @@ class MongoDBConnection:
                 write_concern=WriteConcern(w="majority", j=True),
             )
             self._client, self._process = client, os.getpid()
+            logger.debug("Opened a client for %s", self.where)
             return
         except (PyMongoError, ValueError, TypeError):
             if client:

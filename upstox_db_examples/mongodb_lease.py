@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import random
 import threading
@@ -17,6 +17,8 @@ from pymongo import ReturnDocument
 from pymongo.database import Database
 
 from .errors import LoginSuperseded, StorageError, StoreUnavailable, TokenNotStored
+
+logger = logging.getLogger(__name__)
 
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -128,14 +130,20 @@ class Leases:
         while not released.wait(pause):
             try:
                 if not self._renew(lease):
+                    if not released.is_set():
+                        logger.warning("Another caller has taken the lease of %s over", lease.name)
                     return
                 pause = self._seconds / 3
-            except StorageError:
+            except StorageError as error:
+                logger.warning("The lease of %s is not renewed: %s", lease.name, error)
                 pause = self._seconds / 30  # Soon again, while it can still succeed; if not, the write is refused.
 
     def _release(self, lease: _Lease) -> None:
-        with contextlib.suppress(StorageError), self._database() as db:  # else it ends by itself
-            db.leases.delete_one({"_id": lease.name, "owner": lease.owner})
+        try:
+            with self._database() as db:
+                db.leases.delete_one({"_id": lease.name, "owner": lease.owner})
+        except StorageError as error:
+            logger.warning("The lease of %s stays for up to %g s: %s", lease.name, self._seconds, error)
 
     def _until(self) -> dict[str, Any]:
         return {"$add": ["$$NOW", int(self._seconds * 1000)]}

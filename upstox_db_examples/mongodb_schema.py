@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from pymongo import ASCENDING, DESCENDING
@@ -9,6 +10,8 @@ from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
 from .errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 ALREADY_THERE = 48
@@ -137,6 +140,7 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
         for keys, options in indexes:
             _make_index(db, name, keys, options, where)
     db.schema_version.update_one({"_id": "upstox"}, {"$max": {"version": VERSION}})
+    logger.info("%s has schema version %s now", where, VERSION)
 
 
 def _make_collection(db: Database[dict[str, Any]], name: str, validator: dict[str, Any]) -> None:
@@ -163,3 +167,4 @@ def _make_index(
             ) from error
         # A plain index, or a TTL of another length, is turned into ours where it stands.
         db.command("collMod", name, index={"keyPattern": dict(keys), **options})
+        logger.warning("%s had an index on %s of %s, which is a TTL now", where, ", ".join(dict(keys)), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import weakref
@@ -18,6 +19,8 @@ from .errors import StoreUnavailable
 from .sqlite import SQLiteUpstoxStorage
 from .sqlite_connections import SQLiteConnections, connected, explained
 from .storage import Options
+
+logger = logging.getLogger(__name__)
 
 
 class PooledUpstoxStorage(SQLiteUpstoxStorage):
@@ -97,7 +100,8 @@ class PooledConnections(SQLiteConnections):
                 borrowed.rollback()
                 if self._closed:
                     borrowed.invalidate()
-            except BaseException:
+            except BaseException as error:
+                logger.info("A connection to %s met %s and is not used again", self.path, type(error).__name__)
                 borrowed.invalidate()  # It is closed, which rolls back, and the pool opens another when it needs one.
                 raise
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from .errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnav
 from .postgresql_connections import PostgreSQLConnections
 from .storage import Options, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
+
+logger = logging.getLogger(__name__)
 
 # user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is
 # exactly one that holds a ciphertext. A page is left half empty so that counting a use writes no index.
@@ -241,6 +244,8 @@ class PostgreSQLUpstoxStorage(TokenStorage):
                 quoted = '"' + runtime_role.replace('"', '""') + '"'
                 answer(conn, GRANTS.format(role=quoted))
             answer(conn, "COMMIT")
+        runtime = f", and {runtime_role} may store and read tokens" if runtime_role else ""
+        logger.info("%s has schema version %s now%s", self._connections.where, len(self._steps), runtime)
 
     def get_connection(self) -> AbstractContextManager[connection]:
         """An ordinary psycopg2 connection of your own, outside the pool: commit what you write."""

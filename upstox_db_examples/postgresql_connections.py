@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import select
@@ -26,6 +27,8 @@ from sqlalchemy.pool import QueuePool
 
 from .errors import ConfigurationError, StorageError, StoreUnavailable
 from .token import Secret
+
+logger = logging.getLogger(__name__)
 
 
 class PostgreSQLConnections:
@@ -203,8 +206,10 @@ class PostgreSQLConnections:
         *others, last = self._hosts
         seconds = self._timeout / len(self._hosts)
         for host in others:
-            with contextlib.suppress(psycopg2.Error, TimeoutError):
+            try:
                 return self._connect_to(host, seconds)
+            except (psycopg2.Error, TimeoutError) as error:
+                logger.info("One host of %s did not serve (%s), the next is tried", self.where, type(error).__name__)
         return self._connect_to(last, seconds)
 
     def _connect_to(self, host: Secret, seconds: float) -> connection:
@@ -215,6 +220,7 @@ class PostgreSQLConnections:
         except BaseException:
             conn.close()
             raise
+        logger.debug("Opened a connection to %s", self.where)
         return conn
 
     def _opened(self, connect: Callable[[], connection]) -> connection:
@@ -235,6 +241,7 @@ class PostgreSQLConnections:
             # An idle connection has nothing to say: one that has was closed by the server.
             if not _readable(borrowed.dbapi_connection):
                 return borrowed
+            logger.info("The server had ended a connection to %s, another is opened", self.where)
             borrowed.invalidate()
             borrowed.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,8 @@ from .files import written_whole
 from .sqlite_connections import SQLiteConnections, checked_path, explained, refuse_cut_off
 from .storage import Options, TokenStorage
 from .token import AuditEntry, StoredToken
+
+logger = logging.getLogger(__name__)
 
 ROOM = 64_000  # bytes: more than a token with its index and audit entries takes
 CACHE = -2000  # SQLite's own size
@@ -198,6 +201,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             for version in range(self._version(conn), len(self._steps)):
                 step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"
                 conn.executescript(f"BEGIN IMMEDIATE; {step} COMMIT;")
+                logger.info("%s has schema version %s now", self.db_path, version + 1)
 
     def get_connection(self) -> AbstractContextManager[sqlite3.Connection]:
         """A connection in autocommit mode. A transaction that is left open is rolled back.
@@ -233,6 +237,7 @@ class SQLiteUpstoxStorage(TokenStorage):
                 ) from error
             finally:
                 copy.close()
+        logger.info("Copied %s to %s", self.db_path, path)
 
     def close(self) -> None:
         self._connections.close()

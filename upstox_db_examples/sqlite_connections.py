@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import weakref
@@ -10,6 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from .errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
+
+logger = logging.getLogger(__name__)
 
 BUSY_SECONDS = 5.0  # how long a statement waits for another writer
 
@@ -128,6 +131,7 @@ def checked_path(db_path: str | os.PathLike[str]) -> Path:
         if path.is_dir():
             raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        logger.info("Made %s", path)
     except FileExistsError:
         pass
     except (OSError, RuntimeError) as error:  # Python 3.12 says RuntimeError of links that lead in a circle.

@@ -294,9 +294,11 @@ class TokenStorage(Backend):
                     "The login gave a token that is dead already. Check this machine's clock, and try again."
                 )
         except Exception as error:
-            logger.warning("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
-            with contextlib.suppress(StorageError):  # The login's error matters more than its audit entry.
+            logger.info("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
+            try:
                 self._record(user_id, "login_failed", self._now(), {"error": type(error).__name__})
+            except StorageError as unrecorded:  # The login's error matters more than its audit entry.
+                logger.warning("This is not in the audit trail: %s", unrecorded)
             raise
         return minted
 
@@ -341,8 +343,9 @@ class TokenStorage(Backend):
         binding = Binding(token.user_id, token.expires_at, token.generation, kind or self._kind)
         try:
             return self._ring.decrypt(token.ciphertext, binding)
-        except KeyUnavailable:
+        except KeyUnavailable as error:
             # A program that runs for long learns here of a key that was added meanwhile.
+            logger.info("Asking for the keys again: %s is not among them", error.key_id)
             self._key_ring = None
             return self._ring.decrypt(token.ciphertext, binding)
 

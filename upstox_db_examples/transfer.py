@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ from .errors import InvalidInput, StorageError
 from .storage import BATCH, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
 from .transfer_file import Counts, Part, by_user, kind_of, read_export, write_export
+
+logger = logging.getLogger(__name__)
 
 COMPARED = (
     "generation", "created_at", "expires_at", "user_name", "email", "broker", "user_type", "products", "exchanges",
@@ -62,7 +65,9 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         StoreUnavailable: it cannot be written, or the store cannot be read.
     """
     with progress_bar(len(store._users()), "user", progress) as advance:
-        return write_export(Path(path), store._kind, store._ring, _parts(store), advance)
+        counts = write_export(Path(path), store._kind, store._ring, _parts(store), advance)
+    logger.info("Exported %s to %s: %s users, %s tokens, %s audit entries", store, path, *counts[:3])
+    return counts
 
 
 def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
@@ -133,6 +138,7 @@ def _bring(
         living = {token.generation for token in tokens if (user_id, token.generation) in brought}
         if not _agree(tokens, there, living, target, decrypt) or any(_missing(there_too, _entries(target, user_id))):
             raise StorageError(f"What was brought over of {user_id} differs: somebody wrote meanwhile. Run it again.")
+    logger.info("Brought over to %s, and compared: %s", target, counts)
     return counts
 
 
