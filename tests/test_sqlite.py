@@ -204,6 +204,30 @@ class TestSQLite(StoreContract):
             assert "colour" not in [row["name"] for row in conn.execute("PRAGMA table_info(upstox_tokens)")]
         assert store.store_token()
 
+    @pytest.mark.parametrize("nth", range(1, 7))
+    def test_a_store_that_another_process_makes_meanwhile_is_opened(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
+    ) -> None:
+        """Just before each statement of this one, in turn."""
+        statements: list[str] = []
+
+        def overtake(statement: str) -> None:
+            statements.append(statement)
+            if len(statements) == nth:
+                with contextlib.suppress(StoreUnavailable):  # This one has the lock already, and makes the tables.
+                    SQLiteUpstoxStorage(path, login_wait=0.05).close()
+
+        def watched(path: Path) -> sqlite3.Connection:
+            conn = connected(path)
+            if not statements:
+                conn.set_trace_callback(overtake)
+            return conn
+
+        monkeypatch.setattr(sqlite_connections, "connected", watched)
+        with SQLiteUpstoxStorage(path) as store:
+            assert store.get_valid_token(USER) is None
+        assert len(statements) >= nth
+
     def test_a_file_of_another_program_is_refused_and_left_alone(self, path: Path) -> None:
         with bare(path) as conn:
             conn.execute("CREATE TABLE upstox_tokens (id INTEGER PRIMARY KEY, access_token TEXT NOT NULL)")

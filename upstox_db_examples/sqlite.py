@@ -72,6 +72,10 @@ CREATE TABLE upstox_token_audit (
 ) STRICT;
 CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
+VERSION = """
+SELECT user_version, (SELECT count(*) FROM sqlite_schema WHERE name IN ('upstox_tokens', 'upstox_token_audit'))
+FROM pragma_user_version
+"""
 
 _HANDED_OUT = (
     "id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at, user_name, "
@@ -276,13 +280,13 @@ class SQLiteUpstoxStorage(TokenStorage):
             lock.release()
 
     def _version(self, conn: sqlite3.Connection) -> int:
-        version: int = conn.execute("PRAGMA user_version").fetchone()[0]
+        # In one statement, and so of one moment: another process may be making the tables.
+        version, ours = map(int, conn.execute(VERSION).fetchone())
         if version > len(self._steps):
             raise ConfigurationError(
                 f"{self.db_path} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
             )
-        ours = "SELECT count(*) FROM sqlite_schema WHERE name IN ('upstox_tokens', 'upstox_token_audit')"
-        if conn.execute(ours).fetchone()[0] != (2 if version else 0):
+        if ours != (2 if version else 0):
             raise ConfigurationError(
                 f"{self.db_path} was made by another program and may hold plaintext tokens. Name another file."
             )
