@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -158,8 +159,42 @@ def test_what_was_not_run_is_told(tmp_path: Path, selected: str, processes: str,
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(document: str) -> None:
     file = ROOT / document
-    links = re.findall(r"\]\(([^)#:]+)\)", file.read_text())
-    assert [link for link in links if not (file.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", file.read_text())
+    assert [link for link, _ in links if not (file.parent / link).exists()] == []
+    assert [(link, place) for link, place in links if place and place not in places(file.parent / (link or file))] == []
+
+
+def places(document: Path) -> set[str]:
+    """Where in it a link can lead: its headings, spelt as Jupyter does in a notebook, and as GitHub does elsewhere."""
+    text = document.read_text()
+    if document.suffix == ".ipynb":
+        text = "\n".join(
+            "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
+        )
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    if document.suffix == ".ipynb":
+        return {heading.replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_each_line_of_the_guides_lists_leads_to_a_method_a_cell_and_tests() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| \d+ [A-Z].*$", readme, flags=re.MULTILINE)
+    assert len(rows) == 10 + 5
+    code = "\n".join(file.read_text() for file in (ROOT / "upstox_db_examples").glob("*.py"))
+    for row in rows:
+        _, line, method, cell, tests, _ = row.split("|")
+        names = re.findall(r"`([a-z_]+|[A-Z]\w+)", method)
+        outside = ("make", "pg_dump")  # Not ours; the tests below run them.
+        assert [name for name in names if not re.search(rf"\b{name}\b", code) and name not in outside] == [], line
+        assert "ipynb#" in cell, line
+        for group in tests.split(";"):
+            words = re.findall("`(.*?)`", group)
+            files = re.findall(r"\]\((.*?)\)", group)
+            named = [re.findall(r"def (test_\w+)", (ROOT / file).read_text()) for file in files]
+            assert files, line
+            for word in words:
+                assert all(any(word in name for name in found) for found in named), f"{line}: {word}"
 
 
 def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> None:
