@@ -159,9 +159,13 @@ def test_what_was_not_run_is_told(tmp_path: Path, selected: str, processes: str,
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(document: str) -> None:
     file = ROOT / document
-    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", file.read_text())
-    assert [link for link, _ in links if not (file.parent / link).exists()] == []
-    assert [(link, place) for link, place in links if place and place not in places(file.parent / (link or file))] == []
+    to = r'([^)#:\s]*)(?:#([^)\s]+))?(?: "(.+?)")?'
+    links = [*re.findall(rf"\]\({to}\)", file.read_text()), *re.findall(rf"(?m)^\[[^]]+\]: {to}$", file.read_text())]
+    assert [link for link, _, _ in links if not (file.parent / link).exists()] == []
+    places_in = {link: places(file.parent / (link or file)) for link, place, _ in links if place}
+    assert [(link, place) for link, place, _ in links if place and place not in places_in[link]] == []
+    tests = [(link, title) for link, _, title in links if title]
+    assert [title for link, title in tests if f"def {title}(" not in (file.parent / link).read_text()] == []
 
 
 def places(document: Path) -> set[str]:
