@@ -54,6 +54,12 @@ def has_outputs_as_wide_as_a_page(notebook: Notebook) -> None:
     assert [line for text in outputs(notebook) for line in text.splitlines() if len(line) > 100] == []
 
 
+def has_outputs_in_one_piece(notebook: Notebook) -> None:
+    # What is printed at two moments is kept in two pieces, with a gap between them where no JavaScript runs.
+    names = [[o.name for o in cell.outputs if o.output_type == "stream"] for cell in code_cells(notebook)]
+    assert [each for each in names if len(each) > len(set(each))] == []
+
+
 def has_one_title_and_it_comes_first(notebook: Notebook) -> None:
     titles = [cell for cell in notebook.cells if cell.cell_type == "markdown" and re.search(r"(?m)^# ", cell.source)]
     assert titles == [notebook.cells[0]]
@@ -91,6 +97,7 @@ CHECKS: list[Callable[[Notebook], None]] = [
     shows_no_error,
     has_quiet_outputs,
     has_outputs_as_wide_as_a_page,
+    has_outputs_in_one_piece,
     has_one_title_and_it_comes_first,
     has_short_cells,
     hides_nothing_by_a_semicolon,
@@ -117,7 +124,7 @@ def test_each_check_fails_on_a_bad_notebook() -> None:
     bad.cells = [
         nbformat.v4.new_markdown_cell("## No title\n[gone](nowhere.ipynb)"),
         nbformat.v4.new_code_cell(
-            "pass\n" * 11 + ";", execution_count=2, outputs=[error, shown], metadata={"scrolled": True}
+            "pass\n" * 11 + ";", execution_count=2, outputs=[error, shown, shown], metadata={"scrolled": True}
         ),
     ]
     for check in CHECKS:

@@ -70,8 +70,8 @@ GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last
 GRANT SELECT, INSERT ON upstox_token_audit TO {role};
 """
 
-HANDED_OUT = """id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at,
-              user_name, email, usage_count"""
+HANDED_OUT = """id AS token_id, user_id, access_token AS ciphertext, key_id, generation,
+              created_at, expires_at, user_name, email, usage_count"""
 _AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
 # Reading, counting and auditing are one statement: one round trip, and either all of it happens or nothing.
 USE = f"""
