@@ -128,6 +128,7 @@ class TestServersThatFail:
             assert not store._redis.bury([USER], 1).certain, "a copy that comes late may find room again"
             token = store.store_token(USER)["token"]
             assert living(store)["token"] == token
+            assert "Redis takes no writes (OutOfMemoryError)" in store.get_storage_status()["redis"]
             bare_redis.config_set("maxmemory", 0)
         time.sleep(0.6)
         living(store)

@@ -148,6 +148,27 @@ def test_an_export_is_imported_into_another_store_of_its_kind(
     assert told(target) == told(source)
 
 
+def test_a_bar_is_shown_unless_it_is_not_wanted(
+    sqlite: Address,
+    another: Address,
+    opened: Callable[..., TokenStorage],
+    clock: Clock,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, target, file = filled(opened(sqlite), clock), opened(another), tmp_path / "export"
+    transfers: list[Callable[..., Counts]] = [
+        lambda **shown: export_tokens(source, file, **shown),
+        lambda **shown: import_tokens(target, file, **shown),
+        lambda **shown: migrate(source, target, **shown),
+    ]
+    for transfer_all in transfers:
+        transfer_all()
+        assert f" {len(USERS)}/{len(USERS)} " in capsys.readouterr().err
+        transfer_all(progress=False)
+        assert capsys.readouterr() == ("", "")
+
+
 def test_what_went_on_at_the_source_is_brought_over_by_the_next_migration(
     each_address: Address, sqlite: Address, opened: Callable[..., TokenStorage], clock: Clock
 ) -> None:

@@ -213,21 +213,24 @@ class RedisTokens:
         """`latency_ms`, `role`, `uses_waiting`, and `in_use`: how many connections are.
 
         Raises:
-            StoreUnavailable: it does not answer.
+            StoreUnavailable: it does not answer, or takes no writes.
         """
         if self._closed:
             raise StoreUnavailable("This store is closed.")
         try:
             begin = time.perf_counter()
-            self._client.ping()
+            # A full Redis, or one that has become a replica, would still answer a PING.
+            self._client.set(f"{self._prefix}probe", "", px=1000)
             latency = (time.perf_counter() - begin) * 1000
             role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
             in_use = len(getattr(getattr(self._client, "connection_pool", None), "_in_use_connections", ()))
             waiting = self._client.xlen(self._uses)
             return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
         except NO_ANSWER as error:
-            kind = type(error).__name__
+            kind, refused = type(error).__name__, isinstance(error, ResponseError)
         # Raised out here, our error has no cause: a cluster's own frames hold the password.
+        if refused:
+            raise StoreUnavailable(f"Redis takes no writes ({kind}). Check that it has room and is no replica.")
         raise StoreUnavailable(f"Redis gave no answer ({kind}). Check that it runs.")
 
     def answers(self) -> bool:
