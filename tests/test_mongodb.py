@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus, urlsplit
 
@@ -44,7 +44,8 @@ from . import processes, reliability
 from .conftest import Clock, shown_with_locals
 from .contract import OpenStore, StoreContract, ist, living
 from .databases import MongoDatabase
-from .processes import USER, Address, token_data
+from .faults import ServerContract, wait_until
+from .processes import USER, Address, made_up_login, token_data
 from .reliability import Counts, ReliabilityContract
 
 
@@ -629,151 +630,25 @@ class FewSeconds(ExpiryPolicy):
         return now + timedelta(seconds=2)
 
 
-class TestAServerThatFails:
-    """On a server of our own, which can be stopped, killed and stalled."""
+class TestAServerThatFails(ServerContract):
+    kind, name, between_kills = MongoDBServer, "mongodb", 1
 
-    @pytest.fixture
-    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[MongoDBServer]:
-        monkeypatch.delenv("MONGODB_URL", raising=False)
-        with MongoDBServer() as server:
-            yield server
-
-    @pytest.fixture
-    def store(self, server: MongoDBServer, keys: KeyRing, clock: Clock) -> Iterator[MongoUpstoxStorage]:
-        self.logins = 0
-        with MongoUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock, timeout=1) as store:
-            yield store
-
-    def login(self, user_id: str | None) -> AccessTokenData:
-        self.logins += 1
-        return token_data(user_id or USER, f"eyJ0eXAi{self.logins:060}")
-
-    def test_that_is_restarted_between_two_calls_goes_unnoticed(
-        self, server: MongoDBServer, keys: KeyRing, clock: Clock
-    ) -> None:
-        self.logins = 0
-        with MongoUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock) as store:
-            token = store.store_token(USER)["token"]
-            for end in (server.stop, server.kill):
-                end()
-                server.start()
-                assert living(store)["token"] == token
-        assert self.logins == 1
-
-    def test_that_is_down_is_a_clear_error_and_costs_no_login(
-        self, server: MongoDBServer, store: MongoUpstoxStorage
-    ) -> None:
-        token = store.store_token(USER)["token"]
-        password = server.url.partition("root:")[2].partition("@")[0]
-        server.kill()
-        for call in (store.get_valid_token, store.get_or_create_token, store.store_token):
-            with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
-                call(USER)
-            assert password not in shown_with_locals(caught.value)
-        assert self.logins == 1
-        assert store.get_storage_status()["mongodb"].startswith("error: ")
-        server.start()
-        wait_until(lambda: store.get_storage_status()["mongodb"] == "healthy")
-        assert living(store)["token"] == token
-
-    def test_that_stalls_is_given_up_in_time_and_costs_no_login(
-        self, server: MongoDBServer, store: MongoUpstoxStorage
-    ) -> None:
-        token = store.store_token(USER)["token"]
-        server.pause()
-        for call in (store.get_valid_token, store.store_token):
-            begin = time.monotonic()
-            with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
-                call(USER)
-            assert time.monotonic() - begin < 1.2
-        assert self.logins == 1
-        server.resume()
-        wait_until(lambda: store.get_storage_status()["mongodb"] == "healthy")
-        assert living(store)["token"] == token
-
-    def test_that_dies_during_the_login_gives_the_token_in_the_error(
-        self, server: MongoDBServer, store: MongoUpstoxStorage
-    ) -> None:
-        first = store.store_token(USER)["token"]
-
-        def login_while_the_server_dies(user_id: str | None) -> AccessTokenData:
-            server.kill()
-            return self.login(user_id)
-
-        store._login = login_while_the_server_dies
-        with pytest.raises(TokenNotStored) as caught:
-            store.store_token(USER)
-        server.start()
-        wait_until(lambda: store.get_storage_status()["mongodb"] == "healthy")
-        assert living(store)["token"] == first
-        assert caught.value.token.reveal() != first
-
-    def test_that_is_killed_again_and_again_loses_nothing_it_acknowledged(
-        self, server: MongoDBServer, store: MongoUpstoxStorage
-    ) -> None:
-        acknowledged: list[str] = []
-        stop = threading.Event()
-
-        def keep_storing() -> None:
-            while not stop.is_set():
-                try:
-                    acknowledged.append(store.store_token(USER)["token_id"])
-                except StorageError:
-                    time.sleep(0.01)
-
-        with ThreadPoolExecutor(1) as thread:
-            writer = thread.submit(keep_storing)
-            try:
-                for _ in range(5):
-                    time.sleep(1)
-                    server.kill()
-                    server.start()
-                time.sleep(1)
-            finally:
-                stop.set()
-            writer.result()
-        with pymongo.MongoClient[Any](server.url) as client:
-            records = {str(each["_id"]): each["generation"] for each in client.upstox_db.tokens.find()}
-            active = [str(each["token_id"]) for each in client.upstox_db.active_tokens.find()]
-        assert len(acknowledged) > 20
-        assert set(acknowledged) <= set(records)
-        assert len(active) == 1
-        assert records[active[0]] >= max(records[each] for each in acknowledged)
-
-    def test_eight_threads_count_exactly_what_they_were_handed_through_a_stall(
-        self, server: MongoDBServer, keys: KeyRing, clock: Clock
-    ) -> None:
-        self.logins = 0
-        with MongoUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock, timeout=5) as store:
-            store.store_token(USER)
-            with ThreadPoolExecutor(9) as threads:
-                reads = [threads.submit(living, store) for _ in range(800)]
-                time.sleep(0.3)
-                server.pause()
-                time.sleep(2)
-                server.resume()
-                counts = sorted(read.result()["usage_count"] for read in reads)
-            assert counts == list(range(1, 801))
-            told = store.get_audit_trail(USER, limit=2000)
-        assert len([entry for entry in told if entry["action"] == "used"]) == 800
-
-    def test_tls_is_verified(self, keys: KeyRing, clock: Clock, tmp_path_factory: pytest.TempPathFactory) -> None:
-        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
-        stranger, _, _ = make_certificates(tmp_path_factory.mktemp("another_authority"))
-        with MongoDBServer(tls=True) as server:
-            url = server.url if "tls=true" in server.url else f"{server.url}&tls=true"
-            with MongoUpstoxStorage(f"{url}&tlsCAFile={server.ca_file}", login=login, keys=keys, clock=clock) as store:
-                assert store.store_token(USER)["token"] == living(store)["token"]
-            for refused in (f"{url}&tlsCAFile={stranger}", url):
-                with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
-                    MongoUpstoxStorage(refused, timeout=1)
+    def connect(self, url: str, **options: Any) -> TokenStorage:
+        return MongoUpstoxStorage(url, **options)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"it did not come true within {seconds} s"
-        time.sleep(0.05)
+def test_tls_is_verified_and_a_wrong_authority_is_refused(
+    tmp_path: Path, keys: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MONGODB_URL", raising=False)
+    stranger, _, _ = make_certificates(tmp_path)
+    with MongoDBServer(tls=True) as server:
+        url = f"{server.url}&tls=true"
+        with MongoUpstoxStorage(f"{url}&tlsCAFile={server.ca_file}", login=made_up_login, keys=keys) as store:
+            assert store.store_token(USER)["token"] == living(store)["token"]
+        for refused in (f"{url}&tlsCAFile={stranger}", url):
+            with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
+                MongoUpstoxStorage(refused, timeout=1)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.sqlite_connections import connected
 
 from . import processes, test_sqlite
-from .contract import OpenStore, StoreContract, living
+from .contract import OpenStore, living
 from .processes import USER, Address
 from .reliability import Counts, ReliabilityContract
-from .test_sqlite import bare
+from .test_sqlite import SQLiteContract
 
 
 @pytest.fixture
@@ -30,25 +29,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "upstox.db"
 
 
-class TestPooled(StoreContract):
-    counted = {"audit_reads": True}
-
-    @pytest.fixture(autouse=True)
-    def _path(self, path: Path) -> None:
-        self.path = path
-
+class TestPooled(SQLiteContract):
     def connect(self, **options: Any) -> TokenStorage:
-        return PooledUpstoxStorage(self.path, **options)
-
-    def raw_rows(self) -> list[dict[str, Any]]:
-        with bare(self.path) as conn:
-            return [dict(row) for row in conn.execute("SELECT * FROM upstox_tokens ORDER BY id")]
-
-    def write_raw(self, token_id: Any, **values: Any) -> None:
-        with bare(self.path) as conn:
-            for column, value in values.items():
-                raw = int(value.timestamp()) if isinstance(value, datetime) else value
-                conn.execute(f"UPDATE upstox_tokens SET {column} = ? WHERE id = ?", (raw, token_id))
+        return PooledUpstoxStorage(self.file, **options)
 
     @pytest.fixture
     def store(self, open_store: OpenStore) -> PooledUpstoxStorage:

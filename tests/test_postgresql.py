@@ -7,7 +7,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -37,7 +37,8 @@ from upstox_db_examples.token import Secret, StoredToken
 
 from .conftest import Clock, shown_with_locals
 from .contract import OpenStore, StoreContract, living
-from .processes import USER, Address, token_data
+from .faults import ServerContract
+from .processes import USER, Address, made_up_login, token_data
 from .reliability import Counts, ReliabilityContract
 
 
@@ -376,130 +377,11 @@ class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
         return counted
 
 
-class TestAServerThatFails:
-    """On a server of our own, which can be stopped, killed and stalled."""
+class TestAServerThatFails(ServerContract):
+    kind, name = PostgreSQLServer, "postgresql"
 
-    @pytest.fixture
-    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgreSQLServer]:
-        monkeypatch.delenv("POSTGRES_URL", raising=False)
-        with PostgreSQLServer() as server:
-            yield server
-
-    @pytest.fixture
-    def store(self, server: PostgreSQLServer, keys: KeyRing, clock: Clock) -> Iterator[PostgreSQLUpstoxStorage]:
-        self.logins = 0
-        with PostgreSQLUpstoxStorage(server.url, login=self.login, keys=keys, clock=clock, timeout=1) as store:
-            yield store
-
-    def login(self, user_id: str | None) -> AccessTokenData:
-        self.logins += 1
-        return token_data(user_id or USER, f"eyJ0eXAi{self.logins:060}")
-
-    def test_that_is_restarted_between_two_calls_goes_unnoticed(
-        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
-    ) -> None:
-        token = store.store_token(USER)["token"]
-        for end in (server.stop, server.kill):
-            end()
-            server.start()
-            assert living(store)["token"] == token
-        assert self.logins == 1
-
-    def test_that_is_down_is_a_clear_error_and_costs_no_login(
-        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
-    ) -> None:
-        token = store.store_token(USER)["token"]
-        server.kill()
-        for call in (store.get_valid_token, store.get_or_create_token, store.store_token):
-            with pytest.raises(StoreUnavailable, match="cannot be reached") as caught:
-                call(USER)
-            assert str(urlsplit(server.url).password) not in shown_with_locals(caught.value)
-        assert self.logins == 1
-        assert store.get_storage_status()["postgresql"].startswith("error: ")
-        server.start()
-        assert living(store)["token"] == token
-
-    def test_that_stalls_is_given_up_in_time_and_costs_no_login(
-        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
-    ) -> None:
-        token = store.store_token(USER)["token"]
-        server.pause()
-        begin = time.monotonic()
-        with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
-            store.get_valid_token(USER)
-        assert time.monotonic() - begin < 1.2
-        for _ in range(2):  # on the connection that the last lock had, and on a new one
-            begin = time.monotonic()
-            with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
-                store.store_token(USER)
-            assert time.monotonic() - begin < 1.2
-        assert self.logins == 1
-        server.resume()
-        assert living(store)["token"] == token
-
-    def test_that_dies_during_the_login_gives_the_token_in_the_error(
-        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
-    ) -> None:
-        first = store.store_token(USER)["token"]
-
-        def login_while_the_server_dies(user_id: str | None) -> AccessTokenData:
-            server.kill()
-            return self.login(user_id)
-
-        store._login = login_while_the_server_dies
-        with pytest.raises(TokenNotStored) as caught:
-            store.store_token(USER)
-        server.start()
-        assert living(store)["token"] == first
-        assert caught.value.token.reveal() != first
-
-    def test_that_is_killed_again_and_again_loses_nothing_it_acknowledged(
-        self, server: PostgreSQLServer, store: PostgreSQLUpstoxStorage
-    ) -> None:
-        acknowledged: list[int] = []
-        stop = threading.Event()
-
-        def keep_storing() -> None:
-            while not stop.is_set():
-                try:
-                    acknowledged.append(store.store_token(USER)["token_id"])
-                except StorageError:
-                    time.sleep(0.01)
-
-        with ThreadPoolExecutor(1) as thread:
-            writer = thread.submit(keep_storing)
-            try:
-                for _ in range(5):
-                    time.sleep(0.3)
-                    server.kill()
-                    server.start()
-            finally:
-                stop.set()
-            writer.result()
-        rows = bare(server.url, "SELECT id, is_active FROM upstox_tokens")
-        assert len(acknowledged) > 20
-        assert set(acknowledged) <= {row["id"] for row in rows}
-        assert len([row for row in rows if row["is_active"]]) == 1
-
-    def test_eight_threads_count_exactly_what_they_were_handed_through_a_stall(
-        self, server: PostgreSQLServer, keys: KeyRing, clock: Clock
-    ) -> None:
-        with PostgreSQLUpstoxStorage(server.url, login=self.login_once, keys=keys, clock=clock, timeout=20) as store:
-            store.store_token(USER)
-            with ThreadPoolExecutor(8) as threads:
-                reads = [threads.submit(lambda: [living(store) for _ in range(100)]) for _ in range(8)]
-                time.sleep(0.2)
-                server.pause()
-                time.sleep(2.5)
-                server.resume()
-                assert sum(len(read.result()) for read in reads) == 800
-            assert store.get_user_statistics(USER)["total_usage"] == 800
-            used = bare(server.url, "SELECT count(*) AS used FROM upstox_token_audit WHERE action = 'used'")
-            assert used == [{"used": 800}]
-
-    @staticmethod
-    def login_once(user_id: str | None) -> AccessTokenData:
-        return token_data(user_id or USER)
+    def connect(self, url: str, **options: Any) -> TokenStorage:
+        return PostgreSQLUpstoxStorage(url, **options)
 
 
 def test_tls_is_verified_and_a_wrong_authority_is_refused(
@@ -508,8 +390,7 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(
     monkeypatch.delenv("POSTGRES_URL", raising=False)
     with PostgreSQLServer(tls=True) as server:
         verified = f"{server.url}?sslmode=verify-full&sslrootcert="
-        login = TestAServerThatFails.login_once
-        with PostgreSQLUpstoxStorage(f"{verified}{server.ca_file}", login=login, keys=keys) as store:
+        with PostgreSQLUpstoxStorage(f"{verified}{server.ca_file}", login=made_up_login, keys=keys) as store:
             store.store_token(USER)
             with store._connections.session() as conn:
                 assert conn.info.ssl_in_use

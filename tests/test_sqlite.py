@@ -60,25 +60,29 @@ def path(tmp_path: Path) -> Path:
     return folder / "upstox.db"
 
 
-class TestSQLite(StoreContract):
+class SQLiteContract(StoreContract):
+    """The contract on a SQLite file, also for the pooled store."""
+
     counted = {"audit_reads": True}
 
     @pytest.fixture(autouse=True)
-    def _path(self, path: Path) -> None:
-        self.path = path
-
-    def connect(self, **options: Any) -> TokenStorage:
-        return SQLiteUpstoxStorage(self.path, **options)
+    def _file(self, path: Path) -> None:
+        self.file = path
 
     def raw_rows(self) -> list[dict[str, Any]]:
-        with bare(self.path) as conn:
+        with bare(self.file) as conn:
             return [dict(row) for row in conn.execute("SELECT * FROM upstox_tokens ORDER BY id")]
 
     def write_raw(self, token_id: Any, **values: Any) -> None:
-        with bare(self.path) as conn:
+        with bare(self.file) as conn:
             for column, value in values.items():
                 raw = int(value.timestamp()) if isinstance(value, datetime) else value
                 conn.execute(f"UPDATE upstox_tokens SET {column} = ? WHERE id = ?", (raw, token_id))
+
+
+class TestSQLite(SQLiteContract):
+    def connect(self, **options: Any) -> TokenStorage:
+        return SQLiteUpstoxStorage(self.file, **options)
 
     @pytest.fixture
     def store(self, open_store: OpenStore) -> SQLiteUpstoxStorage:
@@ -127,8 +131,8 @@ class TestSQLite(StoreContract):
         self, open_store: OpenStore, path: Path, upstox: LocalUpstox
     ) -> None:
         stores = [open_store()]
-        self.path = path.parent / "link.db"
-        self.path.symlink_to(path)
+        self.file = path.parent / "link.db"
+        self.file.symlink_to(path)
         stores.append(open_store())
         upstox.login_seconds = 0.3
         with ThreadPoolExecutor(2) as threads:
