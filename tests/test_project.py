@@ -168,6 +168,11 @@ def test_links_lead_somewhere(document: str) -> None:
     assert [title for link, title in tests if f"def {title}(" not in (file.parent / link).read_text()] == []
 
 
+def test_no_code_in_the_readme_is_wider_than_githubs_page() -> None:
+    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 96] == []
+
+
 def places(document: Path) -> set[str]:
     """Where in it a link can lead: its headings, spelt as Jupyter does in a notebook, and as GitHub does elsewhere."""
     text = document.read_text()
