@@ -6,14 +6,17 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from upstox_db_examples.hybrid import HybridUpstoxStorage
+from upstox_db_examples.hybrid_redis import Use
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
+from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 from upstox_db_examples.token import StoredToken
 
 
@@ -74,3 +77,24 @@ class DeletesFirst(HybridUpstoxStorage):
         redis._client.set(redis._keys(token.user_id)[0], "tombstone")  # so that `put` takes the copy at once
         redis.put(replace(token, token_id=token_id), token.created_at, tombstone="tombstone")
         return token_id
+
+
+class FoldsAgain(HybridUpstoxStorage):
+    """Adds up what waits in Redis, and does not ask whether it has been added already."""
+
+    def _fold(self, uses: list[Use]) -> int:
+        return super()._fold([use._replace(use=uuid.uuid4().hex) for use in uses])
+
+
+class RotatesInTwoSteps(SQLiteUpstoxStorage):
+    """The old ciphertext goes, and then the new one comes."""
+
+    def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+        rows = list(pairs)
+        for old, new in rows:
+            with self.get_connection() as conn:
+                gone = "UPDATE upstox_tokens SET is_active = 0, access_token = NULL WHERE id = ?"
+                conn.execute(gone, (old.token_id,))
+                back = "UPDATE upstox_tokens SET is_active = 1, access_token = ?, key_id = ? WHERE id = ?"
+                conn.execute(back, (new.ciphertext, new.key_id, old.token_id))
+        return len(rows)

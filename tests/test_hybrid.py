@@ -31,7 +31,7 @@ from upstox_db_examples.token import StoredToken
 from . import processes
 from .conftest import Clock, shown_with_locals
 from .contract import OpenStore, StoreContract, living
-from .naive import DeletesFirst
+from .naive import DeletesFirst, FoldsAgain
 from .processes import USER, Address, token_data
 from .reliability import Counts, ReliabilityContract, a_writer_can_be_killed_at_any_moment
 from .test_postgresql import bare, count_messages
@@ -475,23 +475,32 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.mark.slow
     def test_who_folds_can_be_killed_at_any_moment(self, address: Address) -> None:
-        dice = random.Random(1)
-        with address.open(login=processes.made_up_login) as store:
-            store.store_token(USER)
-            reads = 0
-            for _ in range(40):
-                process, connection = processes.start(processes.fold_on_and_on, address)
-                assert connection.recv() == "ready"
-                end = time.monotonic() + dice.uniform(0, 0.05)
-                while time.monotonic() < end:
-                    store.get_valid_token(USER)
-                    reads += 1
-                processes.kill(process)
-                connection.close()
-            assert reads > 100
-            assert store.get_user_statistics(USER)["total_usage"] == reads
-            used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
-            assert len(used) == reads
+        who_folds_can_be_killed_at_any_moment(address)
+
+    @pytest.mark.slow
+    def test_without_an_id_for_each_use_some_are_counted_twice(self, address: Address) -> None:
+        with pytest.raises(AssertionError):
+            who_folds_can_be_killed_at_any_moment(address._replace(kind=f"{FoldsAgain.__module__}:FoldsAgain"))
+
+
+def who_folds_can_be_killed_at_any_moment(address: Address) -> None:
+    dice = random.Random(1)
+    with address.open(login=processes.made_up_login) as store:
+        store.store_token(USER)
+        reads = 0
+        for _ in range(40):
+            process, connection = processes.start(processes.fold_on_and_on, address)
+            assert connection.recv() == "ready"
+            end = time.monotonic() + dice.uniform(0, 0.05)
+            while time.monotonic() < end:
+                store.get_valid_token(USER)
+                reads += 1
+            processes.kill(process)
+            connection.close()
+        assert reads > 100
+        assert store.get_user_statistics(USER)["total_usage"] == reads
+        used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
+        assert len(used) == reads
 
 
 def count_messages_to_redis(monkeypatch: pytest.MonkeyPatch) -> list[str]:

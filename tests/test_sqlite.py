@@ -127,6 +127,17 @@ class TestSQLite(SQLiteContract):
                 readable = {str(file.relative_to(folder)) for file in folder.rglob("*") if others_can_read(file)}
         assert readable == {"control"}
 
+    def test_a_file_that_others_can_read_is_used_with_a_warning(
+        self, path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        SQLiteUpstoxStorage(path).close()
+        SQLiteUpstoxStorage(path).close()
+        assert "Others can read" not in caplog.text
+        path.chmod(0o640)
+        SQLiteUpstoxStorage(path).close()
+        assert f"Others can read {path}" in caplog.text
+        assert path.stat().st_mode & 0o777 == 0o640, "whoever made it so may have a reason"
+
     def test_of_two_names_of_one_file_only_one_logs_in(
         self, open_store: OpenStore, path: Path, upstox: LocalUpstox
     ) -> None:
@@ -414,6 +425,11 @@ class TestANaiveStoreUnderCrowdsAndKills:
     def test_a_killed_writer_leaves_a_mess(self, naive: Address, path: Path) -> None:
         with pytest.raises(AssertionError, match="none active"):
             reliability.a_writer_can_be_killed_at_any_moment(naive, lambda: count(path))
+
+    @pytest.mark.slow
+    def test_a_rotation_in_two_steps_takes_tokens_away(self, path: Path) -> None:
+        with pytest.raises(AssertionError):
+            reliability.a_rotation_can_be_killed_at_any_moment(Address("tests.naive:RotatesInTwoSteps", (str(path),)))
 
     @pytest.mark.slow
     def test_a_lock_that_removes_its_file_lets_two_in(self, naive: Address, tmp_path: Path) -> None:

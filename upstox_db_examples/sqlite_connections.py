@@ -130,10 +130,12 @@ def checked_path(db_path: str | os.PathLike[str]) -> Path:
         path = Path(text).resolve()
         if path.is_dir():
             raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        logger.info("Made %s", path)
-    except FileExistsError:
-        pass
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            logger.info("Made %s", path)
+        except FileExistsError:
+            if path.stat().st_mode & 0o077:
+                logger.warning("Others can read %s, and so names and histories. Run: chmod 600 '%s'", path, path)
     except (OSError, RuntimeError) as error:  # Python 3.12 says RuntimeError of links that lead in a circle.
         reason = getattr(error, "strerror", None) or "its links lead in a circle"
         raise ConfigurationError(f"{text} cannot be made: {reason}.") from error
