@@ -29,11 +29,10 @@ notebooks: .venv/all
 		$(BIN)/jupyter nbconvert --log-level=WARN $(ENCRYPTED) --to notebook --execute --output-dir "$$folder" notebooks/*.ipynb && \
 		echo "All notebooks ran: $$(cd notebooks && ls *.ipynb | tr '\n' ' ')"
 
-# What the package exports, and the modules beside it that a reader calls; two of them have one function for him. All
-# classes are imported first, for those that need a driver are imported when they are asked for.
+# What the package exports, and the modules beside it that a reader calls. All classes are imported first, for those
+# that need a driver are imported when they are asked for.
 docs: .venv/dev
 	$(BIN)/python -W error -c "import pathlib, pdoc, upstox_db_examples as u; [getattr(u, name) for name in u.__all__]; \
-		u.hybrid_redis.__all__, u.mongodb_schema.__all__ = ['runtime_acl'], ['runtime_role']; \
 		u.__all__ += ['hybrid_redis', 'mongodb_schema', 'local']; pdoc.render.configure(docformat='google'); \
 		pdoc.pdoc('upstox_db_examples', '!upstox_db_examples.local.(certificates|web)', output_directory=pathlib.Path('build/docs'))"
 

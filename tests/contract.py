@@ -33,6 +33,7 @@ from upstox_db_examples import (
     TokenResult,
     TokenStorage,
     storage,
+    transfer,
 )
 from upstox_db_examples.cipher import Binding
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
@@ -287,10 +288,16 @@ class StoreContract(ABC):
             slow = threads.submit(store.get_or_create_token, USER)
             while upstox.attempts() == 0:
                 threading.Event().wait(0.01)
-            with pytest.raises(StorageError, match=r"Waited 0\.3 s"):
+            with pytest.raises(StorageError, match=rf"Waited 0\.3 s for another login of {USER}"):
                 impatient.get_or_create_token(USER)
             assert slow.result()["user_id"] == USER
         assert upstox.logins() == 1
+        with (
+            store._lock(transfer.ENTRIES),
+            pytest.raises(StorageError, match="for another transfer"),
+            impatient._lock(transfer.ENTRIES),
+        ):
+            pass
 
     # Logins that fail
 

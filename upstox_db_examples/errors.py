@@ -106,3 +106,12 @@ class TokenNotStored(StorageError):
         )
         self.token = token
         self.user_id = user_id
+
+
+def lock_not_had(name: str, wait: float) -> StoreUnavailable:
+    """Somebody else held the lock of this name for all the `wait` seconds."""
+    transfer = "another transfer"
+    others = {"schema": "another program to make the tables", "-entries": transfer, "-nobody": transfer}
+    return StoreUnavailable(
+        f"Waited {wait:g} s for {others.get(name, f'another login of {name}')}. Try again, or raise login_wait."
+    )

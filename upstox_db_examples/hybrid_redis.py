@@ -30,6 +30,8 @@ from redis.retry import Retry
 from .errors import ConfigurationError, StoreUnavailable, TokenRefused
 from .token import StoredToken
 
+__all__ = ["runtime_acl"]  # what a reader calls; the rest is the hybrid store's own
+
 logger = logging.getLogger(__name__)
 
 Client = redis.Redis | RedisCluster

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pymongo import ReturnDocument
 from pymongo.database import Database
 
-from .errors import LoginSuperseded, StorageError, StoreUnavailable, TokenNotStored
+from .errors import LoginSuperseded, StorageError, StoreUnavailable, TokenNotStored, lock_not_had
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Leases:
             StoreUnavailable: not had within `wait` seconds.
         """
         deadline = time.monotonic() + wait
-        waited = StoreUnavailable(f"Waited {wait:g} s for another login of {name}. Try again, or raise login_wait.")
+        waited = lock_not_had(name, wait)
         # Of the threads of a process only one asks the server.
         # (By process, for a forked child may inherit a lock that its parent's thread holds.)
         local = self._local_locks.setdefault((os.getpid(), name), threading.Lock())

@@ -11,6 +11,8 @@ from pymongo.errors import OperationFailure
 
 from .errors import ConfigurationError
 
+__all__ = ["runtime_role"]  # what a reader calls; the rest is the MongoDB store's own
+
 logger = logging.getLogger(__name__)
 
 VERSION = 1

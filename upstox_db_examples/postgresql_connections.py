@@ -25,7 +25,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from .errors import ConfigurationError, StorageError, StoreUnavailable
+from .errors import ConfigurationError, StorageError, StoreUnavailable, lock_not_had
 from .token import Secret
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class PostgreSQLConnections:
         Raises:
             StoreUnavailable: not had within `wait` seconds.
         """
-        waited = StoreUnavailable(f"Waited {wait:g} s for another login of {name}. Try again, or raise login_wait.")
+        waited = lock_not_had(name, wait)
         # Only one thread of a process waits at the server, or a crowd would use up its connections.
         # (By process, for a forked child may inherit a lock that its parent's thread holds.)
         local = self._local_locks.setdefault((os.getpid(), name), threading.Lock())

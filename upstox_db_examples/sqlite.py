@@ -20,7 +20,7 @@ from .errors import (
     InvalidInput,
     LoginSuperseded,
     StorageError,
-    StoreUnavailable,
+    lock_not_had,
 )
 from .files import written_whole
 from .sqlite_connections import SQLiteConnections, checked_path, explained, refuse_cut_off
@@ -269,9 +269,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             folder.mkdir(mode=0o700, exist_ok=True)
             lock.acquire()
         except Timeout as error:
-            raise StoreUnavailable(
-                f"Waited {self._login_wait:g} s for another login of {name}. Try again, or raise login_wait."
-            ) from error
+            raise lock_not_had(name, self._login_wait) from error
         except OSError as error:
             raise ConfigurationError(f"No lock can be made in {folder}: {error.strerror}.") from error
         try:
