@@ -150,9 +150,8 @@ def running(engine: Engine) -> Iterator[str]:
             try:
                 container = stack.enter_context(make(engine.image, **engine.options))
             except Exception as error:  # no image and no registry in reach, for one: then the wheel, and it is said
-                notes.append(
-                    f"Ran on {engine.name}: {engine.image} did not start under Docker ({type(error).__name__})"
-                )
+                why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
+                notes.append(f"Ran on {engine.name}: {engine.image} did not start under Docker ({why})")
             else:
                 notes.append(f"Ran on {engine.name}: testcontainers {engine.image}")
                 if engine is REDIS:
