@@ -39,6 +39,7 @@ from upstox_db_examples.cipher import Binding
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.token import IST
 
+from .backend_contract import BackendContract
 from .conftest import YEAR, Clock, shown_with_locals
 from .processes import USER, token_data
 
@@ -55,7 +56,7 @@ def ist(day: int, hour: int, minute: int = 0, second: int = 0) -> datetime:
     return datetime(YEAR, 1, day, hour, minute, second, tzinfo=IST)
 
 
-class StoreContract(ABC):
+class StoreContract(BackendContract, ABC):
     counted: dict[str, Any] = {}
     """The options with which this store counts and audits reads; empty where it always does."""
 

@@ -298,8 +298,7 @@ def opened(clock: Clock) -> Iterator[Callable[..., TokenStorage]]:
     with ExitStack() as stack:
 
         def open_one(address: Address, **options: Any) -> TokenStorage:
-            on_request = {"audit_reads": True} if "SQLite" in address.kind or "Pooled" in address.kind else {}
-            common = {"login": made_up_login, "clock": clock, "actor": "tests", **on_request}
+            common = {"login": made_up_login, "clock": clock, "actor": "tests", **address.counting()}
             store: TokenStorage = stack.enter_context(address.open(**{**common, **options}))
             return store
 

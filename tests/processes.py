@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import multiprocessing
 import os
 import random
@@ -42,10 +43,15 @@ class Address(NamedTuple):
     options: dict[str, Any] = {}
 
     def open(self, **options: Any) -> Any:
+        return self._class()(*self.arguments, **{"keys": KEY, **self.options, **options})
+
+    def counting(self) -> dict[str, Any]:
+        """The options with which this store counts and audits reads; empty where it always does."""
+        return {"audit_reads": True} if "audit_reads" in inspect.signature(self._class()).parameters else {}
+
+    def _class(self) -> Any:
         module, name = self.kind.split(":")
-        return getattr(importlib.import_module(module), name)(
-            *self.arguments, **{"keys": KEY, **self.options, **options}
-        )
+        return getattr(importlib.import_module(module), name)
 
 
 def start(job: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
@@ -113,12 +119,12 @@ def log_in_for_ever(connection: Connection, address: Address) -> None:
     address.open(login=never).get_or_create_token(USER)
 
 
-def log_in_slowly(connection: Connection, address: Address, seconds: float) -> None:
-    """One get_or_create_token with a login of this length; sends that it has begun, then the token or the error."""
+def log_in_slowly(connection: Connection, address: Address) -> None:
+    """One get_or_create_token; sends that its login has begun, waits to be told, then sends the token or the error."""
 
     def slowly(user_id: str | None) -> AccessTokenData:
         connection.send("logging in")
-        time.sleep(seconds)
+        connection.recv()
         return made_up_login(user_id)
 
     try:

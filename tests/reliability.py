@@ -88,7 +88,7 @@ def a_writer_can_be_killed_at_any_moment(
 
 
 def a_holder_that_is_stopped_and_woken_late_makes_no_second_token(address: Address) -> None:
-    slow, from_slow = processes.start(processes.log_in_slowly, address, 0.5)
+    slow, from_slow = processes.start(processes.log_in_slowly, address)
     assert from_slow.recv() == "logging in"
     assert slow.pid is not None
     os.kill(slow.pid, signal.SIGSTOP)
@@ -98,12 +98,21 @@ def a_holder_that_is_stopped_and_woken_late_makes_no_second_token(address: Addre
         except StorageError as error:
             other = repr(error)
         os.kill(slow.pid, signal.SIGCONT)
+        from_slow.send("go on")
         assert from_slow.poll(20)
         believed = [answer for answer in (from_slow.recv(), other) if answer.startswith("eyJ0eXAi")]
         read = store.get_valid_token(processes.USER)
         assert read
         assert believed == [read["token"]], "two tokens are believed to live, and one of them is dead"
     slow.join()
+
+
+def a_forked_child_uses_connections_of_its_own(address: Address) -> None:
+    process, connection = processes.start(processes.fork_and_read, address)
+    assert connection.poll(20)
+    stored, in_the_child, after_it = connection.recv()
+    process.join()
+    assert stored == in_the_child == after_it
 
 
 def a_rotation_can_be_killed_at_any_moment(address: Address, users: int = 60, kills: int = 20) -> None:
@@ -194,6 +203,9 @@ class ReliabilityContract(ABC):
 
     def test_a_holder_woken_late_makes_no_second_token(self, address: Address) -> None:
         a_holder_that_is_stopped_and_woken_late_makes_no_second_token(address)
+
+    def test_a_forked_child_uses_connections_of_its_own(self, address: Address) -> None:
+        a_forked_child_uses_connections_of_its_own(address)
 
     @pytest.mark.slow
     def test_a_rotation_can_be_killed_at_any_moment(self, address: Address) -> None:

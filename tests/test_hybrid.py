@@ -412,15 +412,6 @@ class TestHybrid(StoreContract):
             "postgresql": {"role": "primary", "pool_size": 5, "in_use": 0},
         }
 
-    def test_a_forked_child_uses_connections_of_its_own(self) -> None:
-        address = Address(
-            "upstox_db_examples:HybridUpstoxStorage", (self.redis_url, self.url), {"redis_prefix": self.prefix}
-        )
-        process, connection = processes.start(processes.fork_and_read, address)
-        assert connection.poll(20)
-        assert len(set(connection.recv())) == 1
-        process.join()
-
 
 class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     kind = "upstox_db_examples:HybridUpstoxStorage"

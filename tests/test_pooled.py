@@ -141,13 +141,6 @@ class TestPooled(SQLiteContract):
         with pytest.raises(sqlite3.ProgrammingError, match="closed"):
             conn.execute("SELECT 1")
 
-    def test_a_forked_child_uses_connections_of_its_own(self, path: Path) -> None:
-        ours = Address("upstox_db_examples:PooledUpstoxStorage", (str(path), 1))
-        process, connection = processes.start(processes.fork_and_read, ours)
-        token, in_the_child, after_it = connection.recv()
-        process.join()
-        assert token == in_the_child == after_it
-
     def test_a_forked_child_shares_no_connection(self, path: Path) -> None:
         ours = Address("upstox_db_examples:PooledUpstoxStorage", (str(path), 1))
         process, connection = processes.start(processes.fork_and_compare, ours)

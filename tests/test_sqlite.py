@@ -380,13 +380,6 @@ class TestSQLite(SQLiteContract):
             conn.execute("SELECT 1")
         assert store.store_token()
 
-    def test_a_forked_child_uses_connections_of_its_own(self, path: Path) -> None:
-        ours = Address("upstox_db_examples:SQLiteUpstoxStorage", (str(path),))
-        process, connection = processes.start(processes.fork_and_read, ours)
-        token, in_the_child, after_it = connection.recv()
-        process.join()
-        assert token == in_the_child == after_it
-
 
 class TestSQLiteUnderCrowdsAndKills(ReliabilityContract):
     @pytest.fixture

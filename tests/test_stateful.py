@@ -147,9 +147,8 @@ class Forgets(Model):
 @contextmanager
 def on(address: Address, clock: Clock, kind: type[Model]) -> Iterator[type[Model]]:
     """The model with two stores on the same database."""
-    on_request = {"audit_reads": True} if address.kind.endswith(("SQLiteUpstoxStorage", "PooledUpstoxStorage")) else {}
     with ExitStack() as stack:
-        common = {"login": made_up_login, "clock": clock, **on_request}
+        common = {"login": made_up_login, "clock": clock, **address.counting()}
         rings = (KeyRing(*KEYS), KeyRing(*reversed(KEYS)))
         opened = [stack.enter_context(address.open(keys=ring, **common)) for ring in rings]
         yield type("OnThisStore", (kind,), {"stores": opened, "clock": clock})

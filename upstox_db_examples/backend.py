@@ -1,8 +1,9 @@
 """What a store owes to the life cycle in storage.py: what only its database can do.
 
 A store never sees a token, only ciphertext, so that nothing the driver logs or the server writes can show one. It gets
-and gives aware datetimes; a `StorageError` says what went wrong. A change of a token and its audit entry, whose action
-is in quotes here, are one transaction.
+and gives aware datetimes in whole seconds. A change of a token and its audit entry, whose action is in quotes here, are
+one transaction. Whatever the driver raises comes out as a `StoreUnavailable` or a `ConfigurationError`, with the
+driver's exception as its cause. In a forked child a store uses nothing that its parent has opened.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ class Backend(ABC):
     """One database, and one subclass for each."""
 
     _kind: ClassVar[str]
-    """What a ciphertext is and where it lies: one that is copied from another kind of store is refused."""
+    """What a ciphertext is and where it lies, different for each store: one from another kind of store is refused."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close what this store opened. It can be called twice."""
+        """Close what this store opened. It can be called twice; every other call then raises `StoreUnavailable`."""
 
     @abstractmethod
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
-        """The user's active token if it dies after `alive_after`; where this store counts uses, one more ("used")."""
+        """The user's active token if it expires later than `alive_after`; where this store counts uses, one more
+        ("used")."""
 
     @abstractmethod
     def _insert(self, token: StoredToken) -> int | str:
-        """The earlier token inactive and erased ("deactivated"), this one active ("created"); its id.
+        """The earlier token inactive and erased ("deactivated", with the reason new_token_generated), this one active
+        ("created"), both at its `created_at`; its id.
 
         Raises:
             LoginSuperseded: the user already has a token of this generation.
@@ -40,11 +43,20 @@ class Backend(ABC):
 
     @abstractmethod
     def _lock(self, name: str) -> AbstractContextManager[None]:
-        """One holder at a time, in all processes that share this store; freed when its holder dies."""
+        """One holder at a time, in all processes that share this store; freed when its holder dies.
+
+        A thread holds two at the most, of different names: user ids, and names that begin with a hyphen.
+
+        Raises:
+            StoreUnavailable: not had within `login_wait` seconds (`errors.lock_not_had`).
+        """
 
     @abstractmethod
     def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
-        """An audit entry that belongs to no token, durably written."""
+        """An audit entry that belongs to no token, durably written.
+
+        A login follows on a "login", so that one has to fail where there would be no room for the token.
+        """
 
     @abstractmethod
     def _generation(self, user_id: str) -> int:
@@ -60,7 +72,8 @@ class Backend(ABC):
 
     @abstractmethod
     def _expire(self, now: datetime, limit: int) -> int:
-        """At most `limit` dead tokens erased ("expired"); how many, and 0 only when there are none left."""
+        """At most `limit` tokens erased that expire at `now` or before ("expired"); how many, and 0 only when there
+        are none left."""
 
     @abstractmethod
     def _forget_entries(self, before: datetime, limit: int) -> int:
@@ -92,7 +105,7 @@ class Backend(ABC):
 
     @abstractmethod
     def _health(self) -> dict[str, Any]:
-        """What `get_storage_status` gives, but for the time."""
+        """What `get_storage_status` gives, but for the time. It never raises."""
 
     # What transfer.py needs.
 
@@ -102,16 +115,21 @@ class Backend(ABC):
 
     @abstractmethod
     def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
-        """All tokens of a user, oldest first, with all that is known of them. One that has ended has no ciphertext."""
+        """All tokens of a user, oldest first, with all that is known of them, but for `token_id` and `source`, which
+        mean nothing elsewhere. One that has ended has an empty ciphertext. Nobody (None) has none."""
 
     @abstractmethod
     def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
-        """The user's audit entries that follow `after`, oldest first: there may be more than memory can hold."""
+        """The user's audit entries that follow `after`, at most `limit`: there may be more than memory can hold.
+
+        The oldest first, and of one second in the order in which they were written.
+        """
 
     @abstractmethod
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        """These tokens and entries, without locking readers out.
+        """These tokens, oldest first, and entries, without locking readers out.
 
         A token that is there already may have been used or revoked since it was looked at. So its uses only grow, it
-        can end and not come back, and its ciphertext stays as it is.
+        can end and not come back, and its ciphertext stays as it is. An entry of a generation that is not there belongs
+        to no token.
         """

@@ -110,8 +110,8 @@ class TokenNotStored(StorageError):
 
 def lock_not_had(name: str, wait: float) -> StoreUnavailable:
     """Somebody else held the lock of this name for all the `wait` seconds."""
-    transfer = "another transfer"
-    others = {"schema": "another program to make the tables", "-entries": transfer, "-nobody": transfer}
-    return StoreUnavailable(
-        f"Waited {wait:g} s for {others.get(name, f'another login of {name}')}. Try again, or raise login_wait."
+    others = {"-schema": "another program to make the tables"} | dict.fromkeys(
+        ("-entries", "-nobody"), "another transfer"
     )
+    what = others.get(name, f"another login of {name.removeprefix('-')}")
+    return StoreUnavailable(f"Waited {wait:g} s for {what}. Try again, or raise login_wait.")

@@ -136,7 +136,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         super().init_database(runtime_role)
         there = "SELECT to_regclass('one_entry_a_use') IS NOT NULL AS there"
         if not self._run(there)[0]["there"]:
-            with self._lock("schema"):
+            with self._lock("-schema"):
                 if not self._run(there)[0]["there"]:
                     self._run(FOLDED_ONCE)
         self._schema_unseen = False
@@ -163,7 +163,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return f"HybridUpstoxStorage({self._connections.where})"
 
     def _lock(self, name: str) -> AbstractContextManager[None]:
-        if self._schema_unseen and name != "schema":
+        if self._schema_unseen and name != "-schema":
             self.init_database()
         return super()._lock(name)
 

@@ -235,7 +235,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         with self._connections.session() as conn:
             if self._version(conn) == len(self._steps) and runtime_role is None:
                 return
-        with self._lock("schema"), self._connections.session() as conn:
+        with self._lock("-schema"), self._connections.session() as conn:
             answer(conn, "BEGIN")
             for version in range(self._version(conn), len(self._steps)):
                 answer(conn, f"{VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema")

@@ -200,7 +200,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             if self._version(conn) == len(self._steps):
                 return
         # Only one process at a time, for SQLite answers a concurrent switch to WAL with "locked" without waiting.
-        with self._lock("schema"), self.get_connection() as conn:
+        with self._lock("-schema"), self.get_connection() as conn:
             conn.execute("PRAGMA journal_mode = WAL")
             for version in range(self._version(conn), len(self._steps)):
                 step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"

@@ -260,7 +260,8 @@ class TokenStorage(Backend):
     # The life cycle
 
     def _log_in(self, user_id: str | None, *, keep_living: bool) -> TokenResult:
-        with self._lock(user_id or f"account-{getattr(self._login, 'account', None) or 'default'}"):
+        # No user can have an id that begins with a hyphen.
+        with self._lock(user_id or f"-account-{getattr(self._login, 'account', None) or 'default'}"):
             if user_id is None and (known := self._declared_user() or (self._user_seen() if keep_living else None)):
                 return self._log_in(known, keep_living=keep_living)
             now = self._now()
