@@ -266,6 +266,26 @@ def test_every_example_runs_as_it_stands_but_for_the_url(
     assert "created" in good(execute("upstox-db", "--store", postgres_url, "audit", USER, PATH=path))
 
 
+def test_the_readmes_commands_run(execute: Run, account: Account, tmp_path: Path, upstox: LocalUpstox) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (script,) = [block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "upstox-db token" in block]
+    done = execute("sh", "-ec", script.replace("status;", 'status; echo "$TOKEN";'), PATH=path)
+    good(done)
+    (token,) = re.findall(r"^eyJ\S+$", done.stdout, re.MULTILINE)
+    assert upstox.is_living(token)
+    (make_key,) = re.findall(r"^python -c .*$", readme, re.MULTILINE)
+    assert len(KeyRing.from_text(good(execute("sh", "-c", make_key, PATH=path)), "the README").key_ids) == 1
+    settings = {**account.environ(), "UPSTOX_DB_STORE": str(tmp_path / "upstox.db"), "PATH": path}
+    (tmp_path / "upstox.env").write_text("".join(f"export {name}='{value}'\n" for name, value in settings.items()))
+    crontab = re.findall(r"^\d+ \d+ \S+ \S+ \S+ +(\. .*)$", readme, re.MULTILINE)
+    assert len(crontab) == 3
+    for line in crontab:
+        good(execute("sh", "-c", line, HOME=str(tmp_path), PATH=os.environ["PATH"]))
+    assert (tmp_path / "upstox.export").exists()
+    assert upstox.logins() == 1
+
+
 def test_what_is_old_can_be_cleaned_up_and_one_is_not_told_as_many(run: Run, tmp_path: Path) -> None:
     good(run("login"))
     with closing(sqlite3.connect(tmp_path / "upstox.db")) as conn, conn:

@@ -20,11 +20,12 @@ import pytest
 import upstox_db_examples
 from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.login import FIELDS
 from upstox_db_examples.mongodb import MongoUpstoxStorage
 from upstox_db_examples.pooled import PooledUpstoxStorage
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
-from .databases import MongoDatabase
+from .databases import ENGINES, MongoDatabase
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -106,6 +107,15 @@ def test_the_readme_code_runs(tmp_path: Path, postgres_url: str, mongo: MongoDat
         done = run(code, tmp_path, **environment)
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+def test_the_readme_names_the_credentials_and_the_images_that_the_tests_use() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (accounts,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    (account,) = tomllib.loads(accounts).values()
+    others = re.findall(r"\w+_?\w+", accounts.partition("# and ")[2])
+    assert {*account, *others} == set(FIELDS)
+    assert re.findall(r"docker run .* (\w+:[\d.]+)", readme) == [engine.image for engine in ENGINES]
 
 
 def make_with(tmp_path: Path, *interpreters: str) -> subprocess.CompletedProcess[str]:
