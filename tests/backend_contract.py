@@ -13,7 +13,7 @@ from upstox_db_examples.token import StoredToken
 from .conftest import Clock
 from .processes import USER
 
-OTHERS = ["CD0001", "CD0002", "CD0003"]
+OTHERS = ["CD0002", "CD0003", "CD0001"]
 
 
 def made_up(store: TokenStorage, user_id: str, generation: int = 1, account: str | None = None) -> StoredToken:
@@ -33,12 +33,14 @@ class BackendContract:
         actions = [entry["action"] for entry in store.get_audit_trail(USER)]
         assert actions == ["created"], "what is refused leaves no entry"
 
-    def test_the_end_of_a_token_is_audited_with_its_reason(self, store: TokenStorage) -> None:
+    def test_the_end_of_a_token_is_audited_with_its_reason(self, store: TokenStorage, clock: Clock) -> None:
         for generation in (1, 2):
-            store._insert(made_up(store, USER, generation))
+            token = made_up(store, USER, generation)
+            clock.advance(seconds=1)
+            store._insert(token)
         (ended,) = [entry for entry in store.get_audit_trail(USER) if entry["action"] == "deactivated"]
         assert ended["metadata"] == {"reason": "new_token_generated"}
-        assert ended["performed_at"] == store._now().isoformat()
+        assert ended["performed_at"] == token.created_at.isoformat()
 
     def test_a_ciphertext_that_changed_meanwhile_is_not_replaced(self, store: TokenStorage) -> None:
         store._insert(made_up(store, USER))

@@ -33,8 +33,8 @@ from upstox_db_examples import (
     TokenResult,
     TokenStorage,
     storage,
-    transfer,
 )
+from upstox_db_examples.backend import ENTRIES_LOCK
 from upstox_db_examples.cipher import Binding
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.token import IST
@@ -294,9 +294,9 @@ class StoreContract(BackendContract, ABC):
             assert slow.result()["user_id"] == USER
         assert upstox.logins() == 1
         with (
-            store._lock(transfer.ENTRIES),
+            store._lock(ENTRIES_LOCK),
             pytest.raises(StorageError, match="for another transfer"),
-            impatient._lock(transfer.ENTRIES),
+            impatient._lock(ENTRIES_LOCK),
         ):
             pass
 

@@ -18,7 +18,7 @@ from upstox_db_examples.local.processes import Server
 
 from .conftest import Clock, shown_with_locals
 from .contract import living
-from .processes import KEY, USER, token_data
+from .processes import KEY, USER, token_data, wait_until
 
 OpenOne = Callable[..., TokenStorage]
 
@@ -29,12 +29,10 @@ class ServerContract(ABC):
     Attributes:
         kind: the server.
         name: what the status calls it.
-        between_kills: seconds in which some tokens are stored, and a client finds its server again.
     """
 
     kind: type[Server]
     name: str
-    between_kills: float = 0.3
 
     @abstractmethod
     def connect(self, url: str, **options: Any) -> TokenStorage:
@@ -100,7 +98,7 @@ class ServerContract(ABC):
             begin = time.monotonic()
             with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
                 call(USER)
-            assert time.monotonic() - begin < 1.2
+            assert time.monotonic() - begin < 2, "the rest is for a slow machine"
         assert self.logins == 1
         server.resume()
         wait_until(lambda: store.get_storage_status()[self.name] == "healthy")
@@ -133,21 +131,24 @@ class ServerContract(ABC):
                 except StorageError:
                     time.sleep(0.01)
 
+        def some_more_are_stored() -> None:
+            enough = len(acknowledged) + 5
+            wait_until(lambda: len(acknowledged) >= enough)
+
         with ThreadPoolExecutor(1) as thread:
             writer = thread.submit(keep_storing)
             try:
                 for _ in range(5):
-                    time.sleep(self.between_kills)
+                    some_more_are_stored()
                     server.kill()
                     server.start()
-                time.sleep(self.between_kills)
+                some_more_are_stored()
             finally:
                 stop.set()
             writer.result()
         newest_first = store.get_token_history(USER, limit=100_000)
         ids = [row["token_id"] for row in newest_first]
         active = [row["token_id"] for row in newest_first if row["is_active"]]
-        assert len(acknowledged) > 20
         assert set(acknowledged) <= set(ids)
         assert len(active) == 1
         assert ids.index(active[0]) <= ids.index(acknowledged[-1])
@@ -159,8 +160,9 @@ class ServerContract(ABC):
         store.store_token(USER)
         with ThreadPoolExecutor(8) as threads:
             reads = [threads.submit(living, store) for _ in range(800)]
-            time.sleep(0.2)
+            time.sleep(0.05)
             server.pause()
+            assert not all(read.done() for read in reads), "there was nothing left to be stalled"
             time.sleep(2.5)
             server.resume()
             counts = sorted(read.result()["usage_count"] for read in reads)
@@ -168,10 +170,3 @@ class ServerContract(ABC):
         assert store.get_user_statistics(USER)["total_usage"] == 800
         told = store.get_audit_trail(USER, limit=2000)
         assert len([entry for entry in told if entry["action"] == "used"]) == 800
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"it did not come true within {seconds} s"
-        time.sleep(0.05)

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -84,6 +85,17 @@ def run_all(count: int, job: Any, *arguments: Any, seconds: float = 120) -> list
     for process, _ in started:
         process.join()
     return results
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
+    """Until this is so; while asking raises an error, it is not."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(Exception):
+            if holds():
+                return
+        assert time.monotonic() < deadline, f"it did not come true within {seconds} s"
+        time.sleep(0.02)
 
 
 def kill(process: BaseProcess) -> None:

@@ -127,7 +127,8 @@ def a_rotation_can_be_killed_at_any_moment(address: Address, users: int = 60, ki
         with address.open(keys=both) as store:
             while not stop.is_set():
                 user_id = dice.choice(list(tokens))
-                assert (store.get_valid_token(user_id) or {}).get("token") == tokens[user_id]
+                read = store.get_valid_token(user_id) or {}
+                assert read.get("token") == tokens[user_id], "a token was not there while keys were rotated"
                 reads += 1
         return reads
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +36,7 @@ from upstox_db_examples.local.upstox import LocalUpstox
 
 from . import processes
 from .conftest import Clock, FakeTime
-from .processes import KEY, Address, token_data
+from .processes import KEY, Address, token_data, wait_until
 
 IDS = [f"CD{number:04}" for number in range(100)]
 AT_ONCE = FakeTime().pace()
@@ -120,7 +120,7 @@ def test_a_batch_that_was_killed_goes_on_where_it_was(
     upstox._clock = lambda: now
     credentials = {user_id: upstox.add_account(user_id).credentials() for user_id in IDS[:40]}
     process, _ = processes.start(processes.store_batch, address, upstox.base_domain, credentials)
-    wait_for(lambda: upstox.logins() >= 15)
+    wait_until(lambda: upstox.logins() >= 15)
     processes.kill(process)
     before = upstox.logins()
     assert 15 <= before < 40
@@ -399,7 +399,7 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_lock(tmp_path: Path, upstox: L
     interrupted = subprocess.Popen(
         [sys.executable, "-c", code], cwd=root, env=dict(os.environ), stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: upstox.logins() >= 5)
+    wait_until(lambda: upstox.logins() >= 5)
     interrupted.send_signal(signal.SIGINT)
     _, said = interrupted.communicate(timeout=10)
     assert "KeyboardInterrupt" in said
@@ -411,10 +411,3 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_lock(tmp_path: Path, upstox: L
         assert before - 1 <= sum(result["kept"] for result in results) <= before
         with store.get_connection() as conn:
             assert conn.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

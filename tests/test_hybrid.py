@@ -470,7 +470,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.mark.slow
     def test_without_an_id_for_each_use_some_are_counted_twice(self, address: Address) -> None:
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="counted more than once"):
             who_folds_can_be_killed_at_any_moment(address._replace(kind=f"{FoldsAgain.__module__}:FoldsAgain"))
 
 
@@ -489,7 +489,7 @@ def who_folds_can_be_killed_at_any_moment(address: Address) -> None:
             processes.kill(process)
             connection.close()
         assert reads > 100
-        assert store.get_user_statistics(USER)["total_usage"] == reads
+        assert store.get_user_statistics(USER)["total_usage"] == reads, "some were counted more than once"
         used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
         assert len(used) == reads
 

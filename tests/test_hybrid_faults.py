@@ -19,12 +19,13 @@ from redis import Redis
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import ConfigurationError, HybridUpstoxStorage, KeyRing, StoreUnavailable
+from upstox_db_examples.hybrid_redis import runtime_acl
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
 from .conftest import Clock, shown_with_locals
 from .contract import living
-from .processes import USER, token_data
+from .processes import USER, made_up_login, token_data
 from .test_hybrid import count_messages_to_redis
 
 OpenHybrid = Callable[..., HybridUpstoxStorage]
@@ -135,6 +136,22 @@ class TestServersThatFail:
         read = living(store)
         assert (read["source"], read["token"]) == ("redis", token)
 
+    def test_a_redis_that_became_a_replica_is_not_healthy(self, redis: RedisServer, store: HybridUpstoxStorage) -> None:
+        with Redis.from_url(redis.url) as bare_redis:
+            bare_redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+            assert "Redis takes no writes (ReadOnlyError)" in store.get_storage_status()["redis"]
+            bare_redis.execute_command("REPLICAOF", "NO", "ONE")
+        assert store.get_storage_status()["redis"] == "healthy"
+
+    def test_a_redis_user_with_too_few_rights_is_said(
+        self, postgresql: PostgreSQLServer, redis: RedisServer, keys: KeyRing
+    ) -> None:
+        with Redis.from_url(redis.url) as bare_redis:
+            bare_redis.execute_command("ACL", "SETUSER", "few", *runtime_acl(), "-set", "on", ">few")
+        url = redis.url.replace("redis://:", "redis://few:").replace(str(urlsplit(redis.url).password), "few")
+        with HybridUpstoxStorage(url, postgresql.url, keys=keys) as store:
+            assert "does not allow this user all that is due" in store.get_storage_status()["redis"]
+
     @pytest.mark.parametrize("fault", ["kill", "pause"])
     def test_without_postgresql_hot_reads_go_on_and_no_login_is_spent(
         self, postgresql: PostgreSQLServer, store: HybridUpstoxStorage, fault: str
@@ -230,17 +247,13 @@ class TestServersThatFail:
         with tls_in_front_of(redis, tmp_path) as (port, authority):
             config = {"host": "localhost", "port": port, "password": password(redis.url), "ssl": True}
             verified = {**config, "ssl_ca_certs": str(authority)}
-            with HybridUpstoxStorage(verified, postgresql.url, keys=keys, login=self.login_once) as store:
+            with HybridUpstoxStorage(verified, postgresql.url, keys=keys, login=made_up_login) as store:
                 store.store_token(USER)
                 assert living(store)["source"] == "redis"
             other_authority, _, _ = make_certificates(tmp_path)
             with pytest.raises(ConfigurationError, match="do not agree on TLS") as caught:
                 HybridUpstoxStorage({**config, "ssl_ca_certs": str(other_authority)}, postgresql.url)
         assert password(redis.url) not in shown_with_locals(caught.value)
-
-    @staticmethod
-    def login_once(user_id: str | None) -> AccessTokenData:
-        return token_data(user_id or USER)
 
 
 def one_waits_of_four(store: HybridUpstoxStorage) -> bool:

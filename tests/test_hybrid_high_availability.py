@@ -8,7 +8,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,7 +27,7 @@ from upstox_db_examples.local.processes import _free_port
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
 from .databases import notes
-from .processes import token_data
+from .processes import token_data, wait_until
 from .test_postgresql import bare
 
 PASSWORD = "all-nodes-have-this-one"
@@ -191,16 +191,6 @@ class Standby(Primary):
         conn.close()
 
 
-def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(Exception):
-            if what():
-                return
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.05)
-
-
 @pytest.fixture(autouse=True)
 def _servers_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POSTGRES_URL", raising=False)
@@ -214,7 +204,7 @@ def test_a_sentinel_failover_hands_out_nothing_dead(postgres_url: str, keys: Key
         of_primary = {"replicaof": f"127.0.0.1 {primary.port}", "masterauth": PASSWORD}
         replicas = [stack.enter_context(Node(settings=of_primary)) for _ in range(2)]
         with primary.client() as client:
-            wait_for(lambda: [client.info("replication")[f"slave{n}"]["state"] for n in (0, 1)] == ["online"] * 2)
+            wait_until(lambda: [client.info("replication")[f"slave{n}"]["state"] for n in (0, 1)] == ["online"] * 2)
         watch = f"sentinel monitor tokens 127.0.0.1 {primary.port} 2\nsentinel auth-pass tokens {PASSWORD}\n"
         watch += "sentinel down-after-milliseconds tokens 1000\nsentinel failover-timeout tokens 3000"
         nodes = [stack.enter_context(SentinelNode(settings={"watch": watch})) for _ in range(3)]
@@ -222,7 +212,7 @@ def test_a_sentinel_failover_hands_out_nothing_dead(postgres_url: str, keys: Key
         sentinel = untyped([("127.0.0.1", node.port) for node in nodes], sentinel_kwargs=QUICK)
         for each in sentinel.sentinels:
             stack.callback(each.close)
-        wait_for(
+        wait_until(
             lambda: all(
                 (known := each.sentinel_masters()["tokens"])["num-slaves"] == 2 and known["num-other-sentinels"] == 2
                 for each in sentinel.sentinels
@@ -236,9 +226,9 @@ def test_a_sentinel_failover_hands_out_nothing_dead(postgres_url: str, keys: Key
             time.sleep(2)
             killed = time.monotonic()
             primary.kill()
-            wait_for(lambda: sentinel.discover_master("tokens")[1] in [replica.port for replica in replicas])
+            wait_until(lambda: sentinel.discover_master("tokens")[1] in [replica.port for replica in replicas])
             failed_over = time.monotonic()
-            wait_for(lambda: load.sources[-1][0] > failed_over and load.sources[-1][1] == "redis")
+            wait_until(lambda: load.sources[-1][0] > failed_over and load.sources[-1][1] == "redis")
             time.sleep(2)
         # Before a second is over no sentinel looks for another master.
         assert {source for at, source in load.sources if killed + 0.5 < at < killed + 0.9} == {"postgresql"}
@@ -262,7 +252,7 @@ def test_a_promoted_standby_has_every_acknowledged_token(keys: KeyRing, redis_se
             killed, before = time.monotonic(), dict(load.acknowledged)
             time.sleep(1)
             standby.promote()
-            wait_for(lambda: all(load.acknowledged[user_id] > before[user_id] for user_id in KEPT))
+            wait_until(lambda: all(load.acknowledged[user_id] > before[user_id] for user_id in KEPT))
             time.sleep(2)
         assert [source for at, source in load.sources if killed < at < killed + 1 and source == "redis"]
         load.is_as_promised(standby.url, "PostgreSQL's primary killed")
@@ -305,7 +295,7 @@ def test_a_redis_cluster_holds_the_copies(postgres_url: str, keys: KeyRing) -> N
                 client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, {0: 5999, 6000: 10999, 11000: 16383}[first])
                 client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, buses[0])
         clients = [stack.enter_context(node.client()) for node in nodes]
-        wait_for(lambda: all(client.cluster("info")["cluster_state"] == "ok" for client in clients))
+        wait_until(lambda: all(client.cluster("info")["cluster_state"] == "ok" for client in clients))
         untyped: Any = ClusterNode
         first_of_all = untyped("127.0.0.1", nodes[0].port)
         for client in clients:

@@ -174,6 +174,8 @@ def test_links_lead_somewhere(document: str) -> None:
     assert [link for link, _, _ in links if not (file.parent / link).exists()] == []
     places_in = {link: places(file.parent / (link or file)) for link, place, _ in links if place}
     assert [(link, place) for link, place, _ in links if place and place not in places_in[link]] == []
+    text = file.read_text()
+    assert set(re.findall(r"\]\[([^]]+)\]", text)) == set(re.findall(r"(?m)^\[([^]]+)\]: ", text))
     tests = [(link, title) for link, _, title in links if title]
     assert [title for link, title in tests if f"def {title}(" not in (file.parent / link).read_text()] == []
 
@@ -196,7 +198,7 @@ def places(document: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_each_line_of_the_guides_lists_leads_to_a_method_a_cell_and_tests() -> None:
+def test_each_line_of_the_guides_lists_leads_to_a_cell_and_tests_and_names_what_is_there() -> None:
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| \d+ [A-Z].*$", readme, flags=re.MULTILINE)
     assert len(rows) == 10 + 5
@@ -204,7 +206,7 @@ def test_each_line_of_the_guides_lists_leads_to_a_method_a_cell_and_tests() -> N
     for row in rows:
         _, line, method, cell, tests, _ = row.split("|")
         names = re.findall(r"`([a-z_]+|[A-Z]\w+)", method)
-        outside = ("make", "pg_dump")  # Not ours; the tests below run them.
+        outside = ("make", "pg_dump")  # Not ours; the tests in the row's last column run them.
         assert [name for name in names if not re.search(rf"\b{name}\b", code) and name not in outside] == [], line
         assert "ipynb#" in cell, line
         for group in tests.split(";"):
@@ -221,7 +223,7 @@ def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> No
     modules = {name: importlib.import_module(name) for name in names if not name.endswith("__main__")}
     loggers = {name: getattr(module, "logger", None) for name, module in modules.items()}
     silent = {name.partition(".")[2] for name, logger in loggers.items() if logger is None}
-    # Values, promises, the files that others tell of, and the command, which prints.
+    # Values, promises, the files that others tell of, the command, which prints, and what runs for learning and tests.
     assert silent == {"backend", "checks", "cli", "errors", "files", "local", "token", "transfer_file"}
     assert all(logger.name == name for name, logger in loggers.items() if logger)
 

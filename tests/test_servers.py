@@ -37,6 +37,8 @@ from upstox_db_examples.local.servers import (
     redis,
 )
 
+from .processes import wait_until
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -242,15 +244,17 @@ def test_nothing_of_it_is_left_when_it_was_killed_amid_writing(server: PostgreSQ
                 conn.autocommit = True
                 while not stop.is_set():
                     conn.cursor().execute("INSERT INTO written SELECT repeat('x', 2000) FROM generate_series(1, 500)")
+            time.sleep(0.01)
 
     with ThreadPoolExecutor(8) as threads:
         for _ in range(8):
             threads.submit(keep_writing)
         try:
             for _ in range(10):
-                time.sleep(0.3)
-                everyone = psutil.Process(server._process.pid).children(recursive=True)
-                assert len(everyone) > 8
+                main = psutil.Process(server._process.pid)
+                wait_until(lambda main=main: len(main.children(recursive=True)) > 8)  # type: ignore[misc]
+                time.sleep(0.1)
+                everyone = main.children(recursive=True)
                 server.kill()
                 assert not any(map(processes._is_alive, everyone))
                 server.start()

@@ -14,7 +14,22 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, ClassVar
 
+from .errors import StoreUnavailable
 from .token import AuditEntry, StoredToken
+
+# Locks beside those of users, none of whom can have an id that begins with a hyphen.
+SCHEMA_LOCK, NOBODY_LOCK, ENTRIES_LOCK, ACCOUNT_LOCK = "-schema", "-nobody", "-entries", "-account-"
+
+
+def lock_not_had(name: str, wait: float) -> StoreUnavailable:
+    """Somebody else held the lock of this name for all the `wait` seconds."""
+    if name == SCHEMA_LOCK:
+        holder = "another program to make the tables"
+    elif name in (NOBODY_LOCK, ENTRIES_LOCK):
+        holder = "another transfer"
+    else:
+        holder = f"another login of {'this account' if name.startswith(ACCOUNT_LOCK) else name}"
+    return StoreUnavailable(f"Waited {wait:g} s for {holder}. Try again, or raise login_wait.")
 
 
 class Backend(ABC):
@@ -25,7 +40,7 @@ class Backend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close what this store opened. It can be called twice; every other call then raises `StoreUnavailable`."""
+        """Close what this store opened. It can be called twice; to ask the database then raises `StoreUnavailable`."""
 
     @abstractmethod
     def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
@@ -45,10 +60,10 @@ class Backend(ABC):
     def _lock(self, name: str) -> AbstractContextManager[None]:
         """One holder at a time, in all processes that share this store; freed when its holder dies.
 
-        A thread holds two at the most, of different names: user ids, and names that begin with a hyphen.
+        A thread holds two at the most, of different names: user ids, and those above.
 
         Raises:
-            StoreUnavailable: not had within `login_wait` seconds (`errors.lock_not_had`).
+            StoreUnavailable: not had within `login_wait` seconds (`lock_not_had`).
         """
 
     @abstractmethod

@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Callable
 from datetime import datetime
@@ -140,7 +141,9 @@ class KeyRing:
                 _make_key_file(file)
             with file.open() as opened:
                 if os.fstat(opened.fileno()).st_mode & 0o077:
-                    raise ConfigurationError(f"Others can read the key file {file}. Run: chmod 600 '{file}'")
+                    raise ConfigurationError(
+                        f"Others can read the key file {file}. Run: chmod 600 {shlex.quote(str(file))}"
+                    )
                 return cls.from_text(opened.read(), f"The key file {file}")
         except OSError as error:
             reason = error.strerror or type(error).__name__

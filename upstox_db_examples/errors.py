@@ -106,12 +106,3 @@ class TokenNotStored(StorageError):
         )
         self.token = token
         self.user_id = user_id
-
-
-def lock_not_had(name: str, wait: float) -> StoreUnavailable:
-    """Somebody else held the lock of this name for all the `wait` seconds."""
-    others = {"-schema": "another program to make the tables"} | dict.fromkeys(
-        ("-entries", "-nobody"), "another transfer"
-    )
-    what = others.get(name, f"another login of {name.removeprefix('-')}")
-    return StoreUnavailable(f"Waited {wait:g} s for {what}. Try again, or raise login_wait.")

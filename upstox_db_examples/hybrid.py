@@ -15,6 +15,7 @@ from typing import Any, Unpack
 
 from psycopg2 import errorcodes
 
+from .backend import SCHEMA_LOCK
 from .checks import require_positive
 from .errors import StorageError, StoreUnavailable
 from .hybrid_redis import Config, RedisTokens, Use, client_of
@@ -136,7 +137,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         super().init_database(runtime_role)
         there = "SELECT to_regclass('one_entry_a_use') IS NOT NULL AS there"
         if not self._run(there)[0]["there"]:
-            with self._lock("-schema"):
+            with self._lock(SCHEMA_LOCK):
                 if not self._run(there)[0]["there"]:
                     self._run(FOLDED_ONCE)
         self._schema_unseen = False
@@ -163,7 +164,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return f"HybridUpstoxStorage({self._connections.where})"
 
     def _lock(self, name: str) -> AbstractContextManager[None]:
-        if self._schema_unseen and name != "-schema":
+        if self._schema_unseen and name != SCHEMA_LOCK:
             self.init_database()
         return super()._lock(name)
 

@@ -20,6 +20,7 @@ from redis.exceptions import (
     AuthenticationError,
     NoPermissionError,
     OutOfMemoryError,
+    ReadOnlyError,
     RedisClusterException,
     RedisError,
     ResponseError,
@@ -214,26 +215,29 @@ class RedisTokens:
     def status(self) -> dict[str, Any]:
         """`latency_ms`, `role`, `uses_waiting`, and `in_use`: how many connections are.
 
+        A key is written that lives for a second: a full Redis, or one that has become a replica, still answers a PING.
+
         Raises:
-            StoreUnavailable: it does not answer, or takes no writes.
+            StoreUnavailable: it does not answer, takes no writes, or does not allow all that is due.
         """
         if self._closed:
             raise StoreUnavailable("This store is closed.")
         try:
             begin = time.perf_counter()
-            # A full Redis, or one that has become a replica, would still answer a PING.
             self._client.set(f"{self._prefix}probe", "", px=1000)
             latency = (time.perf_counter() - begin) * 1000
             role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
             in_use = len(getattr(getattr(self._client, "connection_pool", None), "_in_use_connections", ()))
             waiting = self._client.xlen(self._uses)
             return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
+        except NoPermissionError:
+            why = "does not allow this user all that is due. Its rules should be those of runtime_acl()"
+        except (OutOfMemoryError, ReadOnlyError) as error:
+            why = f"takes no writes ({type(error).__name__}). Check that it has room and is no replica"
         except NO_ANSWER as error:
-            kind, refused = type(error).__name__, isinstance(error, ResponseError)
+            why = f"gave no answer ({type(error).__name__}). Check that it runs"
         # Raised out here, our error has no cause: a cluster's own frames hold the password.
-        if refused:
-            raise StoreUnavailable(f"Redis takes no writes ({kind}). Check that it has room and is no replica.")
-        raise StoreUnavailable(f"Redis gave no answer ({kind}). Check that it runs.")
+        raise StoreUnavailable(f"Redis {why}.")
 
     def answers(self) -> bool:
         return self._answer(self._client.ping, insist=True) is not None

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import time
 import tomllib
 from collections.abc import Mapping
@@ -229,7 +230,9 @@ class Accounts:
         try:
             with file.open("rb") as opened:
                 if os.fstat(opened.fileno()).st_mode & 0o077:
-                    raise ConfigurationError(f"Others can read the accounts in {file}. Run: chmod 600 '{file}'")
+                    raise ConfigurationError(
+                        f"Others can read the accounts in {file}. Run: chmod 600 {shlex.quote(str(file))}"
+                    )
                 return cls(tomllib.load(opened), **options)
         except OSError as error:
             raise ConfigurationError(f"The accounts in {file} could not be read: {error.strerror}.") from error
@@ -284,7 +287,7 @@ def _log_in(credentials: Credentials, base_domain: str, pause: float | None, tim
     from upstox_totp.models import AccessTokenResponse
 
     logging.getLogger("upstox-totp").addFilter(_no_debug)
-    where, begin = urlsplit(base_domain).hostname or "Upstox", time.monotonic()
+    where, begin = urlsplit(base_domain.replace("{stage}", "service")).hostname or "Upstox", time.monotonic()
     response = None
     try:
         # debug is said outright: with UPSTOX_DEBUG the SDK would log every secret.
@@ -303,7 +306,8 @@ def _log_in(credentials: Credentials, base_domain: str, pause: float | None, tim
         failure = _explain(response, credentials)
     except Exception as error:
         failure = _explain(error, credentials)
-    logger.info("%s gave no token after %.1f s (code %s)", where, time.monotonic() - begin, failure.code)
+    code = f" (code {failure.code})" if failure.code else ""
+    logger.info("%s gave no token after %.1f s%s", where, time.monotonic() - begin, code)
     # Raised after the except block: neither __cause__ nor __context__ leads to the SDK's frames and their secrets.
     del response
     raise failure

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from pymongo import ReturnDocument
 from pymongo.database import Database
 
-from .errors import LoginSuperseded, StorageError, StoreUnavailable, TokenNotStored, lock_not_had
+from .backend import lock_not_had
+from .errors import LoginSuperseded, StorageError, StoreUnavailable, TokenNotStored
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from typing import Any, Unpack
 from psycopg2 import errorcodes
 from psycopg2.extensions import connection
 
+from .backend import SCHEMA_LOCK
 from .checks import require_pool_size, require_positive
 from .errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from .postgresql_connections import PostgreSQLConnections
@@ -235,7 +236,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         with self._connections.session() as conn:
             if self._version(conn) == len(self._steps) and runtime_role is None:
                 return
-        with self._lock("-schema"), self._connections.session() as conn:
+        with self._lock(SCHEMA_LOCK), self._connections.session() as conn:
             answer(conn, "BEGIN")
             for version in range(self._version(conn), len(self._steps)):
                 answer(conn, f"{VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema")

@@ -25,7 +25,8 @@ from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from .errors import ConfigurationError, StorageError, StoreUnavailable, lock_not_had
+from .backend import lock_not_had
+from .errors import ConfigurationError, StorageError, StoreUnavailable
 from .token import Secret
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from typing import Any, Unpack
 
 from filelock import FileLock, Timeout
 
+from .backend import SCHEMA_LOCK, lock_not_had
 from .errors import (
     ConfigurationError,
     InvalidInput,
     LoginSuperseded,
     StorageError,
-    lock_not_had,
 )
 from .files import written_whole
 from .sqlite_connections import SQLiteConnections, checked_path, explained, refuse_cut_off
@@ -200,7 +200,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             if self._version(conn) == len(self._steps):
                 return
         # Only one process at a time, for SQLite answers a concurrent switch to WAL with "locked" without waiting.
-        with self._lock("-schema"), self.get_connection() as conn:
+        with self._lock(SCHEMA_LOCK), self.get_connection() as conn:
             conn.execute("PRAGMA journal_mode = WAL")
             for version in range(self._version(conn), len(self._steps)):
                 step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"

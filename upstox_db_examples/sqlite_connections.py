@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sqlite3
 import weakref
 from collections import deque
@@ -135,7 +136,8 @@ def checked_path(db_path: str | os.PathLike[str]) -> Path:
             logger.info("Made %s", path)
         except FileExistsError:
             if path.stat().st_mode & 0o077:
-                logger.warning("Others can read %s, and so names and histories. Run: chmod 600 '%s'", path, path)
+                run = f"chmod 600 {shlex.quote(str(path))}"
+                logger.warning("Others can get at %s, and so at names and histories. Run: %s", path, run)
     except (OSError, RuntimeError) as error:  # Python 3.12 says RuntimeError of links that lead in a circle.
         reason = getattr(error, "strerror", None) or "its links lead in a circle"
         raise ConfigurationError(f"{text} cannot be made: {reason}.") from error

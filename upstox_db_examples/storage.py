@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
 
-from .backend import Backend
+from .backend import ACCOUNT_LOCK, Backend
 from .batch import PACE, BatchResult, Pace, store_batch
 from .checks import USER_ID, check_user_id, require_aware, require_limit, require_positive, require_user_id
 from .cipher import Binding, KeyRing, KeySource
@@ -260,8 +260,7 @@ class TokenStorage(Backend):
     # The life cycle
 
     def _log_in(self, user_id: str | None, *, keep_living: bool) -> TokenResult:
-        # No user can have an id that begins with a hyphen.
-        with self._lock(user_id or f"-account-{getattr(self._login, 'account', None) or 'default'}"):
+        with self._lock(user_id or f"{ACCOUNT_LOCK}{getattr(self._login, 'account', None) or 'default'}"):
             if user_id is None and (known := self._declared_user() or (self._user_seen() if keep_living else None)):
                 return self._log_in(known, keep_living=keep_living)
             now = self._now()

@@ -18,6 +18,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from .backend import ENTRIES_LOCK, NOBODY_LOCK
 from .batch import progress_bar
 from .errors import InvalidInput, StorageError
 from .storage import BATCH, TokenStorage
@@ -30,8 +31,6 @@ COMPARED = (
     "generation", "created_at", "expires_at", "user_name", "email", "broker", "user_type", "products", "exchanges",
     "account", "metadata",
 )  # fmt: skip
-# No user can have these ids, so nobody's login waits for these locks.
-NOBODY, ENTRIES = "-nobody", "-entries"
 
 
 def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True) -> Counts:
@@ -115,7 +114,7 @@ def _bring(
         for user_id, parts in by_user(source()):
             tokens = next(parts).tokens
             # The lock of logins, so that none comes in between.
-            with target._lock(user_id or NOBODY):
+            with target._lock(user_id or NOBODY_LOCK):
                 there = target._tokens_of(user_id)
                 _refuse_another_history(user_id, tokens, there)  # Since it was checked, there may have been a login.
                 known = {token.generation for token in there}
@@ -125,7 +124,7 @@ def _bring(
             new = sum(token.generation not in known for token in tokens)
             counts = counts.plus(users=1, tokens=len(tokens), new_tokens=new)
             # Another lock, for these may take long and stand in no login's way; but two imports would double them.
-            with target._lock(ENTRIES):
+            with target._lock(ENTRIES_LOCK):
                 entries = _Counted(entry for part in parts for entry in part.entries)
                 for batch in itertools.batched(_missing(entries, _entries(target, user_id)), BATCH):
                     target._put_in(user_id, [], list(batch))

@@ -20,7 +20,7 @@ import psutil
 
 from ..errors import ConfigurationError, StoreUnavailable
 
-READY_SECONDS = 20.0
+PATIENCE = 20.0  # seconds for a start, and for an end
 
 # Waits in a session of its own, so that neither Ctrl-C nor Jupyter's interrupt reaches it, until the pipe to the
 # process that started it is closed: by close(), by the end of that process, or by its kill -9. Handlers at exit
@@ -108,7 +108,7 @@ class Server(ABC):
                 **self._as_user,
             )
         self._tell_watchdog(self._process.pid)
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while not (self._listens() and self._is_ready()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._reap()
@@ -197,8 +197,10 @@ class Server(ABC):
                 process.send_signal(number)
         if number == signal.SIGKILL:
             # A process that writes to the disk dies a moment later, and PostgreSQL refuses to start while one is left.
-            deadline = time.monotonic() + READY_SECONDS
-            while any(map(_is_alive, everyone)) and time.monotonic() < deadline:
+            deadline = time.monotonic() + PATIENCE
+            while any(map(_is_alive, everyone)):
+                if time.monotonic() > deadline:
+                    raise StoreUnavailable(f"{self.name} is still there {PATIENCE:g} s after a kill -9.")
                 time.sleep(0.001)
 
     def _reap(self, wait: float = 0) -> None:
