@@ -11,7 +11,16 @@ from .token import Secret
 
 
 class StorageError(Exception):
-    """Anything that this package raises on purpose."""
+    """Anything that this package raises on purpose.
+
+    Attributes:
+        token: a token that a login has just made and that no database has, masked when shown: save it, for example
+            with `save_token`. None in every other error.
+        user_id: whose token that is, where the answer named a user.
+    """
+
+    token: Secret | None = None
+    user_id: str | None = None
 
 
 class InvalidInput(StorageError, ValueError):
@@ -54,7 +63,10 @@ class LoginError(StorageError):
 
     Attributes:
         code: Upstox's error code, where it gave one.
+        token_may_exist: whether Upstox may have made a token all the same. It has then killed the user's earlier one.
     """
+
+    token_may_exist: bool = True
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -63,6 +75,8 @@ class LoginError(StorageError):
 
 class LoginRefused(LoginError):
     """Fix the configuration first. Never retry as it is: five wrong PINs lock the account."""
+
+    token_may_exist = False
 
 
 class LoginLimited(LoginError):
@@ -73,6 +87,8 @@ class LoginLimited(LoginError):
         account_only: whether other accounts can log in meanwhile.
     """
 
+    token_may_exist = False
+
     def __init__(
         self, message: str, code: str | None = None, retry_after: float = 60.0, account_only: bool = False
     ) -> None:
@@ -82,11 +98,15 @@ class LoginLimited(LoginError):
 
 
 class LoginInterrupted(LoginError):
-    """The login broke off half-way: try again, from its start."""
+    """The login broke off half-way: try again, from its start.
+
+    `token_may_exist` is False where it broke off before the last request. `token` is set where an answer came that
+    cannot be used as it is.
+    """
 
 
 class LoginSuperseded(LoginError):
-    """Another login for this user was stored while this one was under way. Read that one's token."""
+    """A token of this user that Upstox issued later is stored. Read that one; the one in `token` is dead or will be."""
 
 
 class TokenNotStored(StorageError):
@@ -96,12 +116,14 @@ class TokenNotStored(StorageError):
 
     Attributes:
         token: the new token, masked when shown.
-        user_id: whose it is.
+        user_id: whose it is; None where the answer named nobody.
     """
 
-    def __init__(self, token: Secret, user_id: str, reason: StorageError) -> None:
+    token: Secret
+
+    def __init__(self, token: Secret, user_id: str | None, reason: BaseException) -> None:
         super().__init__(
-            f"Logged in as {user_id}, but the token could not be stored: {reason} "
+            f"Logged in as {user_id or 'an unnamed user'}, but the token could not be stored: {reason} "
             "The new token is in this error: error.token.reveal()."
         )
         self.token = token
