@@ -8,9 +8,11 @@ driver's exception as its cause. In a forked child a store uses nothing that its
 
 from __future__ import annotations
 
+import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -32,6 +34,31 @@ def lock_not_had(name: str, wait: float) -> StoreUnavailable:
     return StoreUnavailable(f"Waited {wait:g} s for {holder}. Try again, or raise login_wait.")
 
 
+class LocalLocks:
+    """One thread of a process at a time, for each name: a crowd of threads would wait at the database all at once.
+
+    By process, because a forked child may inherit a lock that a thread of its parent holds.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[tuple[int, str], threading.Lock] = {}
+
+    @contextmanager
+    def hold(self, name: str, wait: float) -> Iterator[None]:
+        """Hold the lock of this name.
+
+        Raises:
+            StoreUnavailable: another thread held it for all the `wait` seconds.
+        """
+        lock = self._locks.setdefault((os.getpid(), name), threading.Lock())
+        if not lock.acquire(timeout=wait):
+            raise lock_not_had(name, wait)
+        try:
+            yield
+        finally:
+            lock.release()
+
+
 class Backend(ABC):
     """One database, and one subclass for each."""
 
@@ -42,19 +69,49 @@ class Backend(ABC):
     def close(self) -> None:
         """Close what this store opened. It can be called twice; to ask the database then raises `StoreUnavailable`."""
 
-    @abstractmethod
-    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
-        """The user's active token if it expires later than `alive_after`; where this store counts uses, one more
-        ("used")."""
+    # Tokens
 
     @abstractmethod
-    def _insert(self, token: StoredToken) -> int | str:
+    def _find(
+        self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False
+    ) -> StoredToken | None:
+        """The user's active token if it expires later than `alive_after`; where this store counts uses, one more
+        ("used").
+
+        A token that a login has marked (`_begin_login`) is found only while that login holds its lock; after that
+        nobody knows whether it still lives. What is not found is not counted.
+
+        Args:
+            locked: the caller holds the user's lock, so a marked token is never found: its login is over.
+        """
+
+    @abstractmethod
+    def _in_doubt(self, user_id: str) -> StoredToken | None:
+        """The user's active token if it is marked. Not counted. The caller holds the user's lock."""
+
+    @abstractmethod
+    def _newest(self, user_id: str) -> StoredToken | None:
+        """The user's token of the highest generation, without a ciphertext ("") if it has ended. Not counted."""
+
+    @abstractmethod
+    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int | str:
         """The earlier token inactive and erased ("deactivated", with the reason new_token_generated), this one active
-        ("created"), both at its `created_at`; its id.
+        (`action`, with this metadata), both at its `created_at`; its id.
+
+        It does not depend on the lock: a caller who has lost it writes all the same, by another connection if need be.
+        The generation keeps two writers apart.
 
         Raises:
-            LoginSuperseded: the user already has a token of this generation.
+            LoginSuperseded: the user already has a token of this generation, or a later one is active. Only that: any
+                other constraint is a `StoreUnavailable`.
         """
+
+    @abstractmethod
+    def _tokens_of_account(self, account: str) -> list[StoredToken]:
+        """Active tokens whose rows name this account, the latest first, at most 100. Who wrote such a row is not known
+        until its ciphertext is read."""
+
+    # Logins
 
     @abstractmethod
     def _lock(self, name: str) -> AbstractContextManager[None]:
@@ -67,19 +124,53 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
-        """An audit entry that belongs to no token, durably written.
+    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        """A login begins ("login", without a token), by a caller who holds the lock of this name.
 
-        A login follows on a "login", so that one has to fail where there would be no room for the token.
+        In the same transaction the user's active token is marked: from now on the login may replace it at Upstox. If
+        no user is named, every active token is marked that has no mark yet. A mark that an earlier holder of the same
+        lock has left stays for good: nothing but `_clear_doubt` or a new token takes it away.
+
+        It has to fail where there would be no room for the new token.
         """
 
     @abstractmethod
-    def _generation(self, user_id: str) -> int:
-        """The user's latest generation, 0 if there is none."""
+    def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+        """The login under this lock made no token for these users: take its marks away. `in_doubt`: it may have made
+        one, and its marks stay for good.
+
+        Args:
+            user_id: only this user's token; None for all that this login has marked.
+        """
 
     @abstractmethod
-    def _user_of_account(self, account: str) -> str | None:
-        """Whom these credentials logged in last."""
+    def _clear_doubt(self, token: StoredToken) -> None:
+        """Upstox has said that this token lives: take its mark away, if it still is the active one."""
+
+    @abstractmethod
+    def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
+        """An audit entry that belongs to no token, durably written."""
+
+    @abstractmethod
+    def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
+        """When "login" entries later than `moment` were made whose metadata name another `process`; at most 100, the
+        latest first."""
+
+    # Notes: short encrypted texts, such as a refusal that all programs have to know of. See notes.py.
+
+    @abstractmethod
+    def _notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
+        """The database's own clock, in seconds since 1970, and those of these notes that there are."""
+
+    @abstractmethod
+    def _write_note(self, name: str, text: str) -> None:
+        """Keep this text under this name, in place of an earlier one."""
+
+    @abstractmethod
+    def _erase_note(self, name: str) -> None:
+        """Erase the note of this name, if there is one."""
+
+    # History and upkeep
 
     @abstractmethod
     def _revoke(self, user_id: str, now: datetime) -> bool:

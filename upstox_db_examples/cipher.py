@@ -1,8 +1,9 @@
 """Encryption at rest: AES-256-GCM, a key ring, and every ciphertext bound to its row.
 
-A stored token reads `v1.<key id>.<base64url of nonce, ciphertext and tag>`. The row's user, the token's kind, its
-expiry and its generation are authenticated with it, so that a ciphertext copied into another user's row or another
-kind of store, or a row whose expiry was edited, is refused.
+A stored token reads `v2.<key id>.<base64url of nonce, ciphertext and tag>`. The row's user, the token's kind, its
+expiry, its generation and the account that made it are authenticated with it, so that a ciphertext copied into another
+user's row or another kind of store, or a row whose expiry or account was edited, is refused. Ciphertexts of earlier
+programs begin with `v1.` and are bound to no account; they are still read.
 
 What this does not do: whoever can write the database can put back a whole older row, or the same user's row of the
 same generation and expiry from another database of that kind under the same keys. Python cannot wipe a token from
@@ -32,7 +33,8 @@ from .token import Secret
 
 logger = logging.getLogger(__name__)
 
-VERSION = "v1"
+VERSION = "v2"  # what is written; READABLE is what is read
+READABLE = ("v1", "v2")
 KEY_BYTES = 32
 NONCE_BYTES = 12
 # Makes the URL-safe alphabet the ordinary one and the reverse, which `binascii` alone does not know.
@@ -47,12 +49,18 @@ class Binding(NamedTuple):
     expires_at: datetime
     generation: int
     kind: str
+    account: str | None = None
 
-    def encoded(self, key_id: str) -> bytes:
-        user_id, expires_at, generation, kind = self
-        # Only the user id can hold a separator, so its length stands before it: no two bindings are the same bytes.
+    def encoded(self, key_id: str, version: str = VERSION) -> bytes:
+        """These values as the bytes that are authenticated."""
+        user_id, expires_at, generation, kind, account = self
+        # Only user id and account can hold a separator, so their length stands before them: no two bindings are the
+        # same bytes.
         whose = f"{len(user_id)}:{user_id}"
-        return f"{VERSION}|{kind}|{whose}|{key_id}|{int(expires_at.timestamp())}|{generation}".encode()
+        text = f"{version}|{kind}|{whose}|{key_id}|{int(expires_at.timestamp())}|{generation}"
+        if version != "v1":
+            text += "|-" if account is None else f"|{len(account)}:{account}"
+        return text.encode()
 
 
 class KeyRing:
@@ -98,7 +106,7 @@ class KeyRing:
         """
         version, _, rest = ciphertext.partition(".")
         key_id, _, encoded = rest.partition(".")
-        if version != VERSION or not encoded:
+        if version not in READABLE or not encoded:
             raise TokenRefused("The stored token is not encrypted as it should be. Log in again with store_token().")
         if key_id not in self._ciphers:
             raise KeyUnavailable(key_id)
@@ -109,7 +117,7 @@ class KeyRing:
             # A loose decoder skips foreign characters: only the one canonical spelling is taken.
             if binascii.b2a_base64(sealed, newline=False) == text:
                 nonce, body = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
-                return Secret(self._ciphers[key_id].decrypt(nonce, body, binding.encoded(key_id)).decode())
+                return Secret(self._ciphers[key_id].decrypt(nonce, body, binding.encoded(key_id, version)).decode())
         except (InvalidTag, ValueError):  # binascii.Error is a ValueError.
             pass
         raise TokenRefused(

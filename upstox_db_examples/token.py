@@ -55,6 +55,8 @@ class StoredToken:
             at once would write the same number, so the later write is refused.
         account: which credentials made it, so that a caller who names no user finds the right one again.
         created_at, expires_at, last_used_at: aware datetimes, UTC.
+        issued_at: Upstox's own time of issue (`iat`), where it can be read; UTC. It stays after the token has ended.
+        in_doubt: a login may have replaced this token at Upstox, and its outcome is not known (yet).
         token_id: the store's own id of the row, once it is stored.
         source: which database answered, where a store has two.
     """
@@ -76,6 +78,8 @@ class StoredToken:
     token_id: int | str | None = None
     usage_count: int = 0
     last_used_at: datetime | None = None
+    issued_at: datetime | None = None
+    in_doubt: bool = False
     source: str | None = None
 
 

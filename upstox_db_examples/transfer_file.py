@@ -18,12 +18,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from .cipher import Binding, KeyRing
+from .cipher import READABLE, Binding, KeyRing
 from .errors import BackupDamaged, InvalidInput, StoreUnavailable, TokenRefused
 from .files import written_whole
 from .token import AuditEntry, Secret, StoredToken
 
-FORMAT = "upstox_db_examples export, version 1"
+FORMAT = "upstox_db_examples export, version 2"
+# Written by earlier programs, which in turn refuse a newer one: they would take its tokens' new fields for damage.
+EARLIER_FORMAT = "upstox_db_examples export, version 1"
 
 
 class Part(NamedTuple):
@@ -91,7 +93,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
             key_id = header.split(", ")[3]
             for line in file:
                 # Else one wrong letter in a key's id would be taken for a key that is missing.
-                if not line.startswith(f"v1.{key_id}.") or not line.endswith("\n"):
+                if not line.startswith(tuple(f"{version}.{key_id}." for version in READABLE)) or not line.endswith("\n"):
                     raise damaged
                 if previous is not None:
                     part = _loaded(_opened(ring, previous, header, number))
@@ -124,7 +126,7 @@ def kind_of(path: Path) -> str:
 
 def _header(path: Path, first: str) -> str:
     header = first.removesuffix("\n")
-    if not header.startswith(FORMAT) or header == first or header.count(", ") != 4:
+    if not header.startswith((FORMAT, EARLIER_FORMAT)) or header == first or header.count(", ") != 4:
         raise BackupDamaged(f"{path} is not a whole export of this version. Nothing was imported from it.")
     return header
 
@@ -132,7 +134,7 @@ def _header(path: Path, first: str) -> str:
 def _refuse_another_file(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            ours = file.read(len(FORMAT)) in (FORMAT.encode(), b"")
+            ours = file.read(len(FORMAT)) in (FORMAT.encode(), EARLIER_FORMAT.encode(), b"")
     except OSError:
         return  # Nothing is there, or what is wrong with it is said when it is written.
     if not ours:
@@ -157,7 +159,7 @@ def _dumped(part: Part) -> str:
 def _loaded(text: str) -> Part:
     user_id, tokens, entries = json.loads(text)
     for token in tokens:
-        for name in ("created_at", "expires_at", "last_used_at"):
-            token[name] = token[name] and datetime.fromisoformat(token[name])
+        for name in ("created_at", "expires_at", "last_used_at", "issued_at"):
+            token[name] = token.get(name) and datetime.fromisoformat(token[name])
     loaded = [AuditEntry(*entry)._replace(performed_at=datetime.fromisoformat(entry[2])) for entry in entries]
     return Part(user_id, [StoredToken(**token) for token in tokens], loaded)
