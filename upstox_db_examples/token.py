@@ -154,8 +154,13 @@ class ExpiryPolicy:
         return death.astimezone(UTC)
 
     def expires_at(self, token: Secret, now: datetime) -> datetime:
-        """When this token dies: the earlier of the 03:30 rule and its own `exp`, if it has a readable one; UTC."""
-        own, rule = jwt_expiry(token), self.next_death(now)
+        """When this token dies: the earlier of its own `exp` and of 03:30 after it was issued; UTC.
+
+        Args:
+            now: in place of the time of issue, where the token does not tell that. Its own is better: this machine's
+                clock may be a day behind, and would have the token die before it is used.
+        """
+        own, rule = jwt_expiry(token), self.next_death(issued_at(token) or now)
         return min(own, rule) if own else rule
 
     def worth_keeping(self, now: datetime) -> datetime:
