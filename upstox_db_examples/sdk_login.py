@@ -212,7 +212,11 @@ class _Watch:
 
     def token(self) -> Secret | None:
         """The token that has arrived, if one has."""
-        return read_answer(self.answer).token if isinstance(self.answer, LoginAnswer) else getattr(self.answer, "token", None)
+        return (
+            read_answer(self.answer).token
+            if isinstance(self.answer, LoginAnswer)
+            else getattr(self.answer, "token", None)
+        )
 
     def _look_at_answer(self, path: str) -> None:
         if not self.minting or self.reply is None:
