@@ -124,10 +124,10 @@ class TestLogin:
 
     def test_a_logout_ends_the_token(self, upstox: LocalUpstox, account: Account) -> None:
         token = log_in(upstox, account).access_token
-        status, body, _ = ask(upstox, "DELETE", "/api/v2/logout", Authorization=f"Bearer {token}")
+        status, body, _ = ask(upstox, "DELETE", "/api/v2/logout", headers={"Authorization": f"Bearer {token}"})
         assert (status, body) == (200, {"status": "success", "data": True})
         assert not upstox.is_living(token)
-        assert ask(upstox, "DELETE", "/api/v2/logout", Authorization=f"Bearer {token}")[0] == 401
+        assert ask(upstox, "DELETE", "/api/v2/logout", headers={"Authorization": f"Bearer {token}"})[0] == 401
 
     @pytest.mark.parametrize("token", ["", "made-up"])
     def test_a_token_it_did_not_make_is_refused(self, upstox: LocalUpstox, account: Account, token: str) -> None:

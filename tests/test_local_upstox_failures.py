@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from collections.abc import Iterator
 import pydantic
 import pytest
 from curl_cffi.requests.exceptions import RequestException, Timeout
-from upstox_totp import ValidationError
+from upstox_totp import UpstoxError, ValidationError
 
-from tests.upstox_logins import OTP, answer_to_login, ask, claims, for_the_sdk, log_in, profile, refusal
+from tests.upstox_logins import OTP, answer_to_login, ask, claims, code_in, for_the_sdk, log_in, profile, refusal
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
 
@@ -84,6 +85,46 @@ class TestFailures:
         assert upstox.logins() == 2
         assert not upstox.is_living(earlier)
 
+    def test_a_limit_of_otps_looks_like_a_fault_but_for_its_message(
+        self, upstox: LocalUpstox, account: Account
+    ) -> None:
+        upstox.fail(Failure.OTP_LIMIT)
+        with pytest.raises(UpstoxError, match="exceeded the maximum number of times you can generate an OTP"):
+            answer_to_login(upstox, account)
+        upstox.fail(Failure.OTP_LIMIT)
+        status, body, _ = ask(upstox, "POST", OTP, data={})
+        assert (status, code_in(body)) == (500, "UDAPI100500")
+        assert (upstox.attempts(), upstox.logins()) == (2, 0)
+        log_in(upstox, account)
+
+    def test_a_lost_answer_is_a_token_made_for_nobody(self, upstox: LocalUpstox, account: Account) -> None:
+        earlier = log_in(upstox, account).access_token
+        upstox.fail(Failure.LOST)
+        with pytest.raises(RequestException):
+            answer_to_login(upstox, account)
+        assert upstox.logins() == 2, "once more, and not twice: curl has not sent the request again"
+        assert not upstox.is_living(earlier)
+
+    @pytest.mark.parametrize(
+        ("kind", "lacks"),
+        [(Failure.NO_TOKEN, "access_token"), (Failure.NO_USER, "user_id"), (Failure.ENVELOPE, "broker")],
+    )
+    def test_an_answer_that_the_sdk_cannot_read_made_a_token(
+        self, upstox: LocalUpstox, account: Account, kind: Failure, lacks: str
+    ) -> None:
+        earlier = log_in(upstox, account).access_token
+        upstox.fail(kind)
+        with pytest.raises(pydantic.ValidationError, match=lacks):
+            answer_to_login(upstox, account)
+        assert upstox.logins() == 2
+        assert not upstox.is_living(earlier)
+
+    def test_an_answer_of_plain_text_is_handed_back_raw_by_the_sdk(self, upstox: LocalUpstox, account: Account) -> None:
+        upstox.fail(Failure.PLAIN_TYPE)
+        answer = answer_to_login(upstox, account)
+        assert answer.headers["Content-Type"] == "text/plain"
+        assert upstox.is_living(json.loads(answer.text)["access_token"])
+
     def test_another_users_name_comes_back(self, upstox: LocalUpstox, account: Account) -> None:
         upstox.fail(Failure.OTHER_USER)
         assert log_in(upstox, account).user_id == "ZZ9999"
@@ -126,7 +167,15 @@ class TestFailures:
 
     @pytest.mark.parametrize(
         ("kind", "step"),
-        [("unknown", None), (Failure.DROP, 8), (Failure.DROP, 0), (Failure.OTP_BLOCKED, 6), ("dead_token", 2)],
+        [
+            ("unknown", None),
+            (Failure.DROP, 8),
+            (Failure.DROP, 0),
+            (Failure.OTP_BLOCKED, 6),
+            ("dead_token", 2),
+            (Failure.LOST, 5),
+            (Failure.OTP_LIMIT, 7),
+        ],
     )
     def test_a_failure_that_cannot_happen_is_refused(self, upstox: LocalUpstox, kind: str, step: int | None) -> None:
         with pytest.raises(ValueError, match=r"unknown|cannot happen"):

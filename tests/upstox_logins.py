@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyotp
@@ -69,7 +69,7 @@ def ask(
     data: dict[str, Any] | None = None,
     form: dict[str, str] | None = None,
     whole: object = None,
-    **headers: str,
+    headers: Mapping[str, str] | None = None,
 ) -> tuple[int, dict[str, Any], Any]:
     """Status, JSON and headers of one request made without the SDK; `whole` is JSON that has no `data`."""
     whole = {"data": data} if data is not None else whole
@@ -78,8 +78,7 @@ def ask(
         body = urllib.parse.urlencode(form).encode()
     kind = "application/json" if form is None else "application/x-www-form-urlencoded"
     url = upstox.base_domain.replace("/{stage}", "") + path
-    sent = {"Content-Type": kind} | {name.replace("_", "-"): value for name, value in headers.items()}
-    request = urllib.request.Request(url, body, sent, method=method)
+    request = urllib.request.Request(url, body, {"Content-Type": kind, **(headers or {})}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=10) as response:
             return response.status, json.load(response), response.headers
@@ -89,7 +88,7 @@ def ask(
 
 
 def profile(upstox: LocalUpstox, token: str) -> tuple[int, dict[str, Any]]:
-    return ask(upstox, "GET", "/api/v2/user/profile", Authorization=f"Bearer {token}")[:2]
+    return ask(upstox, "GET", "/api/v2/user/profile", headers={"Authorization": f"Bearer {token}"})[:2]
 
 
 def claims(token: str) -> dict[str, Any]:
@@ -129,9 +128,8 @@ class ByHand:
         return self
 
     def in_session(self, path: str, **data: object) -> dict[str, Any]:
-        return ask(self.upstox, "POST", f"{path}?{urllib.parse.urlencode(self.where)}", data=data, Cookie=self.cookie)[
-            1
-        ]
+        address = f"{path}?{urllib.parse.urlencode(self.where)}"
+        return ask(self.upstox, "POST", address, data=data, headers={"Cookie": self.cookie})[1]
 
     def pin(self, pin: str | None = None) -> dict[str, Any]:
         return self.in_session(PIN, inputText=base64.b64encode((pin or self.account.pin).encode()).decode())
