@@ -400,7 +400,7 @@ def test_the_logins_of_other_programs_count(tmp_path: Path, fake: FakeTime, cloc
         assert fake.now - begun == 40, "ten a minute, whoever begins them"
 
 
-def test_a_token_that_was_not_stored_counts_as_a_login(store: TokenStorage, fake: FakeTime) -> None:
+def test_a_token_that_was_not_stored_counts_as_a_login(fake: FakeTime) -> None:
     pace = fake.pace([(1, 60.0)])
     with contextlib.suppress(TokenNotStored), pace.turn("CD0000"):
         raise TokenNotStored(Secret("eyJ0eXAi"), "CD0000", StoreUnavailable("the disk is full"))

@@ -333,6 +333,8 @@ class LifeCycle(Backend):
             other = None  # Nobody but a forger writes such a time, and it would keep every later token out.
         if mine is None or other is None:
             return before is None  # A login that has lost its lock is behind; all others came later.
+        if mine == other and newest.in_doubt:
+            return True  # A login began after that one was stored.
         owner_of = getattr(self._login, "owner_of", None)
         if mine != other or owner_of is None or action == "adopted":
             return mine > other
