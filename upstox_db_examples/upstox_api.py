@@ -94,16 +94,18 @@ def ask(
 
 def lost_reply(error: Exception) -> Reply:
     """What an error of curl_cffi says of a request, and as much of the body as came before it."""
+    from curl_cffi import CurlECode
     from curl_cffi.requests.exceptions import RequestException
 
     if not isinstance(error, RequestException):
         return Reply(lost=type(error).__name__)
-    code, response = getattr(error.code, "name", ""), error.response
+    response = error.response
     return Reply(
         getattr(response, "status_code", 0),
         getattr(response, "content", None) or b"",
         lost=type(error).__name__,
-        sent=code not in NOT_SENT,
+        # curl_cffi gives a plain number, whatever its annotation says.
+        sent=error.code not in [getattr(CurlECode, name, None) for name in NOT_SENT],
     )
 
 
