@@ -319,7 +319,7 @@ def test_an_account_whose_one_time_passwords_are_blocked_holds_nobody_else_up(
     order: list[tuple[str, float]] = []
     accounts = store._login
 
-    def noted(user_id: str | None) -> AccessTokenData:
+    def noted(user_id: str | None) -> object:
         order.append((str(user_id), fake.now))
         return accounts(user_id)
 
@@ -356,7 +356,7 @@ def test_the_others_get_their_turn_while_one_waits_for_his_next_code(
     order: list[str] = []
     accounts = store._login
 
-    def noted(user_id: str | None) -> AccessTokenData:
+    def noted(user_id: str | None) -> object:
         order.append(str(user_id))
         return accounts(user_id)
 
