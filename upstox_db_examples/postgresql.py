@@ -374,7 +374,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
     def _use(
         self, user_id: str, alive_after: datetime, now: datetime, metadata: str, *, locked: bool = False
     ) -> StoredToken | None:
-        values = {"user_id": user_id, "alive_after": alive_after, "now": now, "actor": self._actor}
+        values: dict[str, Any] = {"user_id": user_id, "alive_after": alive_after, "now": now, "actor": self._actor}
         sql = USE_UNMARKED if locked else USE
         # A read that had to wait for a writer finds the old row inactive, and the new one is later than its snapshot.
         # And one that saw a mark may look at its lock when that login has just ended well. So "none" is believed only
