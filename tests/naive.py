@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,13 +68,15 @@ class NaiveStorage:
         self.conn.close()
 
 
-class DeletesFirst(HybridUpstoxStorage):
-    """The order that looks right: out of Redis, into PostgreSQL, into Redis; and a reader fills what he finds empty."""
+class TellsRedisLast(HybridUpstoxStorage):
+    """The order that looks right: into PostgreSQL, and when that has worked, into Redis."""
 
-    def _insert(self, token: StoredToken) -> int:
+    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        PostgreSQLUpstoxStorage._begin_login(self, user_id, lock, now, metadata)
+
+    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int:
         redis = self._redis
-        redis._client.delete(*redis._keys(token.user_id))
-        token_id = PostgreSQLUpstoxStorage._insert(self, token)
+        token_id = PostgreSQLUpstoxStorage._insert(self, token, action, metadata)
         redis._client.set(redis._keys(token.user_id)[0], "tombstone")  # so that `put` takes the copy at once
         redis.put(replace(token, token_id=token_id), token.created_at, tombstone="tombstone")
         return token_id

@@ -31,7 +31,7 @@ from upstox_db_examples.token import StoredToken
 from . import processes
 from .conftest import Clock, shown_with_locals
 from .contract import OpenStore, StoreContract, living
-from .naive import DeletesFirst, FoldsAgain
+from .naive import FoldsAgain, TellsRedisLast
 from .processes import USER, Address, token_data
 from .reliability import Counts, ReliabilityContract, a_writer_can_be_killed_at_any_moment
 from .test_postgresql import bare, count_messages
@@ -112,7 +112,7 @@ class TestHybrid(StoreContract):
         stored = store.store_token()
         living(store)
         everything = json.dumps(list(self._everything()))
-        assert "v1." in everything
+        assert "v2." in everything
         assert USER in everything, "what is searched for would be found"
         token = stored["token"]
         assert all(token[at : at + 16] not in everything for at in range(len(token) - 15))
@@ -168,8 +168,8 @@ class TestHybrid(StoreContract):
         assert isinstance(reader, HybridUpstoxStorage)
         read_postgresql = reader._use
 
-        def and_then_something_changes(*values: Any) -> StoredToken | None:
-            token: StoredToken | None = read_postgresql(*values)
+        def and_then_something_changes(*values: Any, **options: Any) -> StoredToken | None:
+            token: StoredToken | None = read_postgresql(*values, **options)
             assert getattr(writer, change)(*([] if change == "rotate_keys" else [USER]))
             return token
 
@@ -460,7 +460,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     def test_without_a_tombstone_a_stale_token_is_handed_out(
         self, address: Address, count: Callable[[], Counts]
     ) -> None:
-        careless = address._replace(kind=f"{DeletesFirst.__module__}:DeletesFirst")
+        careless = address._replace(kind=f"{TellsRedisLast.__module__}:TellsRedisLast")
         with pytest.raises(AssertionError, match="stale"):
             a_writer_can_be_killed_at_any_moment(careless, count)
 

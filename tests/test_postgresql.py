@@ -26,7 +26,6 @@ from upstox_db_examples import (
     PostgreSQLUpstoxStorage,
     StorageError,
     StoreUnavailable,
-    TokenNotStored,
     TokenStorage,
     postgresql,
 )
@@ -35,11 +34,16 @@ from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.token import Secret, StoredToken
 
+from .backend_contract import made_up
 from .conftest import Clock, shown_with_locals
 from .contract import OpenStore, StoreContract, living
 from .faults import ServerContract
 from .processes import USER, Address, made_up_login, token_data
 from .reliability import Counts, ReliabilityContract
+
+
+class PostgreSQLOfTheFirstSchema(PostgreSQLUpstoxStorage):
+    _steps = PostgreSQLUpstoxStorage._steps[:1]
 
 
 class TestPostgreSQL(StoreContract):
@@ -86,7 +90,7 @@ class TestPostgreSQL(StoreContract):
     def test_a_read_that_waits_for_a_new_token_gets_it(self, store: PostgreSQLUpstoxStorage) -> None:
         store.store_token()
         waiting = "SELECT count(*) AS waiting FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        columns = "user_id, key_id, products, exchanges, created_at, expires_at, metadata, access_token"
+        columns = "user_id, key_id, products, exchanges, created_at, expires_at, account, metadata, access_token"
         replacement = store._encrypt(Secret("eyJ0eXAi-new"), dataclasses.replace(self.active(), generation=2))
         with ThreadPoolExecutor(1) as thread, store.get_connection() as conn, conn.cursor() as cursor:
             cursor.execute(f"CREATE TEMP TABLE old AS SELECT {columns} FROM upstox_tokens")
@@ -98,6 +102,131 @@ class TestPostgreSQL(StoreContract):
                 time.sleep(0.01)
             conn.commit()
             assert read.result()["token"] == "eyJ0eXAi-new"
+
+    # Marks
+
+    def test_a_login_that_waits_for_a_new_token_marks_it(self, store: PostgreSQLUpstoxStorage) -> None:
+        store._insert(made_up(store, USER))
+        waiting = "SELECT count(*) AS waiting FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        columns = "user_id, key_id, products, exchanges, created_at, expires_at, metadata"
+        with ThreadPoolExecutor(1) as thread, store.get_connection() as conn, conn.cursor() as cursor:
+            cursor.execute("UPDATE upstox_tokens SET is_active = false, access_token = NULL")
+            new = f"INSERT INTO upstox_tokens (generation, access_token, {columns}) SELECT 2, 'x', {columns}"
+            cursor.execute(f"{new} FROM upstox_tokens")
+            begun = thread.submit(store._begin_login, USER, USER, store._now(), {})
+            while not bare(self.url, waiting)[0]["waiting"]:
+                time.sleep(0.01)
+            conn.commit()
+            begun.result()
+        assert [row["login_lock"] is None for row in self.raw_rows()] == [True, False]
+
+    def test_the_next_holder_of_the_lock_is_not_taken_for_the_login_that_died(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        store._insert(made_up(store, USER))
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+        with store._lock(USER):
+            assert open_store().get_valid_token(USER) is None
+
+    def test_readers_of_a_token_in_doubt_do_not_take_each_other_for_its_login(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        store._insert(made_up(store, USER))
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+        stop = threading.Event()
+
+        def lock_on_and_on() -> None:
+            other = open_store()
+            while not stop.is_set():
+                with other._lock(USER):
+                    pass
+
+        with ThreadPoolExecutor(5) as threads:
+            locking = threads.submit(lock_on_and_on)
+            found = list(threads.map(lambda _: store.get_valid_token(USER), range(200)))
+            stop.set()
+            locking.result()
+        assert found == [None] * 200
+
+    def test_a_login_itself_still_reads_the_token_that_it_may_replace(self, store: PostgreSQLUpstoxStorage) -> None:
+        store._insert(made_up(store, USER))
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            assert living(store)["token"]
+
+    def test_a_read_of_a_marked_token_is_one_round_trip_too(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store._insert(made_up(store, USER))
+        other = open_store()
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            messages = count_messages(monkeypatch)
+            living(other)
+            assert len(messages) == 1
+
+    def test_no_lock_is_looked_at_for_a_token_without_a_mark(
+        self, store: PostgreSQLUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        looked = "login_lock / 0"  # fails wherever it is looked at
+        monkeypatch.setattr(
+            postgresql, "USE", postgresql.USE.replace("pg_try_advisory_xact_lock_shared(login_lock)", f"({looked}) = 1")
+        )
+        store._insert(made_up(store, USER))
+        living(store)
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            with pytest.raises(StoreUnavailable):
+                living(store)
+
+    def test_upstoxs_word_does_not_take_the_mark_of_a_login_that_is_under_way(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        other = open_store()
+        store._insert(made_up(store, USER))
+        with store._lock("-account-x"):
+            store._begin_login(None, "-account-x", store._now(), {})
+            with ThreadPoolExecutor(1) as thread, other._lock(USER):
+                doubtful = thread.submit(other._in_doubt, USER).result()
+                assert doubtful is not None
+                other._clear_doubt(doubtful)
+                assert other._in_doubt(USER) is not None
+        other._clear_doubt(doubtful)
+        assert other._in_doubt(USER) is None
+
+    def test_two_logins_that_mark_everybody_do_not_wait_for_each_other(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        for number in range(50):
+            store._insert(made_up(store, f"CD{number:04}"))
+
+        def mark_all(name: str) -> None:
+            other = open_store()
+            for _ in range(10):
+                with other._lock(name):
+                    other._begin_login(None, name, other._now(), {})
+                    other._end_login(name, in_doubt=False)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(mark_all, [f"-account-{number}" for number in range(4)]))
+        assert {row["login_lock"] for row in self.raw_rows()} == {None}
+
+    # Constraints
+
+    def test_a_later_token_that_is_active_stays(self, store: PostgreSQLUpstoxStorage) -> None:
+        store._insert(made_up(store, USER, 5))
+        with pytest.raises(LoginSuperseded):
+            store._insert(made_up(store, USER, 3))
+        assert [(row["generation"], row["is_active"]) for row in self.raw_rows()] == [(5, True)]
+
+    def test_another_unique_constraint_is_no_newer_login(self, store: PostgreSQLUpstoxStorage) -> None:
+        bare(self.url, "CREATE UNIQUE INDEX one_for_each_email ON upstox_tokens (email)")
+        store._insert(dataclasses.replace(made_up(store, USER), email="someone@example.com"))
+        another = dataclasses.replace(made_up(store, "CD0001"), email="someone@example.com")
+        with pytest.raises(StoreUnavailable, match="by the constraint one_for_each_email"):
+            store._insert(another)
 
     def active(self) -> StoredToken:
         (row,) = bare(self.url, f"SELECT {postgresql.HANDED_OUT} FROM upstox_tokens WHERE is_active")
@@ -132,8 +261,33 @@ class TestPostgreSQL(StoreContract):
         store.store_token()
         with Later(self.url):
             assert self.raw_rows()[0]["colour"] is None
-        with pytest.raises(ConfigurationError, match="schema version 2"):
+        with pytest.raises(ConfigurationError, match=r"schema version 3; this package knows 2. Upgrade it"):
             PostgreSQLUpstoxStorage(self.url)
+
+    def test_the_first_schema_is_taken_forward_with_the_token_in_it(
+        self, open_store: OpenStore, another_postgres_url: str
+    ) -> None:
+        PostgreSQLOfTheFirstSchema(self.url).close()
+        of_the_first, self.url = self.url, another_postgres_url
+        token = made_up(open_store(), USER)
+        self.url = of_the_first
+        bare(
+            self.url,
+            "INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, products, exchanges, created_at, "
+            "expires_at, metadata) VALUES (%(user_id)s, %(ciphertext)s, %(key_id)s, 1, '[]', '[]', %(created_at)s, "
+            "%(expires_at)s, '{}')",
+            user_id=token.user_id,
+            ciphertext=token.ciphertext,
+            key_id=token.key_id,
+            created_at=token.created_at,
+            expires_at=token.expires_at,
+        )
+        store = open_store()
+        assert living(store)["token"] == f"a token of {USER}, number 1"
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+        assert store.get_valid_token(USER) is None
+        assert bare(self.url, "SELECT version FROM upstox_schema") == [{"version": 2}]
 
     def test_a_step_that_fails_leaves_the_schema_as_it_was(self, store: PostgreSQLUpstoxStorage) -> None:
         class Broken(PostgreSQLUpstoxStorage):
@@ -183,7 +337,8 @@ class TestPostgreSQL(StoreContract):
         values = {
             "user_id": USER, "now": store._now(), "alive_after": store._now(), "actor": "a", "limit": 10, "key_id": "k",
             "account": "x", "action": "a", "reason": "{}", "metadata": "{}",
-            "performed_at": store._now(), "position": 0,
+            "performed_at": store._now(), "position": 0, "generation": 1, "key": 7, "mark": 0, "moment": store._now(),
+            "process": "p",
         }  # fmt: skip
         for name in (
             "USE",
@@ -192,18 +347,29 @@ class TestPostgreSQL(StoreContract):
             "HISTORY",
             "STATISTICS",
             "AUDIT",
-            "GENERATION",
-            "USER_OF_ACCOUNT",
+            "NEWEST",
+            "OF_ACCOUNT",
+            "USE_UNMARKED",
+            "ERASE_EARLIER",
+            "IN_DOUBT",
+            "CLEAR_DOUBT",
+            "MARK",
+            "MARK_ALL",
+            "UNMARK",
+            "LOGINS_SINCE",
             "OTHER_KEYS",
             "TOKENS_OF",
             "ENTRIES_OF",
         ):
-            rows = bare(self.url, f"EXPLAIN {getattr(postgresql, name)}", **values)
+            statements = getattr(postgresql, name).removeprefix(f"\n{postgresql.RECORD};").split(";")
+            rows = [row for sql in statements for row in bare(self.url, f"EXPLAIN {sql}", **values)]
             plan = "\n".join(row["QUERY PLAN"] for row in rows)
             assert "Seq Scan" not in plan, f"{name}\n{plan}"
             assert "Index" in plan, f"{name}\n{plan}"
-            if name in ("USE", "ERASE"):
+            if name in ("USE", "ERASE", "USE_UNMARKED", "ERASE_EARLIER", "IN_DOUBT", "MARK"):
                 assert "one_active_token" in plan, plan
+            if name == "LOGINS_SINCE":
+                assert "using logins" in plan, plan
             if name == "EXPIRE":
                 assert "ciphertext_by_expiry" in plan, plan
         store.store_token()
@@ -247,6 +413,24 @@ class TestPostgreSQL(StoreContract):
             ):
                 with pytest.raises(psycopg2.errors.InsufficientPrivilege):
                     bare(url, forbidden)
+        finally:
+            bare(self.url, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+    def test_a_runtime_role_is_told_who_takes_an_older_schema_forward_and_how(self) -> None:
+        role = f"runtime_{urlsplit(self.url).path[-12:]}"
+        bare(self.url, f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            with PostgreSQLOfTheFirstSchema(self.url) as owner:
+                grants = "GRANT SELECT ON upstox_schema, upstox_tokens TO {role}"
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(postgresql, "GRANTS", grants)
+                    owner.init_database(runtime_role=role)
+            runtime = as_role(self.url, role, "secret")
+            with pytest.raises(ConfigurationError, match=f"owner: upstox-db init --runtime-role {role}$"):
+                PostgreSQLUpstoxStorage(runtime)
+            assert bare(self.url, "SELECT version FROM upstox_schema") == [{"version": 1}]
+            PostgreSQLUpstoxStorage(self.url).init_database(runtime_role=role)
+            PostgreSQLUpstoxStorage(runtime).close()
         finally:
             bare(self.url, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
@@ -306,21 +490,65 @@ class TestPostgreSQL(StoreContract):
         time.sleep(0.2)
         assert living(store)["token"] == token
 
-    def test_a_login_whose_lock_was_lost_does_not_store(self, open_store: OpenStore) -> None:
+    def test_a_token_is_stored_although_the_lock_was_lost_during_the_login(self, open_store: OpenStore) -> None:
         def login_while_the_session_dies(_: str | None) -> AccessTokenData:
-            bare(
-                self.url,
-                "SELECT pg_terminate_backend(pid) FROM pg_locks "
-                "WHERE locktype = 'advisory' AND database = "
-                "(SELECT oid FROM pg_database WHERE datname = current_database())",
-            )
+            self.kill_who_holds_a_lock()
             return token_data(USER)
 
         store = open_store(login=login_while_the_session_dies)
-        with pytest.raises(TokenNotStored) as caught:
-            store.store_token(USER)
-        assert caught.value.token.reveal() == token_data(USER).access_token
-        assert self.raw_rows() == []
+        assert store.store_token(USER)["token"] == living(store)["token"]
+
+    def test_who_has_lost_the_lock_goes_on_by_another_connection_and_begins_no_login(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        with store._lock(USER):
+            self.kill_who_holds_a_lock()
+            with pytest.raises(StoreUnavailable, match="that held the lock is gone"):
+                store._begin_login(USER, USER, store._now(), {})
+            store._insert(made_up(store, USER))
+            with open_store(login_wait=1)._lock(USER):
+                pass
+            with store._lock("CD0001"), pytest.raises(StoreUnavailable, match="Waited"):
+                open_store(login_wait=0.1)._lock("CD0001").__enter__()
+        assert living(store)
+        with store._lock(USER):
+            pass
+
+    def test_who_got_no_answer_in_time_goes_on_by_another_connection(self, open_store: OpenStore) -> None:
+        store = open_store(timeout=0.5)
+        assert isinstance(store, PostgreSQLUpstoxStorage)
+        with store._lock(USER):
+            with pytest.raises(StoreUnavailable, match="no answer"):
+                store._run("SELECT pg_sleep(5)")
+            store._insert(made_up(store, USER))
+        assert living(store)
+
+    def test_a_refused_statement_costs_nobody_the_lock(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        with store._lock(USER):
+            store._insert(made_up(store, USER))
+            with pytest.raises(LoginSuperseded):
+                store._insert(made_up(store, USER))
+            store._begin_login(USER, USER, store._now(), {})
+            with pytest.raises(StoreUnavailable, match="Waited"):
+                open_store(login_wait=0.1)._lock(USER).__enter__()
+
+    def test_an_inner_lock_is_free_when_it_is_left(self, store: PostgreSQLUpstoxStorage, open_store: OpenStore) -> None:
+        other = open_store(login_wait=0.1)
+        with store._lock("-account-x"):
+            with store._lock(USER):
+                pass
+            with other._lock(USER), pytest.raises(StoreUnavailable, match="Waited"):
+                other._lock("-account-x").__enter__()
+
+    def kill_who_holds_a_lock(self) -> None:
+        bare(
+            self.url,
+            "SELECT pg_terminate_backend(pid, 5000) FROM (SELECT DISTINCT pid FROM pg_locks "
+            "WHERE locktype = 'advisory' AND database = "
+            "(SELECT oid FROM pg_database WHERE datname = current_database())) AS holders",
+        )
 
     def test_the_guides_connection_is_an_ordinary_one(self, store: PostgreSQLUpstoxStorage) -> None:
         with store.get_connection() as conn, conn.cursor() as cursor:

@@ -13,13 +13,12 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Unpack
 
-from psycopg2 import errorcodes
-
 from .backend import SCHEMA_LOCK
 from .checks import require_positive
 from .errors import StorageError, StoreUnavailable
 from .hybrid_redis import Config, RedisTokens, Use, client_of
-from .postgresql import HANDED_OUT, PostgreSQLUpstoxStorage, _token
+from .postgresql import HANDED_OUT, NO_DOUBT, PostgreSQLUpstoxStorage, _token
+from .postgresql_connections import violated
 from .storage import BATCH, Options
 from .token import AuditEntry, StoredToken
 
@@ -27,8 +26,11 @@ logger = logging.getLogger(__name__)
 
 FOLD_AT = 500  # uses that wait in Redis
 LOOK = f"""
-SELECT {HANDED_OUT} FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
+SELECT {HANDED_OUT} FROM upstox_tokens
+WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s AND {NO_DOUBT}
 """
+ACTIVE_USERS = "SELECT user_id FROM upstox_tokens WHERE is_active"
+MARK_OF = "SELECT login_lock FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND login_lock IS NOT NULL"
 # The audit trail itself knows which uses are in it, so folding them twice changes nothing.
 FOLDED_ONCE = """
 CREATE UNIQUE INDEX one_entry_a_use ON upstox_token_audit ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL
@@ -60,6 +62,9 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
     Redis before the call returns: first a tombstone takes the place of the copy, then PostgreSQL commits, then the new
     copy is put there. If Redis cannot be reached for that, the call takes `believed` seconds longer: by then nobody
     believes an older copy, also when Redis comes back with one.
+
+    Before a login the copies of all tokens that it may replace are taken out of Redis in the same way, and none is put
+    there until it is known how the login ended: Redis cannot tell whether a login is still under way.
 
     Without Redis all goes on from PostgreSQL. Without PostgreSQL reads go on from Redis, also of copies older than
     `believed`; nothing can be stored then, and no login is spent. `result["source"]` says who answered.
@@ -106,7 +111,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         self._buried_for = max(2 * timeout, believed)
         self._postgres_failed, self._postgres_again_at = False, 0.0
         self._asking, self._folding = threading.Lock(), threading.Lock()
-        self._user_of: dict[str, str] = {}
+        self._tombstones: dict[str, str] = {}  # that logins of this process have put in place of users' copies
         client, owned = client_of(redis_config, redis_timeout)
         del redis_config  # A traceback that prints local variables must not show its password.
         self._redis = RedisTokens(
@@ -168,9 +173,14 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             self.init_database()
         return super()._lock(name)
 
-    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
+    def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         self._connections.refuse_if_closed()
         use = uuid.uuid4().hex
+        if locked:
+            # From the truth alone: a login that could not tell Redis, and was killed while it waited, has left a copy
+            # that is still believed. PostgreSQL is there, because it has just given the lock.
+            token = self._use(user_id, alive_after, now, json.dumps({"use": use}), locked=True)
+            return replace(token, source="postgresql") if token else None
         found = self._redis.use(user_id, alive_after, now, self._actor, use)
         if found.what == "old" and self._postgres_is_left_alone():
             found = self._redis.use(user_id, alive_after, now, self._actor, use, insist=True)
@@ -182,17 +192,19 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             # A Redis that gave no answer may still count this use when it wakes up: by its id it is folded once.
             token = self._use(user_id, alive_after, now, json.dumps({"use": use}))
         except StoreUnavailable as error:
-            if getattr(error.__cause__, "pgcode", None) != errorcodes.UNIQUE_VIOLATION:
+            if violated(error) != "one_entry_a_use":
                 return self._find_without_postgresql(user_id, alive_after, now, use, error)
             # It was counted by Redis after all, and somebody has folded it already.
             rows = self._run(LOOK, user_id=user_id, alive_after=alive_after)
             token = _token(rows[0]) if rows else None
         self._postgres_failed = False
+        if (token is None or token.in_doubt) and found.what == "old":
+            self._redis.drop(user_id)  # It would be handed out when PostgreSQL is away.
         if token is None:
-            if found.what == "old":
-                self._redis.drop(user_id)  # Else it would be handed out when PostgreSQL is away.
             return None
         token.source = "postgresql"
+        if token.in_doubt:  # A login is under way. How it ends Redis would not know.
+            return token
         # A copy only where none was, or an older one of the same token: never in place of a tombstone.
         if found.what in ("old", "nothing", "dead"):
             token.usage_count = max(token.usage_count, self._redis.put(token, now, since=found.time) or 0)
@@ -217,14 +229,57 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             self._postgres_again_at = time.monotonic() + self._believed
             return False
 
-    def _insert(self, token: StoredToken) -> int:
+    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int:
         buried = self._redis.bury([token.user_id], self._buried_for)
-        token_id = super()._insert(token)
+        unbelieved = buried.certain or self._is_marked_by_this_thread(token.user_id)
+        token_id = super()._insert(token, action, metadata)
         self._redis.put(replace(token, token_id=token_id), self._now(), tombstone=buried.tombstone)
-        self._wait_until_unbelieved(buried.certain)
+        self._tombstones.pop(token.user_id, None)
+        self._wait_until_unbelieved(unbelieved)
         token.source = "postgresql"
         self._fold_quietly()
         return token_id
+
+    def _is_marked_by_this_thread(self, user_id: str) -> bool:
+        """Whether a login of this thread has marked the user's token, and has waited if Redis could not be told.
+
+        The 0 is that of a token which had a mark already when this login began.
+        """
+        keys = {0, *self._connections.logins.values()}
+        return len(keys) > 1 and any(row["login_lock"] in keys for row in self._run(MARK_OF, user_id=user_id))
+
+    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        users = {user_id} if user_id else {row["user_id"] for row in self._run(ACTIVE_USERS)}
+        self._redis.bury(users, self._buried_for)
+        marked = self._mark(user_id, lock, now, metadata)
+        # Once more, as in _revoke: a reader may have put a copy there since, of a token without a mark yet. Those who
+        # are marked already are among them, because this thread does not wait again before it stores the new token.
+        users.update(marked)
+        buried = self._redis.bury(users, self._buried_for)
+        self._tombstones.update(dict.fromkeys(marked, buried.tombstone))
+        self._wait_until_unbelieved(buried.certain or not (marked or user_id is None))
+
+    def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+        ended = self._unmark(lock, in_doubt, user_id)
+        if in_doubt:
+            # A Redis that was away when the login began may be back, with a copy for the time without PostgreSQL.
+            tombstone = self._redis.bury(ended, self._buried_for).tombstone
+            self._tombstones.update(dict.fromkeys(ended, tombstone))
+        else:
+            self._dig_up(ended)
+
+    def _clear_doubt(self, token: StoredToken) -> None:
+        super()._clear_doubt(token)
+        self._dig_up([token.user_id])
+
+    def _dig_up(self, user_ids: Iterable[str]) -> None:
+        """Let the next reader of each of these users put a copy into Redis again."""
+        users_of: dict[str, list[str]] = {}
+        for user_id in user_ids:
+            if tombstone := self._tombstones.pop(user_id, None):
+                users_of.setdefault(tombstone, []).append(user_id)
+        for tombstone, users in users_of.items():
+            self._redis.dig_up(users, tombstone)
 
     def _revoke(self, user_id: str, now: datetime) -> bool:
         self._redis.bury([user_id], self._buried_for)
@@ -257,12 +312,6 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         if not out_of_redis:
             logger.warning("Redis could not be told. Waiting %s s, until its copy is not believed.", self._believed)
             time.sleep(self._believed)
-
-    def _user_of_account(self, account: str) -> str | None:
-        # An account is always the same user's, and a hot read has no time for PostgreSQL.
-        if account not in self._user_of and (user_id := super()._user_of_account(account)):
-            self._user_of[account] = user_id
-        return self._user_of.get(account)
 
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
         self.fold_uses()

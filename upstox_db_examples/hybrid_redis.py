@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 Client = redis.Redis | RedisCluster
 Config = Mapping[str, Any] | str | Client
-COPIED = ("ciphertext", "key_id", "generation", "user_name", "email")
+COPIED = ("ciphertext", "key_id", "generation", "user_name", "email", "account")
 LUA = Path(__file__).parent / "lua"
 NO_CONFIGURATION = (
     "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a client "
@@ -127,6 +127,7 @@ class RedisTokens:
         self._use = self._client.register_script((LUA / "use.lua").read_text())
         self._put = self._client.register_script((LUA / "put.lua").read_text())
         self._drop = self._client.register_script((LUA / "drop.lua").read_text())
+        self._dig_up = self._client.register_script((LUA / "dig_up.lua").read_text())
         self._closed = self._failed = False
         self._ask_again_at = 0.0
         self._lock = threading.Lock()
@@ -149,8 +150,11 @@ class RedisTokens:
         what, clock, *more = answer
         if _text(what) != "used":
             return Found(_text(what), int(clock))  # type: ignore[arg-type]
-        token, count, waiting = more
-        return Found("used", int(clock), _loaded(user_id, _text(token), int(count)), int(waiting))
+        text, count, waiting = more
+        token = _loaded(user_id, _text(text), int(count))
+        if token is None:  # PostgreSQL is asked, and by the id of this use it is counted once.
+            return Found("nothing", int(clock))
+        return Found("used", int(clock), token, int(waiting))
 
     def put(self, token: StoredToken, now: datetime, *, since: int = 0, tombstone: str = "") -> int | None:
         """Keep a copy until the token dies.
@@ -174,6 +178,8 @@ class RedisTokens:
     def bury(self, user_ids: Iterable[str], seconds: float) -> Buried:
         """A tombstone in place of each copy: it is gone, and who comes late with another one cannot put it there."""
         keys, tombstone = [self._keys(user_id)[0] for user_id in user_ids], f"tombstone-{uuid.uuid4().hex}"
+        if not keys:
+            return Buried(tombstone, True)
 
         def write() -> bool:
             try:
@@ -190,6 +196,11 @@ class RedisTokens:
             return not self._replicas or int(answers[-1]) >= self._replicas
 
         return Buried(tombstone, bool(self._answer(write, insist=True)))
+
+    def dig_up(self, user_ids: Iterable[str], tombstone: str) -> None:
+        """Take this tombstone away wherever it still stands: from now on readers may put copies there."""
+        keys = [self._keys(user_id)[0] for user_id in user_ids]
+        self._answer(lambda: self._dig_up(keys=keys, args=[tombstone, self._believed_ms]))
 
     def drop(self, user_id: str) -> None:
         """Take away a copy that is not believed any more, for PostgreSQL knows no such token."""
@@ -344,14 +355,17 @@ def _dumped(token: StoredToken) -> str:
     return json.dumps({**{name: getattr(token, name) for name in COPIED}, **times, "token_id": token.token_id})
 
 
-def _loaded(user_id: str, text: str, count: int) -> StoredToken:
+def _loaded(user_id: str, text: str, count: int) -> StoredToken | None:
+    """The copy; None if a program put it there that leaves out the account, to which the ciphertext is bound."""
     # The user who was asked for and not one that the copy names: else another user's copy would be let through.
     try:
         fields = json.loads(text)
         for name in ("created_at", "expires_at"):
             fields[name] = datetime.fromtimestamp(fields[name], UTC)
+        if "account" not in fields and not fields["ciphertext"].startswith("v1."):
+            return None
         return StoredToken(user_id, **fields, usage_count=count, source="redis")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TokenRefused(f"The copy of {user_id}'s token in Redis is not one of ours. Delete its key.") from error
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Unpack
 
-from psycopg2 import errorcodes
+from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection
 
 from .backend import SCHEMA_LOCK
 from .checks import require_pool_size, require_positive
 from .errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
-from .postgresql_connections import PostgreSQLConnections
+from .postgresql_connections import PostgreSQLConnections, violated
 from .storage import Options, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
 
 logger = logging.getLogger(__name__)
 
+STEP_SECONDS = 600.0  # for a step of the schema: an index on years of entries takes longer than any other answer
 # user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is
 # exactly one that holds a ciphertext. A page is left half empty so that counting a use writes no index.
 SCHEMA = """
@@ -63,22 +64,38 @@ CREATE TABLE upstox_token_audit (
 );
 CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
+# login_lock: the advisory lock of the login that has marked this token, held as long as that login is under way; 0 once
+# nobody can know how it ended. A lock of the login's own and not that of the user: the next holder of the user's lock
+# would be taken for the login that died, and so would a reader who looks at the same moment.
+# Readers never change it, so the index on logins is the only one that costs a write anything.
+SCHEMA_2 = """
+ALTER TABLE upstox_tokens ADD COLUMN issued_at timestamptz, ADD COLUMN login_lock bigint;
+CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
+CREATE TABLE upstox_login_notes (name text PRIMARY KEY, sealed text NOT NULL);
+"""
 VERSION_TABLE = "CREATE TABLE IF NOT EXISTS upstox_schema (version integer NOT NULL)"
 # What a program needs that stores and reads tokens. The audit trail can only grow, and nothing can be dropped.
 GRANTS = """
 GRANT SELECT ON upstox_schema TO {role};
-GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last_used_at) ON upstox_tokens TO {role};
+GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last_used_at, login_lock)
+    ON upstox_tokens TO {role};
 GRANT SELECT, INSERT ON upstox_token_audit TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON upstox_login_notes TO {role};
 """
 
-HANDED_OUT = """id AS token_id, user_id, access_token AS ciphertext, key_id, generation,
-              created_at, expires_at, user_name, email, usage_count"""
+_KNOWN = """id AS token_id, user_id, key_id, generation, created_at, expires_at, user_name, email, account,
+              usage_count, issued_at, login_lock IS NOT NULL AS in_doubt"""
+HANDED_OUT = f"{_KNOWN}, access_token AS ciphertext"
+# A shared lock is had exactly when the login that holds the exclusive one is over. A CASE and not an OR, whose sides
+# PostgreSQL may take in any order: for a token without a mark no lock is looked at.
+NO_DOUBT = """CASE WHEN login_lock IS NULL THEN true WHEN login_lock = 0 THEN false
+                   ELSE NOT pg_try_advisory_xact_lock_shared(login_lock) END"""
 _AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
 # Reading, counting and auditing are one statement: one round trip, and either all of it happens or nothing.
-USE = f"""
+_USE = f"""
 WITH used AS (
     UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = %(now)s
-    WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
+    WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s AND {{condition}}
     RETURNING {HANDED_OUT}
 ), audited AS (
     {_AUDIT}
@@ -87,36 +104,86 @@ WITH used AS (
 )
 SELECT * FROM used
 """
-ERASE = f"""
+USE = _USE.format(condition=NO_DOUBT)
+USE_UNMARKED = _USE.format(condition="login_lock IS NULL")
+_ERASE = f"""
 WITH erased AS (
-    UPDATE upstox_tokens SET is_active = false, access_token = NULL WHERE user_id = %(user_id)s AND is_active
+    UPDATE upstox_tokens SET is_active = false, access_token = NULL, login_lock = NULL
+    WHERE user_id = %(user_id)s AND is_active AND {{condition}}
     RETURNING id, user_id
 )
 {_AUDIT} SELECT id, user_id, %(action)s, %(actor)s, %(now)s, %(reason)s FROM erased RETURNING token_id
 """
+ERASE = _ERASE.format(condition="true")
+# A later token stays active, so that the insertion which follows is refused.
+ERASE_EARLIER = _ERASE.format(condition="generation < %(generation)s")
 INSERT = f"""
 WITH stored AS (
     INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, user_name, email, broker, user_type,
-                               products, exchanges, created_at, expires_at, account, metadata)
+                               products, exchanges, created_at, expires_at, account, metadata, issued_at)
     VALUES (%(user_id)s, %(ciphertext)s, %(key_id)s, %(generation)s, %(user_name)s, %(email)s, %(broker)s,
-            %(user_type)s, %(products)s, %(exchanges)s, %(created_at)s, %(expires_at)s, %(account)s, %(metadata)s)
+            %(user_type)s, %(products)s, %(exchanges)s, %(created_at)s, %(expires_at)s, %(account)s, %(metadata)s,
+            %(issued_at)s)
     RETURNING id, user_id
 )
-{_AUDIT} SELECT id, user_id, 'created', %(actor)s, %(created_at)s, '{{}}' FROM stored RETURNING token_id
+{_AUDIT} SELECT id, user_id, %(how)s, %(actor)s, %(created_at)s, %(details)s FROM stored RETURNING token_id
 """
 # Two statements in one message are one transaction and one round trip.
-STORE = f"{ERASE};{INSERT}"
+STORE = f"{ERASE_EARLIER};{INSERT}"
+# What a second token of a generation, or one that is not the latest, runs into.
+SUPERSEDED = ("upstox_tokens_user_id_generation_key", "one_active_token")
 EXPIRE = f"""
 WITH dead AS (
     SELECT id FROM upstox_tokens WHERE access_token IS NOT NULL AND expires_at <= %(now)s
     ORDER BY expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 ), erased AS (
-    UPDATE upstox_tokens SET is_active = false, access_token = NULL WHERE id IN (SELECT id FROM dead)
-    RETURNING id, user_id
+    UPDATE upstox_tokens SET is_active = false, access_token = NULL, login_lock = NULL
+    WHERE id IN (SELECT id FROM dead) RETURNING id, user_id
 )
 {_AUDIT} SELECT id, user_id, 'expired', %(actor)s, %(now)s, '{{}}' FROM erased RETURNING token_id
 """
 RECORD = f"{_AUDIT} VALUES (NULL, %(user_id)s, %(action)s, %(actor)s, %(now)s, %(metadata)s)"
+# A mark that is there already may be that of a login which died: two in one column cannot be told apart, so it stays
+# for good. The rows are locked first, because an UPDATE that had to wait for a writer would miss the row which that one
+# has made; in the order of their ids, because two logins that mark everybody would otherwise wait for each other.
+_MARK = f"""
+{RECORD};
+SELECT id FROM upstox_tokens WHERE is_active AND {{condition}} ORDER BY id FOR NO KEY UPDATE;
+UPDATE upstox_tokens SET login_lock = CASE WHEN login_lock IS NULL THEN %(key)s ELSE 0 END
+WHERE is_active AND {{condition}} RETURNING user_id
+"""
+MARK = _MARK.format(condition="user_id = %(user_id)s")
+MARK_ALL = _MARK.format(condition="login_lock IS NULL")
+# Of the condition on the user the planner drops the half that does not apply.
+UNMARK = """
+UPDATE upstox_tokens SET login_lock = %(mark)s
+WHERE is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s) RETURNING user_id
+"""
+# A login that is under way may kill the token yet, whatever Upstox has said of it: its mark stays.
+CLEAR_DOUBT = """
+UPDATE upstox_tokens SET login_lock = NULL
+WHERE user_id = %(user_id)s AND is_active AND generation = %(generation)s
+      AND CASE WHEN coalesce(login_lock, 0) = 0 THEN true ELSE pg_try_advisory_xact_lock_shared(login_lock) END
+RETURNING user_id
+"""
+IN_DOUBT = f"""
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND login_lock IS NOT NULL
+"""
+LOGINS_SINCE = """
+SELECT performed_at FROM upstox_token_audit
+WHERE action = 'login' AND performed_at > %(moment)s AND metadata ->> 'process' <> %(process)s
+ORDER BY performed_at DESC LIMIT 100
+"""
+NOTES = """
+SELECT extract(epoch FROM clock_timestamp())::float AS now,
+       (SELECT coalesce(jsonb_object_agg(name, sealed), '{}') FROM upstox_login_notes WHERE name = ANY (%(names)s))
+       AS notes
+"""
+WRITE_NOTE = """
+INSERT INTO upstox_login_notes (name, sealed) VALUES (%(name)s, %(sealed)s)
+ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
+"""
+ERASE_NOTE = "DELETE FROM upstox_login_notes WHERE name = %(name)s"
 HISTORY = """
 SELECT id AS token_id, created_at, expires_at, is_active AND expires_at > %(now)s AS is_active, user_name, email,
        broker, usage_count, last_used_at
@@ -138,8 +205,13 @@ FORGET = """
 DELETE FROM upstox_token_audit
 WHERE id IN (SELECT id FROM upstox_token_audit WHERE performed_at < %(before)s ORDER BY id LIMIT %(limit)s) RETURNING id
 """
-GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
-USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
+NEWEST = f"""
+SELECT {_KNOWN}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = %(user_id)s
+ORDER BY generation DESC LIMIT 1
+"""
+OF_ACCOUNT = f"""
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE account = %(account)s AND is_active ORDER BY id DESC LIMIT 100
+"""
 # Two ranges and not <>, which no index serves.
 OTHER_KEYS = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < %(key_id)s UNION ALL
@@ -162,10 +234,10 @@ SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM audited WHERE user_i
 SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL) ORDER BY 1
 """
 _COPIED = """user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products,
-             exchanges, account, metadata, usage_count, last_used_at"""
+             exchanges, account, metadata, usage_count, last_used_at, issued_at"""
 TOKENS_OF = f"""
-SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = %(user_id)s
-ORDER BY generation
+SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext, login_lock IS NOT NULL AS in_doubt
+FROM upstox_tokens WHERE user_id = %(user_id)s ORDER BY generation
 """
 # Not IS NOT DISTINCT FROM, which no index serves; of this the planner drops the half that does not apply.
 ENTRIES_OF = """
@@ -177,11 +249,12 @@ ORDER BY a.performed_at, a.id LIMIT %(limit)s
 """
 # Two statements in one message, and so in one transaction.
 PUT_IN = f"""
-INSERT INTO upstox_tokens AS t ({_COPIED}, access_token, is_active)
-SELECT {_COPIED}, access_token, is_active FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
+INSERT INTO upstox_tokens AS t ({_COPIED}, access_token, is_active, login_lock)
+SELECT {_COPIED}, access_token, is_active, login_lock FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
 ORDER BY generation
 ON CONFLICT (user_id, generation) DO UPDATE SET
     access_token = CASE WHEN excluded.is_active THEN t.access_token END, is_active = t.is_active AND excluded.is_active,
+    login_lock = CASE WHEN excluded.is_active THEN t.login_lock END,
     usage_count = greatest(t.usage_count, excluded.usage_count),
     last_used_at = greatest(t.last_used_at, excluded.last_used_at);
 INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
@@ -211,7 +284,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
 
     _kind = "access token in PostgreSQL"
     # One step for each schema version. Never change a step that was released: append one.
-    _steps: tuple[str, ...] = (SCHEMA,)
+    _steps: tuple[str, ...] = (SCHEMA, SCHEMA_2)
 
     def __init__(
         self, connection_string: str, *, pool_size: int = 5, timeout: float = 5.0, **options: Unpack[Options]
@@ -238,15 +311,29 @@ class PostgreSQLUpstoxStorage(TokenStorage):
                 return
         with self._lock(SCHEMA_LOCK), self._connections.session() as conn:
             answer(conn, "BEGIN")
-            for version in range(self._version(conn), len(self._steps)):
-                answer(conn, f"{VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema")
-                answer(conn, "INSERT INTO upstox_schema VALUES (%(version)s)", version=version + 1)
+            self._take_forward(conn)
             if runtime_role is not None:
                 quoted = '"' + runtime_role.replace('"', '""') + '"'
                 answer(conn, GRANTS.format(role=quoted))
             answer(conn, "COMMIT")
         runtime = f", and {runtime_role} may store and read tokens" if runtime_role else ""
         logger.info("%s has schema version %s now%s", self._connections.where, len(self._steps), runtime)
+
+    def _take_forward(self, conn: connection) -> None:
+        answer, there = self._connections.answer, self._version(conn)
+        try:
+            for version in range(there, len(self._steps)):
+                step = f"{VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema"
+                answer(conn, step, seconds=STEP_SECONDS)
+                answer(conn, "INSERT INTO upstox_schema VALUES (%(version)s)", version=version + 1)
+        except InsufficientPrivilege as error:
+            if not there:
+                raise
+            raise ConfigurationError(
+                f"{self._connections.where} has schema version {there}, this package needs {len(self._steps)}, and "
+                f"this role may not change the tables. Run this as their owner: upstox-db init --runtime-role "
+                f"{conn.info.user}"
+            ) from error
 
     def get_connection(self) -> AbstractContextManager[connection]:
         """An ordinary psycopg2 connection of your own, outside the pool: commit what you write."""
@@ -281,30 +368,69 @@ class PostgreSQLUpstoxStorage(TokenStorage):
             )
         return version
 
-    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
-        return self._use(user_id, alive_after, now, "{}")
+    def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
+        return self._use(user_id, alive_after, now, "{}", locked=locked)
 
-    def _use(self, user_id: str, alive_after: datetime, now: datetime, metadata: str) -> StoredToken | None:
-        values = {"user_id": user_id, "alive_after": alive_after, "now": now, "actor": self._actor}
+    def _use(
+        self, user_id: str, alive_after: datetime, now: datetime, metadata: str, *, locked: bool = False
+    ) -> StoredToken | None:
+        values: dict[str, Any] = {"user_id": user_id, "alive_after": alive_after, "now": now, "actor": self._actor}
+        sql = USE_UNMARKED if locked else USE
         # A read that had to wait for a writer finds the old row inactive, and the new one is later than its snapshot.
-        # So "none" is believed only when it is said again; nobody replaces a token three times meanwhile.
+        # And one that saw a mark may look at its lock when that login has just ended well. So "none" is believed only
+        # when it is said again; nobody replaces a token three times meanwhile.
         for _ in range(3):
-            if rows := self._run(USE, **values, metadata=metadata):
+            # Not by the connection that holds this thread's locks, to which its own login's lock looks free.
+            with self._connections.session(apart=not locked) as conn:
+                rows = self._connections.answer(conn, sql, **values, metadata=metadata)
+            if rows:
                 return _token(rows[0])
         return None
 
-    def _insert(self, token: StoredToken) -> int:
+    def _in_doubt(self, user_id: str) -> StoredToken | None:
+        return next(map(_token, self._run(IN_DOUBT, user_id=user_id)), None)
+
+    def _newest(self, user_id: str) -> StoredToken | None:
+        return next(map(_token, self._run(NEWEST, user_id=user_id)), None)
+
+    def _tokens_of_account(self, account: str) -> list[StoredToken]:
+        return [_token(row) for row in self._run(OF_ACCOUNT, account=account)]
+
+    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int:
         columns = {name: json.dumps(v) if type(v) in (list, dict) else v for name, v in asdict(token).items()}
-        reason = json.dumps({"reason": "new_token_generated"})
+        ended = {"action": "deactivated", "reason": json.dumps({"reason": "new_token_generated"})}
+        begun = {"how": action, "details": json.dumps(metadata or {}), "actor": self._actor, "now": token.created_at}
         try:
-            rows = self._run(
-                STORE, **columns, action="deactivated", actor=self._actor, now=token.created_at, reason=reason
-            )
+            rows = self._run(STORE, **columns, **ended, **begun)
         except StoreUnavailable as error:
-            if getattr(error.__cause__, "pgcode", None) == errorcodes.UNIQUE_VIOLATION:
+            if violated(error) in SUPERSEDED:
                 raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
             raise
         return int(rows[0]["token_id"])
+
+    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        self._mark(user_id, lock, now, metadata)
+
+    def _mark(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> list[str]:
+        """As `_begin_login`; whose tokens it has marked."""
+        key = self._connections.begin_login(lock)
+        entry = {"action": "login", "actor": self._actor, "now": now, "metadata": json.dumps(metadata)}
+        rows = self._run(MARK if user_id else MARK_ALL, user_id=user_id, key=key, **entry)
+        return [row["user_id"] for row in rows]
+
+    def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+        self._unmark(lock, in_doubt, user_id)
+
+    def _unmark(self, lock: str, in_doubt: bool, user_id: str | None) -> list[str]:
+        """As `_end_login`; whose tokens this login had marked."""
+        key = self._connections.logins.get(lock)
+        if key is None:  # This thread has begun no login under this lock, or has left the lock since.
+            return []
+        rows = self._run(UNMARK, key=key, mark=0 if in_doubt else None, user_id=user_id)
+        return [row["user_id"] for row in rows]
+
+    def _clear_doubt(self, token: StoredToken) -> None:
+        self._run(CLEAR_DOUBT, user_id=token.user_id, generation=token.generation)
 
     def _revoke(self, user_id: str, now: datetime) -> bool:
         return bool(self._run(ERASE, user_id=user_id, action="revoked", actor=self._actor, now=now, reason="{}"))
@@ -319,11 +445,19 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         metadata_text = json.dumps(metadata or {})
         self._run(RECORD, user_id=user_id, action=action, actor=self._actor, now=now, metadata=metadata_text)
 
-    def _generation(self, user_id: str) -> int:
-        return int(self._run(GENERATION, user_id=user_id)[0]["latest"])
+    def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
+        rows = self._run(LOGINS_SINCE, moment=moment, process=process)
+        return [row["performed_at"].astimezone(UTC) for row in rows]
 
-    def _user_of_account(self, account: str) -> str | None:
-        return next((row["user_id"] for row in self._run(USER_OF_ACCOUNT, account=account)), None)
+    def _notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
+        (row,) = self._run(NOTES, names=list(names))
+        return row["now"], row["notes"]
+
+    def _write_note(self, name: str, text: str) -> None:
+        self._run(WRITE_NOTE, name=name, sealed=text)
+
+    def _erase_note(self, name: str) -> None:
+        self._run(ERASE_NOTE, name=name)
 
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
         return [_shown(row) for row in self._run(HISTORY, user_id=user_id, limit=limit, now=now)]
@@ -366,7 +500,12 @@ class PostgreSQLUpstoxStorage(TokenStorage):
 
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
         rows = [
-            {**asdict(token), "access_token": token.ciphertext or None, "is_active": bool(token.ciphertext)}
+            {
+                **asdict(token),
+                "access_token": token.ciphertext or None,
+                "is_active": bool(token.ciphertext),
+                "login_lock": 0 if token.in_doubt and token.ciphertext else None,
+            }
             for token in tokens
         ]
         dumped = {"tokens": json.dumps(rows, default=datetime.isoformat)}

@@ -25,11 +25,24 @@ from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from .backend import lock_not_had
+from .backend import LocalLocks, lock_not_had
 from .errors import ConfigurationError, StorageError, StoreUnavailable
 from .token import Secret
 
 logger = logging.getLogger(__name__)
+
+
+class _Holding(threading.local):
+    """The locks of this thread.
+
+    Attributes:
+        conn: the connection that holds them, if any, and the process whose it is: a forked child may not use it.
+        logins: the advisory keys of the logins that were begun under them, by the name of the lock.
+    """
+
+    def __init__(self) -> None:
+        self.conn: tuple[connection, int] | None = None
+        self.logins: dict[str, int] = {}
 
 
 class PostgreSQLConnections:
@@ -64,26 +77,38 @@ class PostgreSQLConnections:
         self._process = os.getpid()
         self._closed = False
         self._unlocked: list[connection] = []
-        self._local_locks: dict[tuple[int, str], threading.Lock] = {}
-        self._holding = threading.local()
+        # Only one thread of a process waits at the server, or a crowd would use up its connections.
+        self._local_locks = LocalLocks()
+        self._holding = _Holding()
 
     def run(self, sql: str, **values: object) -> list[dict[str, Any]]:
         """The rows of one message. Several statements in it are one transaction; the last one's rows come back."""
         with self.session() as conn:
             return self.answer(conn, sql, **values)
 
-    def answer(self, conn: connection, sql: str, **values: object) -> list[dict[str, Any]]:
-        """As `run`, on this connection."""
+    def answer(
+        self, conn: connection, sql: str, *, seconds: float | None = None, **values: object
+    ) -> list[dict[str, Any]]:
+        """As `run`, on this connection, and within these seconds if it is to take longer than other answers."""
         with conn.cursor() as cursor:
             cursor.execute(sql, values or None)
-            _wait(conn, self._timeout)
+            _wait(conn, seconds or self._timeout)
             return cast(list[dict[str, Any]], cursor.fetchall()) if cursor.description else []
 
     @contextmanager
-    def session(self) -> Iterator[connection]:
-        """The connection that holds this thread's lock, so that who lost the lock cannot write; else a pooled one."""
+    def session(self, *, apart: bool = False) -> Iterator[connection]:
+        """The connection that holds this thread's locks, so that a crowd of logins needs no more of them; otherwise a
+        pooled one.
+
+        A pooled one also when that connection has died, and the locks with it: a token that Upstox has made has to be
+        stored all the same. That is safe, because the lock only keeps others from logging in for nothing. Two writers
+        who both believe that they hold it give their tokens the same generation, and the second one is refused.
+
+        Args:
+            apart: a pooled one in any case.
+        """
         with self._in_our_words():
-            held: connection | None = getattr(self._holding, "conn", None)
+            held = None if apart else self._held()
             if held is not None:
                 yield held
                 return
@@ -114,33 +139,50 @@ class PostgreSQLConnections:
         Raises:
             StoreUnavailable: not had within `wait` seconds.
         """
-        waited = lock_not_had(name, wait)
-        # Only one thread of a process waits at the server, or a crowd would use up its connections.
-        # (By process, for a forked child may inherit a lock that its parent's thread holds.)
-        local = self._local_locks.setdefault((os.getpid(), name), threading.Lock())
-        if not local.acquire(timeout=wait):
-            raise waited
-        outer: connection | None = getattr(self._holding, "conn", None)
-        try:
+        with self._local_locks.hold(name, wait):
             with self._in_our_words():
                 self.refuse_if_closed()
+                before, outer = self._holding.conn, self._held()
                 conn = outer or self._for_a_lock()
             try:
                 with self._in_our_words():
                     if not self._wait_for_lock(conn, name, wait):
-                        raise waited
-                self._holding.conn = conn
+                        raise lock_not_had(name, wait)
+                self._holding.conn = conn, os.getpid()
                 yield
             except BaseException:
                 if outer is None:
                     conn.close()  # The end of the session frees the lock, as its death does.
                 raise
             finally:
-                self._holding.conn = outer
+                self._holding.conn = before
+                if before is None:
+                    self._holding.logins.clear()
             if outer is None:
                 self._free(conn)
-        finally:
-            local.release()
+            else:
+                self._unlock(conn, name)
+
+    @property
+    def logins(self) -> dict[str, int]:
+        """The keys of the logins that this thread has begun under its locks, by the names of these."""
+        return self._holding.logins
+
+    def begin_login(self, lock: str) -> int:
+        """An advisory key that only this login has, and that its thread's connection holds until it leaves this lock.
+
+        Raises:
+            StoreUnavailable: the lock is lost, so another login may be under way.
+        """
+        key = int.from_bytes(os.urandom(8), signed=True) or 1
+        with self._in_our_words():
+            if self._holding.conn is not None:
+                held = self._held()
+                if held is None:
+                    raise StoreUnavailable(f"The connection to {self.where} that held the lock is gone. Try again.")
+                self.answer(held, "SELECT pg_advisory_lock(%(key)s)", key=key)
+        self._holding.logins[lock] = key
+        return key
 
     def refuse_if_closed(self) -> None:
         """
@@ -171,6 +213,26 @@ class PostgreSQLConnections:
                     conn.close()
         return self._connect()
 
+    def _held(self) -> connection | None:
+        """The connection that holds this thread's locks, while it can be used."""
+        held, process = self._holding.conn or (None, None)
+        if held is None or process != os.getpid():
+            return None
+        # One that has something to say without being asked was closed by the server; one that still has to answer was
+        # given up. Closed, it frees its locks at the server, too.
+        if not held.closed and (held.isexecuting() or _readable(held)):
+            logger.warning("The connection to %s that held a lock is lost, another one goes on", self.where)
+            held.close()
+        return None if held.closed else held
+
+    def _unlock(self, conn: connection, name: str) -> None:
+        """Give this lock back and keep the outer one."""
+        keys = [_key_of(name)] + ([self.logins[name]] if name in self.logins else [])
+        try:
+            self.answer(conn, "SELECT pg_advisory_unlock(key) FROM unnest(%(keys)s) AS key", keys=keys)
+        except (psycopg2.Error, TimeoutError):
+            conn.close()
+
     def _free(self, conn: connection) -> None:
         """Give the locks back, and keep the connection: making another takes longer than storing a token."""
         try:
@@ -184,9 +246,7 @@ class PostgreSQLConnections:
             self._unlocked.append(conn)
 
     def _wait_for_lock(self, conn: connection, name: str, wait: float) -> bool:
-        # 64 bits, for a database has one set of these locks for all its programs.
-        digest = hashlib.sha256(f"upstox_db_examples/{name}".encode()).digest()
-        key = int.from_bytes(digest[:8], signed=True)
+        key = _key_of(name)
         # With keepalives the server notices in half a minute that the holder's machine is gone.
         settings = (
             "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
@@ -269,6 +329,18 @@ def _wait(conn: connection, seconds: float) -> None:
             raise TimeoutError
 
 
+def _key_of(name: str) -> int:
+    # 64 bits, for a database has one set of these locks for all its programs.
+    digest = hashlib.sha256(f"upstox_db_examples/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
+def violated(error: StorageError) -> str | None:
+    """The constraint that has refused a statement."""
+    diagnosis = getattr(error.__cause__, "diag", None)
+    return getattr(diagnosis, "constraint_name", None)
+
+
 def _readable(conn: Any) -> bool:
     poller = select.poll()
     poller.register(conn.fileno(), select.POLLIN)
@@ -331,6 +403,9 @@ def _explained(error: Exception, where: str, timeout: float) -> StorageError:
     if state in _EXPLANATIONS:
         kind, what = _EXPLANATIONS[state]
         return kind(f"PostgreSQL at {where} {what}")
+    if state and state.startswith("23"):
+        name = getattr(getattr(error, "diag", None), "constraint_name", None)
+        return StoreUnavailable(f"PostgreSQL at {where} refuses this by the constraint {name} (SQLSTATE {state}).")
     if state is None:
         return StoreUnavailable(
             f"PostgreSQL at {where} cannot be reached, or refused the role or its password. Check both and try again."

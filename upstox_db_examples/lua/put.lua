@@ -17,8 +17,10 @@ if since == 0 and kept ~= ARGV[9] then
   end
   return -1
 end
-if since > 0 and (time > since + believed or (kept and not generation)) then
-  return -1  -- too late, or there is a tombstone, which only its writer may replace
+local vacant_since = kept and tonumber(string.match(kept, '^vacant (%d+)$'))
+local vacant = vacant_since and since > vacant_since
+if since > 0 and (time > since + believed or (kept and not generation and not vacant)) then
+  return -1  -- too late, or there is a tombstone, which only its writer may replace, or there was one when it read
 end
 if generation and generation > tonumber(ARGV[2]) then
   return -1

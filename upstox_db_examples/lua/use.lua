@@ -7,7 +7,7 @@
 local clock = redis.call('TIME')
 local time = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local kept = redis.call('GET', KEYS[1])
-if not kept then
+if not kept or string.match(kept, '^vacant %d+$') then  -- see dig_up.lua
   return {'nothing', time}
 end
 local fresh_until, expires_at, token_id, token = string.match(kept, '^(%d+) %d+ (%d+) (%S+) (.+)$')
