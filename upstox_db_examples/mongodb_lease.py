@@ -28,6 +28,14 @@ class _Lease(NamedTuple):
     owner: str
 
 
+class _Holding(threading.local):
+    """What this thread holds: its leases, the outer one first; and by name the owner it was last."""
+
+    def __init__(self) -> None:
+        self.leases: list[_Lease] = []
+        self.owners: dict[str, str] = {}
+
+
 class Leases:
     """Leases in the collection `leases`. Only the server's clock counts, for those of two machines differ.
 
@@ -46,7 +54,7 @@ class Leases:
         self._database = database
         self._seconds = seconds
         self._local_locks = LocalLocks()
-        self._holding = threading.local()
+        self._holding = _Holding()
 
     @contextmanager
     def held(self, name: str, wait: float) -> Iterator[None]:
@@ -61,9 +69,9 @@ class Leases:
                 if time.monotonic() >= deadline:
                     raise lock_not_had(name, wait)
                 time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - so that a crowd does not ask all at once
-            outer: list[_Lease] = getattr(self._holding, "leases", [])
+            outer = self._holding.leases
             self._holding.leases = [*outer, lease]
-            self._holding.owners = {**getattr(self._holding, "owners", {}), name: lease.owner}
+            self._holding.owners[name] = lease.owner
             released = threading.Event()
             renewing = threading.Thread(target=self._renew_until, args=(released, lease), daemon=True)
             answers = True
@@ -84,8 +92,7 @@ class Leases:
 
         Also after its end, so that a login that outlived its lease takes its own marks away and nobody else's.
         """
-        owners: dict[str, str] = getattr(self._holding, "owners", {})
-        return owners.get(name, "")
+        return self._holding.owners.get(name, "")
 
     def lives(self, db: Database[dict[str, Any]], name: str, owner: str) -> bool:
         """Whether this owner holds the lease of this name, by the server's clock."""
@@ -98,7 +105,7 @@ class Leases:
         Raises:
             StoreUnavailable: another caller has taken a lease of this thread over.
         """
-        if not all(self._renew(lease) for lease in getattr(self._holding, "leases", [])):
+        if not all(self._renew(lease) for lease in self._holding.leases):
             raise StoreUnavailable("This took so long that another caller took over. Nothing was changed; try again.")
 
     def _take(self, lease: _Lease) -> bool:
