@@ -1,4 +1,4 @@
-"""The local Upstox, driven by the real SDK: what it lets in, what it refuses, and how it fails on demand."""
+"""The local Upstox, driven by the bare SDK: what it lets in, what it refuses, its clock and its server."""
 
 from __future__ import annotations
 
@@ -7,164 +7,46 @@ import json
 import socket
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
-import pydantic
 import pyotp
 import pytest
-from curl_cffi.requests.exceptions import RequestException, Timeout
-from upstox_totp import AccessTokenResponse, UpstoxError, UpstoxTOTP, ValidationError
-from upstox_totp.models import AccessTokenData
+from curl_cffi.requests.exceptions import RequestException
+from upstox_totp import UpstoxError, UpstoxTOTP
 
-from upstox_db_examples.local.upstox import INNER_REDIRECT_URI, Account, Failure, LocalUpstox
+from tests.upstox_logins import (
+    APPROVAL,
+    OTP,
+    PIN,
+    TOTP,
+    ByHand,
+    answer_to_login,
+    ask,
+    claims,
+    code_in,
+    for_the_sdk,
+    leave_a_second_of_this_totp,
+    log_in,
+    profile,
+    refusal,
+    until,
+)
+from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
 INDIA = timezone(timedelta(hours=5, minutes=30))
-OTP = "/service/login/open/v6/auth/1fa/otp/generate"
-TOTP = "/service/login/open/v4/auth/1fa/otp-totp/verify"
-PIN = "/service/login/open/v3/auth/2fa"
-APPROVAL = "/service/login/v2/oauth/authorize"
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
 def upstox() -> Iterator[LocalUpstox]:
     with LocalUpstox(totp_once=False) as server:
-        yield server
+        yield for_the_sdk(server)
 
 
 @pytest.fixture
 def account(upstox: LocalUpstox) -> Account:
     return upstox.add_account("AB1234")
-
-
-def answer_to_login(upstox: LocalUpstox, account: Account, timeout: float = 10, /, **changed: str) -> Any:
-    """Whatever the SDK returns for these credentials, or for changed ones."""
-    with UpstoxTOTP(**(account.credentials() | changed)) as client:  # type: ignore[arg-type]
-        client.base_domain = upstox.base_domain
-        client.config.sleep_time = 0
-        client.session.timeout = timeout
-        return client.app_token.get_access_token()
-
-
-def log_in(upstox: LocalUpstox, account: Account, **changed: str) -> AccessTokenData:
-    answer = answer_to_login(upstox, account, **changed)
-    assert isinstance(answer, AccessTokenResponse)
-    assert answer.data is not None
-    return answer.data
-
-
-def refusal(upstox: LocalUpstox, account: Account, **changed: str) -> str:
-    """The code with which a login is refused."""
-    with pytest.raises(UpstoxError) as caught:
-        answer_to_login(upstox, account, **changed)
-    return code_in(caught.value.details or {})
-
-
-def code_in(body: dict[str, Any]) -> str:
-    body = body if "errors" in body or "error" in body else body["data"]
-    if body.get("error"):
-        return str(body["error"]["code"])
-    return str(body["errors"][0]["errorCode"] if "errors" in body else body["data"]["errors"][0]["errorCode"])
-
-
-def ask(
-    upstox: LocalUpstox,
-    method: str,
-    path: str,
-    *,
-    data: dict[str, Any] | None = None,
-    form: dict[str, str] | None = None,
-    **headers: str,
-) -> tuple[int, dict[str, Any], Any]:
-    """Status, JSON and headers of one request made without the SDK."""
-    body = json.dumps({"data": data}).encode() if data is not None else None
-    if form is not None:
-        body = urllib.parse.urlencode(form).encode()
-    kind = "application/json" if form is None else "application/x-www-form-urlencoded"
-    url = upstox.base_domain.replace("/{stage}", "") + path
-    request = urllib.request.Request(url, body, {"Content-Type": kind, **headers}, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return response.status, json.load(response), response.headers
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error), error.headers
-
-
-def profile(upstox: LocalUpstox, token: str) -> tuple[int, dict[str, Any]]:
-    return ask(upstox, "GET", "/api/v2/user/profile", Authorization=f"Bearer {token}")[:2]
-
-
-def claims(token: str) -> dict[str, Any]:
-    payload = token.split(".")[1]
-    decoded: dict[str, Any] = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-    return decoded
-
-
-class ByHand:
-    """A login of one's own, one request at a time, to leave something out."""
-
-    def __init__(self, upstox: LocalUpstox, account: Account) -> None:
-        self.upstox, self.account = upstox, account
-        self.where = {"redirect_uri": INNER_REDIRECT_URI}
-        self.cookie = ""
-
-    def dialog(self) -> None:
-        query = urllib.parse.urlencode({"client_id": self.account.client_id, "redirect_uri": self.account.redirect_uri})
-        url = f"{self.upstox.base_domain.format(stage='api')}/v2/login/authorization/dialog?{query}"
-        with urllib.request.urlopen(url, timeout=10) as response:
-            address = urllib.parse.parse_qs(urllib.parse.urlsplit(response.url).query)
-        self.where["client_id"] = address["client_id"][0]
-
-    def otp_token(self) -> str:
-        data = {"mobileNumber": self.account.mobile, "userId": self.account.user_id}
-        return str(ask(self.upstox, "POST", OTP, data=data)[1]["data"]["validateOTPToken"])
-
-    def verify(self, otp_token: str, code: str | None = None) -> dict[str, Any]:
-        code = code or pyotp.TOTP(self.account.totp_secret).now()
-        _, body, headers = ask(self.upstox, "POST", TOTP, data={"otp": code, "validateOtpToken": otp_token})
-        self.cookie = (headers["Set-Cookie"] or "").partition(";")[0]
-        return body
-
-    def to_session(self) -> ByHand:
-        self.dialog()
-        assert self.verify(self.otp_token())["success"]
-        return self
-
-    def in_session(self, path: str, **data: object) -> dict[str, Any]:
-        return ask(self.upstox, "POST", f"{path}?{urllib.parse.urlencode(self.where)}", data=data, Cookie=self.cookie)[
-            1
-        ]
-
-    def pin(self, pin: str | None = None) -> dict[str, Any]:
-        return self.in_session(PIN, inputText=base64.b64encode((pin or self.account.pin).encode()).decode())
-
-    def approve(self) -> dict[str, Any]:
-        return self.in_session(APPROVAL, userOAuthApproval=True)
-
-    def code(self) -> str:
-        self.to_session().pin()
-        return str(self.approve()["data"]["redirectUri"].partition("code=")[2])
-
-    def token(self, code: str, **changed: str) -> tuple[int, dict[str, Any]]:
-        account = self.account
-        form = {
-            "code": code,
-            "client_id": account.client_id,
-            "client_secret": account.client_secret,
-            "redirect_uri": account.redirect_uri,
-            "grant_type": "authorization_code",
-        }
-        return ask(self.upstox, "POST", "/api/v2/login/authorization/token", form=form | changed)[:2]
 
 
 @pytest.fixture
@@ -185,7 +67,7 @@ class TestAccounts:
 
     def test_no_repr_shows_a_secret(self, upstox: LocalUpstox, account: Account) -> None:
         log_in(upstox, account)
-        shown = repr(account) + repr(upstox) + repr(vars(upstox)["_users"])
+        shown = repr(account) + repr(upstox) + repr(vars(upstox)["_service"].users)
         secrets = set(account.credentials().values()) - {account.redirect_uri}
         assert len(secrets) == 5
         assert not [secret for secret in secrets if secret in shown]
@@ -242,10 +124,10 @@ class TestLogin:
 
     def test_a_logout_ends_the_token(self, upstox: LocalUpstox, account: Account) -> None:
         token = log_in(upstox, account).access_token
-        status, body, _ = ask(upstox, "DELETE", "/api/v2/logout", Authorization=f"Bearer {token}")
+        status, body, _ = ask(upstox, "DELETE", "/api/v2/logout", headers={"Authorization": f"Bearer {token}"})
         assert (status, body) == (200, {"status": "success", "data": True})
         assert not upstox.is_living(token)
-        assert ask(upstox, "DELETE", "/api/v2/logout", Authorization=f"Bearer {token}")[0] == 401
+        assert ask(upstox, "DELETE", "/api/v2/logout", headers={"Authorization": f"Bearer {token}"})[0] == 401
 
     @pytest.mark.parametrize("token", ["", "made-up"])
     def test_a_token_it_did_not_make_is_refused(self, upstox: LocalUpstox, account: Account, token: str) -> None:
@@ -352,7 +234,7 @@ class TestRefusals:
             assert other.verify(other.otp_token())["success"]
 
     def test_two_sdk_logins_within_one_totp_are_refused(self) -> None:
-        with LocalUpstox() as upstox:
+        with for_the_sdk(LocalUpstox()) as upstox:
             account = upstox.add_account("AB1234")
             codes = []
             for _ in range(3):  # of three, at least two fall into one step of 30 s
@@ -365,7 +247,7 @@ class TestRefusals:
     @pytest.mark.parametrize(("drift", "taken"), [(-2, False), (-1, True), (0, True), (1, True), (2, False)])
     def test_a_totp_may_be_one_step_off(self, by_hand: ByHand, drift: int, taken: bool) -> None:
         otp_token = by_hand.otp_token()
-        _leave_a_second_of_this_totp()
+        leave_a_second_of_this_totp()
         totp = pyotp.TOTP(by_hand.account.totp_secret)
         assert by_hand.verify(otp_token, totp.at(int(time.time()) + 30 * drift))["success"] is taken
 
@@ -456,118 +338,6 @@ class TestRefusals:
             assert ask(upstox, "POST", path, data=data)[1]["success"] is False
 
 
-class TestFailures:
-    @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
-    @pytest.mark.parametrize(
-        ("kind", "code"), [(Failure.RATE_LIMIT, "UDAPI10005"), (Failure.SERVER_ERROR, "UDAPI100500")]
-    )
-    def test_an_error_happens_at_its_step_and_once(
-        self, upstox: LocalUpstox, account: Account, kind: Failure, code: str, step: int
-    ) -> None:
-        upstox.fail(kind, step=step)
-        assert refusal(upstox, account) == code
-        assert upstox.attempts() == (step >= 2)
-        assert upstox.logins() == 0
-        log_in(upstox, account)
-
-    @pytest.mark.parametrize("step", [1, 2, 3, 4, 5, 6])
-    def test_a_dropped_connection_reaches_the_sdk_at_each_step(
-        self, upstox: LocalUpstox, account: Account, step: int
-    ) -> None:
-        upstox.fail(Failure.DROP, step=step)
-        with pytest.raises(RequestException):
-            answer_to_login(upstox, account)
-        assert upstox.logins() == 0
-        log_in(upstox, account)
-
-    @pytest.mark.parametrize(("kind", "status"), [(Failure.RATE_LIMIT, 429), (Failure.SERVER_ERROR, 500)])
-    def test_an_error_has_its_status(self, upstox: LocalUpstox, kind: Failure, status: int) -> None:
-        upstox.fail(kind)
-        assert ask(upstox, "POST", OTP, data={})[0] == status
-
-    def test_a_failure_lasts_as_many_times_as_was_said(self, upstox: LocalUpstox, account: Account) -> None:
-        upstox.fail("rate_limit", 3)
-        assert [refusal(upstox, account) for _ in range(3)] == ["UDAPI10005"] * 3
-        log_in(upstox, account)
-
-    def test_a_page_instead_of_json_makes_the_sdk_stumble(self, upstox: LocalUpstox, account: Account) -> None:
-        upstox.fail(Failure.HTML, step=1)
-        with pytest.raises(ValidationError, match="Missing required parameters"):
-            answer_to_login(upstox, account)
-        upstox.fail(Failure.HTML, step=2)
-        with pytest.raises(AttributeError):
-            answer_to_login(upstox, account)
-        upstox.fail(Failure.HTML, step=6)
-        assert answer_to_login(upstox, account).headers["Content-Type"] == "text/html"
-        assert upstox.logins() == 0
-
-    def test_blocked_otps_are_refused_at_step_2(self, upstox: LocalUpstox, account: Account) -> None:
-        upstox.fail(Failure.OTP_BLOCKED)
-        assert refusal(upstox, account) == "1017069"
-        assert upstox.attempts() == 1
-
-    def test_a_missing_field_breaks_the_sdks_model(self, upstox: LocalUpstox, account: Account) -> None:
-        earlier = log_in(upstox, account).access_token
-        upstox.fail(Failure.MISSING_FIELD)
-        with pytest.raises(pydantic.ValidationError, match="is_active"):
-            answer_to_login(upstox, account)
-        assert upstox.logins() == 2
-        assert not upstox.is_living(earlier)
-
-    def test_another_users_name_comes_back(self, upstox: LocalUpstox, account: Account) -> None:
-        upstox.fail(Failure.OTHER_USER)
-        assert log_in(upstox, account).user_id == "ZZ9999"
-        assert log_in(upstox, account).user_id == "AB1234"
-
-    def test_a_dead_token_is_dead_on_arrival(self, upstox: LocalUpstox, account: Account) -> None:
-        upstox.fail(Failure.DEAD_TOKEN)
-        token = log_in(upstox, account).access_token
-        assert claims(token)["exp"] < time.time()
-        assert not upstox.is_living(token)
-        assert profile(upstox, token)[0] == 401
-
-    def test_a_stalled_answer_comes_late_though_its_work_is_done(self, upstox: LocalUpstox, account: Account) -> None:
-        upstox.stall_seconds = 0.3
-        upstox.fail(Failure.STALL, step=6)
-        start = time.perf_counter()
-        token = log_in(upstox, account).access_token
-        assert 0.3 <= time.perf_counter() - start < 2
-        assert upstox.is_living(token)
-
-    def test_who_does_not_wait_for_a_stalled_answer_loses_the_token(
-        self, upstox: LocalUpstox, account: Account
-    ) -> None:
-        upstox.fail(Failure.STALL, step=6)
-        with pytest.raises(Timeout):
-            answer_to_login(upstox, account, 0.2)
-        assert upstox.logins() == 1
-
-    def test_a_slow_login_lets_others_in_meanwhile(self, upstox: LocalUpstox, account: Account) -> None:
-        upstox.login_seconds = 0.5
-        accounts = [account, upstox.add_account("CD5678"), upstox.add_account("EF9012")]
-        threads = [threading.Thread(target=log_in, args=(upstox, account)) for account in accounts]
-        start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert 0.5 <= time.perf_counter() - start < 1.4
-        assert upstox.logins() == 3
-
-    @pytest.mark.parametrize(
-        ("kind", "step"),
-        [("unknown", None), (Failure.DROP, 7), (Failure.DROP, 0), (Failure.OTP_BLOCKED, 6), ("dead_token", 2)],
-    )
-    def test_a_failure_that_cannot_happen_is_refused(self, upstox: LocalUpstox, kind: str, step: int | None) -> None:
-        with pytest.raises(ValueError, match=r"unknown|cannot happen"):
-            upstox.fail(kind, step=step)
-
-    def test_failures_leave_the_profile_alone(self, upstox: LocalUpstox, account: Account) -> None:
-        token = log_in(upstox, account).access_token
-        upstox.fail(Failure.SERVER_ERROR)
-        assert profile(upstox, token)[0] == 200
-
-
 class TestClock:
     @pytest.mark.parametrize(
         ("made", "dies"),
@@ -605,7 +375,7 @@ class TestClock:
 
     def test_a_clock_can_be_handed_in_and_moved(self) -> None:
         moment = datetime(2026, 1, 6, 12, 0, tzinfo=UTC)
-        with LocalUpstox(clock=lambda: moment) as upstox:
+        with for_the_sdk(LocalUpstox(clock=lambda: moment)) as upstox:
             token = log_in(upstox, upstox.add_account("AB1234")).access_token
             assert claims(token)["iat"] == moment.timestamp()
             upstox.move_clock(timedelta(hours=10))
@@ -619,7 +389,7 @@ class TestClock:
 class TestServer:
     def test_close_leaves_no_thread_and_no_socket(self) -> None:
         threads = set(threading.enumerate())
-        upstox = LocalUpstox(totp_once=False).start()
+        upstox = for_the_sdk(LocalUpstox(totp_once=False).start())
         account = upstox.add_account("AB1234")
         client = UpstoxTOTP(**account.credentials())  # type: ignore[arg-type]
         client.base_domain, client.config.sleep_time = upstox.base_domain, 0
@@ -647,7 +417,7 @@ class TestServer:
 
         thread = threading.Thread(target=try_to_log_in)
         thread.start()
-        _until(lambda: upstox.attempts() == 1)
+        until(lambda: upstox.attempts() == 1)
         start = time.perf_counter()
         upstox.close()
         assert time.perf_counter() - start < 1
@@ -655,7 +425,7 @@ class TestServer:
         assert len(errors) == 1
 
     def test_it_starts_again_with_its_accounts_and_counts(self) -> None:
-        upstox = LocalUpstox(totp_once=False)
+        upstox = for_the_sdk(LocalUpstox(totp_once=False))
         account = upstox.add_account("AB1234")
         for count in (1, 2):
             with upstox:
@@ -673,7 +443,7 @@ class TestServer:
                 # Closed with a reset, so that the server's write fails.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 connection.sendall(f"POST {OTP} HTTP/1.1\r\nContent-Length: 0\r\n\r\n".encode())
-                _until(lambda: bool(upstox.attempts()))
+                until(lambda: bool(upstox.attempts()))
         time.sleep(0.5)
         upstox.close()
         assert capfd.readouterr() == ("", "")
@@ -683,18 +453,3 @@ class TestServer:
         refusal(upstox, account, client_secret="wrong")
         upstox.close()
         assert capfd.readouterr() == ("", "")
-
-
-def _until(true: Callable[[], bool]) -> None:
-    """Wait for something that happens in another thread."""
-    for _ in range(500):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError("It did not happen within 5 s.")
-
-
-def _leave_a_second_of_this_totp() -> None:
-    """Wait for the next TOTP where this one is about to end, so that maker and checker are in one step."""
-    if 30 - time.time() % 30 < 1:
-        time.sleep(1)

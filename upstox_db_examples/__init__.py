@@ -21,7 +21,7 @@ from .errors import (
     TokenNotStored,
     TokenRefused,
 )
-from .login import Accounts, SdkLogin
+from .login import Accounts, SdkLogin, TotpLogin
 from .sqlite import SQLiteUpstoxStorage
 from .storage import Options, TokenStorage
 from .token import ExpiryPolicy, Secret, TokenResult
@@ -64,6 +64,7 @@ __all__ = [
     "TokenRefused",
     "TokenResult",
     "TokenStorage",
+    "TotpLogin",
     "export_tokens",
     "import_tokens",
     "migrate",

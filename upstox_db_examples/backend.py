@@ -72,9 +72,7 @@ class Backend(ABC):
     # Tokens
 
     @abstractmethod
-    def _find(
-        self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False
-    ) -> StoredToken | None:
+    def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         """The user's active token if it expires later than `alive_after`; where this store counts uses, one more
         ("used").
 

@@ -61,12 +61,17 @@ class Pace:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def turn(self, user_id: str) -> Iterator[None]:
+    def turn(self, user_id: str, others: Callable[[float], list[float]] | None = None) -> Iterator[None]:
         """Wait for this account's turn, then log in inside.
+
+        Args:
+            user_id: the account.
+            others: gives how many seconds ago other programs began logins, for the last so many seconds. Upstox
+                counts them as well.
 
         A `LoginLimited` in there holds all accounts back, or this one if it is the only one that Upstox limits.
         """
-        begin = self._wait(user_id)
+        begin = self._wait(user_id, others)
         held_until = 0.0
         try:
             yield
@@ -77,7 +82,7 @@ class Pace:
                     self._held_until = max(self._held_until, held_until)
             raise
         except (LoginError, TokenNotStored):
-            raise
+            raise  # Upstox has counted it, whether or not the token could be stored.
         except StorageError:
             # No login was begun. A store that is down says so for a hundred accounts at once, and not in half an hour.
             with self._lock, contextlib.suppress(ValueError):
@@ -87,12 +92,15 @@ class Pace:
             next_code = self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS
             self._next_turn[user_id] = max(next_code, held_until)
 
-    def _wait(self, user_id: str) -> float:
+    def _wait(self, user_id: str, others: Callable[[float], list[float]] | None) -> float:
         """Until this account's turn has come; when that was. Looked at anew after each sleep: a limit may have come."""
+        longest = max((seconds for _, seconds in self._limits), default=0.0)
         while True:
+            elsewhere = others(longest) if others and self._limits else []
             with self._lock:
                 now = self._clock()
-                full = [self._begun[-count] + seconds for count, seconds in self._limits if len(self._begun) >= count]
+                begun = sorted([*self._begun, *(now - ago for ago in elsewhere)])
+                full = [begun[-count] + seconds for count, seconds in self._limits if len(begun) >= count]
                 wait = max(self._held_until, self._next_turn.get(user_id, now), *full, now) - now
                 if wait <= 0:
                     self._begun.append(now)
@@ -124,9 +132,11 @@ class Store(Protocol):
 
     def get_or_create_token(self, user_id: str | None = None) -> TokenResult: ...
 
-    def store_token(self, user_identifier: str | None = None) -> TokenResult: ...
+    def _replace_token(self, user_id: str) -> TokenResult: ...
 
-    def _declared_user(self) -> str | None: ...
+    def _known_user(self, *, guess: bool) -> str | None: ...
+
+    def _other_logins(self, seconds: float) -> list[float]: ...
 
 
 def store_batch(
@@ -142,7 +152,7 @@ def store_batch(
             again = []
             for user_id in due:
                 results[user_id] = result = _store_one(store, user_id, replace, len(given) > 1, pace)
-                if tries_left and isinstance(result.exception, LoginLimited | LoginInterrupted):
+                if tries_left and _can_be_tried_again(result.exception):
                     again.append(user_id)
                 else:
                     advance()
@@ -156,20 +166,27 @@ def _store_one(store: Store, user_id: str, replace: bool, several: bool, pace: P
             return _success(living, kept=True)
         _refuse_a_guess(store, user_id, several)
         # The turn is waited for here and not in the login, which holds the user's lock.
-        with pace.turn(user_id):
-            return _success(store.store_token(user_id) if replace else store.get_or_create_token(user_id), kept=False)
+        with pace.turn(user_id, store._other_logins):
+            return _success(
+                store._replace_token(user_id) if replace else store.get_or_create_token(user_id), kept=False
+            )
     except Exception as error:
         return _failure(user_id, error)
+
+
+def _can_be_tried_again(error: Exception | None) -> bool:
+    """Not where a token may have been made: the next login would kill it."""
+    return isinstance(error, LoginLimited) or (isinstance(error, LoginInterrupted) and not error.token_may_exist)
 
 
 def _refuse_a_guess(store: Store, user_id: str, several: bool) -> None:
     """One account's credentials can serve one user of the list. Trying them on the others would cost a login each."""
     if not getattr(store._login, "account", None):
         return
-    known = store._declared_user()
+    known = store._known_user(guess=False)
     if known is None and several:
         raise LoginRefused("The store's login knows one account, not whose. Set UPSTOX_USER_ID, or use Accounts.")
-    if known not in (None, user_id):
+    if known is not None and known.upper() != user_id.upper():
         raise LoginRefused(f"The store's login knows the account of {known}, not {user_id}. Use Accounts for several.")
 
 

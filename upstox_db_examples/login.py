@@ -1,219 +1,99 @@
-"""Who logs in: the real SDK, for one account or for many, or any callable of your own.
+"""Who logs in: Upstox's SDK, its one-call login, one of these for each of many accounts, or any callable of your own.
 
-A login is a callable `(user_id or None) -> AccessTokenData`. `SdkLogin()` is the default; it reads the SDK's
-UPSTOX_* variables when a login is due and not before, so that reading a token needs no credentials.
-
-Two optional attributes let a store answer a caller who names no user: `user_id`, whom the login logs in where that
-is known beforehand, and `account`, a name of the credentials that shows nothing of them.
+A login is a callable `(user_id or None) -> answer`; `read_answer` says which answers are understood. `SdkLogin()` is
+the default. It reads the SDK's UPSTOX_* variables when a login is due and not before, so that reading a token needs no
+credentials.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import logging
+import inspect
 import os
-import re
 import shlex
-import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
-from .errors import (
-    ConfigurationError,
-    LoginError,
-    LoginInterrupted,
-    LoginLimited,
-    LoginRefused,
-)
-from .token import Secret
+from . import upstox_api
+from .answer import LoginAnswer, Minted, read_answer
+from .credentials import FIELDS, SHORTEST_TOTP_SECRET, TOTP_FIELDS, Credentials, TotpCredentials, wrapped
+from .errors import ConfigurationError, LoginRefused
+from .refusals import AGAIN_CODES, FIX_CODES, WAIT_CODES
+from .sdk_login import SdkLogin
+from .token import Secret, subject
+from .totp_login import TotpLogin
+from .upstox_api import log_out, owner_of
 
-if TYPE_CHECKING:
-    # Imported only when a login is due: the SDK brings an HTTP client along, and a reader of tokens needs none.
-    from upstox_totp.models import AccessTokenData
-
-logger = logging.getLogger(__name__)
-
-FIELDS = ("username", "password", "pin_code", "totp_secret", "client_id", "client_secret", "redirect_uri")
-SHORTEST_TOTP_SECRET = 112  # bits; the SDK refuses a shorter one only after an OTP request was spent
-
-# Upstox's codes: the API's are documented, the login service's were seen in its answers.
-FIX_CODES = {
-    "UDAPI100016": "the client id or secret is wrong",
-    "UDAPI100068": "the client id or the redirect URI is not the app's",
-    "UDAPI100069": "the client id or secret is wrong",
-    "UDAPI100073": "the app is inactive",
-    "1017106": "the PIN is wrong; five wrong ones lock the account",
-    "1017108": "the account is locked",
-}
-# How many seconds, and whether only this account has to wait: a one-time password is sent to one mobile number.
-WAIT_CODES = {
-    "UDAPI10005": ("too many requests", 60.0, False),
-    "1017069": ("Upstox blocked this account's one-time passwords", 600.0, True),
-}
-AGAIN_CODES = {
-    "UDAPI100057": "the authorization code was used up",
-    "1017076": "the one-time password was used up; a new one comes every 30 seconds",
-    "UDAPI100500": "Upstox had a fault of its own",
-}
+__all__ = [
+    "AGAIN_CODES",
+    "FIELDS",
+    "FIX_CODES",
+    "SHORTEST_TOTP_SECRET",
+    "TOTP_FIELDS",
+    "WAIT_CODES",
+    "Accounts",
+    "Credentials",
+    "Login",
+    "LoginAnswer",
+    "Minted",
+    "SdkLogin",
+    "TotpCredentials",
+    "TotpLogin",
+    "log_out",
+    "owner_of",
+    "read_answer",
+]
 
 
 class Login(Protocol):
-    """Anything that logs a user in."""
+    """Anything that logs a user in: a function is enough.
 
-    def __call__(self, user_id: str | None, /) -> AccessTokenData:
-        """Log in; `None` means the only account there is."""
+    A store uses these members as well where a login has them. Each is optional:
 
+    - `user_id`: whom it logs in, where that is known beforehand; None otherwise.
+    - `account`: a name of its credentials that shows nothing of them. With it a store finds the token of a caller who
+      names no user. None if there are no complete credentials, or those of several accounts.
+    - `account_of(user_id)`: the same for one user.
+    - `credentials_digest(user_id)`: another text whenever that user's credentials have changed. A store remembers a
+      refusal together with it, and only encrypted.
+    - `check(user_id)`: raise `LoginRefused` if a login cannot work, without any request.
+    - `owner_of(token)`: ask Upstox whose token this is; None if it is dead.
+    - `log_out(token)`: end a token at Upstox; False if it was dead already.
 
-class Credentials:
-    """What Upstox asks for, checked before a request is spent. Shows nothing of itself.
-
-    Args:
-        values: the SDK's words as keys: username (the mobile number), password, pin_code, totp_secret, client_id,
-            client_secret, redirect_uri.
-
-    Raises:
-        LoginRefused: something is missing or cannot be right; it says what, not what it was.
+    It should raise `LoginError`s with `token_may_exist` set, so that a store knows whether the earlier token is in
+    doubt.
     """
 
-    def __init__(self, values: Mapping[str, str | Secret]) -> None:
-        values = _wrapped(values)
-        if unknown := sorted(set(values) - set(FIELDS)):
-            raise LoginRefused(f"Unknown credentials: {', '.join(unknown)}. Known are: {', '.join(FIELDS)}.")
-        self._values = {name: _secret(values.get(name, "")) for name in FIELDS}
-        if problems := self._problems():
-            raise LoginRefused(f"The login cannot work; no request was made: {'; '.join(problems)}.")
-
-    @classmethod
-    def from_environment(cls) -> Credentials:
-        """From UPSTOX_USERNAME, UPSTOX_PASSWORD and so on, one for each field."""
-        return cls({name: os.environ.get(f"UPSTOX_{name.upper()}", "") for name in FIELDS})
-
-    def revealed(self) -> dict[str, str]:
-        """The plain values, as the SDK's client takes them."""
-        return {name: secret.reveal() for name, secret in self._values.items()}
-
-    def fingerprint(self) -> str:
-        """The same for the same account, and nothing to guess a mobile number from: the client id is random."""
-        plain = f"{self._values['client_id'].reveal()}/{self._values['username'].reveal()}"
-        return hashlib.sha256(plain.encode()).hexdigest()[:16]
-
-    def redact(self, text: str) -> str:
-        """The text without any of these values, and without anything that looks like a token."""
-        for secret in self._values.values():
-            text = text.replace(secret.reveal(), "…")
-        return re.sub(r"eyJ[\w.-]+", "…", text)
-
-    def _problems(self) -> list[str]:
-        plain = {name: secret.reveal() for name, secret in self._values.items()}
-        missing = [f"UPSTOX_{name.upper()} ({name})" for name in FIELDS if not plain[name]]
-        if missing:
-            return [f"{', '.join(missing)} not set"]
-        problems = []
-        if not re.fullmatch(r"[0-9]{10}", plain["username"]):
-            problems.append("username is not a mobile number of 10 digits")
-        if not re.fullmatch(r"[0-9]{4,8}", plain["pin_code"]):
-            problems.append("pin_code is not a PIN of digits")
-        try:
-            padding = "=" * (-len(plain["totp_secret"]) % 8)
-            bits = 8 * len(base64.b32decode(plain["totp_secret"] + padding, casefold=True))
-        except binascii.Error:
-            problems.append("totp_secret is not base32: only A-Z and 2-7, no spaces")
-        else:
-            if bits < SHORTEST_TOTP_SECRET:
-                problems.append(f"totp_secret is cut off: it has {bits} bits of at least {SHORTEST_TOTP_SECRET}")
-        if urlsplit(plain["redirect_uri"]).scheme not in ("http", "https"):
-            problems.append("redirect_uri is not a URL")
-        # The SDK puts these three into a form without encoding them, and sends something else than was meant.
-        problems += [
-            f"{name} holds one of & + %, which the SDK does not send rightly"
-            for name in ("client_id", "client_secret", "redirect_uri")
-            if re.search(r"[&+%]", plain[name])
-        ]
-        return problems
-
-
-class SdkLogin:
-    """Logs in through upstox-totp, with a new client for each login: a client is not safe to share or to reuse.
-
-    Args:
-        credentials: one account's, as `Credentials` takes them; without them the UPSTOX_* variables, read at
-            each login.
-        user_id: whom these credentials log in, else UPSTOX_USER_ID. With it a store finds the token of a caller
-            who names no user without any login, and a wrong account is refused before a login is spent.
-        base_domain: where Upstox is, with `{stage}` in it, else UPSTOX_BASE_DOMAIN, else the real one. Plain http
-            is taken only on this machine.
-        pause: seconds between the SDK's six requests; by default 1, and 0 on this machine.
-        timeout: seconds for each request.
-    """
-
-    def __init__(
-        self,
-        credentials: Mapping[str, str | Secret] | Credentials | None = None,
-        *,
-        user_id: str | None = None,
-        base_domain: str | None = None,
-        pause: float | None = None,
-        timeout: float = 15.0,
-    ) -> None:
-        if isinstance(credentials, Mapping):
-            credentials = _wrapped(credentials)
-            credentials = Credentials(credentials)
-        self._credentials = credentials
-        self._user_id = user_id
-        self._base_domain = base_domain
-        self._pause = pause
-        self._timeout = timeout
-
-    @property
-    def user_id(self) -> str | None:
-        """Whom this logs in, where that was said."""
-        return self._user_id or os.environ.get("UPSTOX_USER_ID") or None
-
-    @property
-    def account(self) -> str | None:
-        """A name of the credentials that shows nothing of them; None where they are not complete."""
-        try:
-            return (self._credentials or Credentials.from_environment()).fingerprint()
-        except LoginRefused:
-            return None
-
-    def __call__(self, user_id: str | None = None, /) -> AccessTokenData:
-        """Log in: six requests, about seven seconds at Upstox.
-
-        Raises:
-            LoginRefused, LoginLimited, LoginInterrupted: fix, wait, or try again.
-        """
-        if user_id and self.user_id and user_id != self.user_id:
-            raise LoginRefused(f"These credentials log {self.user_id} in, not {user_id}. Use Accounts for several.")
-        return _log_in(
-            self._credentials or Credentials.from_environment(),
-            _checked_base_domain(self._base_domain or os.environ.get("UPSTOX_BASE_DOMAIN") or ""),
-            self._pause,
-            self._timeout,
-        )
+    def __call__(self, user_id: str | None, /) -> object:
+        """Log in; `None` means the only account there is. `read_answer` says what can be returned."""
 
 
 class Accounts:
     """Logs several accounts in, each with its own credentials and its own client.
 
+    User ids are compared without regard to case.
+
     Args:
-        accounts: user id -> credentials, as `Credentials` takes them.
-        options: `base_domain`, `pause` and `timeout` of `SdkLogin`, for all of them.
+        accounts: user id -> credentials, as `Credentials` takes them. With nothing but client_id, pin_code and
+            totp_secret, the account is logged in by `TotpLogin`, and otherwise by `SdkLogin`. A ready login can stand
+            in place of credentials.
+        options: `base_domain`, `pause` and `timeout` of `SdkLogin`, for all that are made here.
     """
 
-    def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret]], **options: Any) -> None:
-        accounts = {user_id: _wrapped(values) for user_id, values in accounts.items()}
+    def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret] | Login], **options: Any) -> None:
+        accounts = {user_id: wrapped(it) if isinstance(it, Mapping) else it for user_id, it in accounts.items()}
         if not accounts:
             raise LoginRefused("There are no accounts.")
-        self._logins: dict[str, SdkLogin] = {}
+        if unknown := sorted(set(options) - {"base_domain", "pause", "timeout"}):
+            raise TypeError(f"Accounts does not know {', '.join(unknown)}.")
+        self._base_domain: str | None = options.get("base_domain")
+        self._logins: dict[str, tuple[str, Login]] = {}  # by the user id in upper case
         for user_id, values in accounts.items():
+            if user_id.upper() in self._logins:
+                raise LoginRefused(f"{user_id} is there twice. User ids are compared without regard to case.")
             try:
-                self._logins[user_id] = SdkLogin(values, user_id=user_id, **options)
+                self._logins[user_id.upper()] = user_id, _login_of(user_id, values, options)
             except LoginRefused as error:
                 error.args = (f"{user_id}: {error}",)
                 raise
@@ -243,116 +123,76 @@ class Accounts:
     @property
     def user_ids(self) -> list[str]:
         """Whom this can log in."""
-        return sorted(self._logins)
+        return sorted(user_id for user_id, _ in self._logins.values())
 
     @property
     def user_id(self) -> str | None:
         """The only account, where there is only one."""
-        return next(iter(self._logins)) if len(self._logins) == 1 else None
+        return self.user_ids[0] if len(self._logins) == 1 else None
 
-    def __call__(self, user_id: str | None = None, /) -> AccessTokenData:
+    @property
+    def account(self) -> str | None:
+        """A name of the only account's credentials; None where there are several."""
+        return self.account_of(self.user_id) if self.user_id else None
+
+    def account_of(self, user_id: str | None = None) -> str | None:
+        """A name of this user's credentials that shows nothing of them; None for an unknown user."""
+        login = self._find(user_id)
+        account_of = getattr(login, "account_of", None)
+        account: str | None = account_of(user_id) if account_of else getattr(login, "account", None)
+        return account
+
+    def credentials_digest(self, user_id: str | None = None) -> str | None:
+        """Another text whenever this user's credentials have changed; keep it encrypted. None for an unknown user."""
+        digest: Callable[[str | None], str | None] | None = getattr(self._find(user_id), "credentials_digest", None)
+        return digest(user_id) if digest else None
+
+    def check(self, user_id: str | None = None) -> None:
+        """See whether a login could work, without any request.
+
+        Raises:
+            LoginRefused: there is no such account, or its credentials cannot be right.
+        """
+        name, login = self._known(user_id)
+        if check := getattr(login, "check", None):
+            check(name)
+
+    def owner_of(self, token: Secret) -> str | None:
+        """Ask Upstox whose token this is; None if Upstox does not accept it. See `upstox_api.owner_of`."""
+        own = getattr(self._find(subject(token)), "owner_of", None)
+        owner: str | None = own(token) if own else upstox_api.owner_of(token, self._base_domain or "")
+        return owner
+
+    def log_out(self, token: Secret) -> bool:
+        """End this token at Upstox; False if it was dead already. See `upstox_api.log_out`."""
+        own = getattr(self._find(subject(token)), "log_out", None)
+        return bool(own(token)) if own else upstox_api.log_out(token, self._base_domain or "")
+
+    def __call__(self, user_id: str | None = None, /) -> object:
         """Log this user in; raises like `SdkLogin`."""
+        name, login = self._known(user_id)
+        return login(name)
+
+    def _find(self, user_id: str | None) -> Login | None:
         wanted = user_id or self.user_id
-        if wanted is None or wanted not in self._logins:
+        return self._logins[wanted.upper()][1] if wanted and wanted.upper() in self._logins else None
+
+    def _known(self, user_id: str | None) -> tuple[str, Login]:
+        wanted = user_id or self.user_id
+        if wanted is None or wanted.upper() not in self._logins:
             asked = f"There is no account {user_id}" if user_id else "No account was named"
-            raise LoginRefused(f"{asked}. Known are: {', '.join(self.user_ids) or 'none'}.")
-        return self._logins[wanted](wanted)
+            raise LoginRefused(f"{asked}. Known are: {', '.join(self.user_ids)}.")
+        return self._logins[wanted.upper()]
 
 
-def _wrapped(values: object) -> dict[str, str | Secret]:
-    """Each value as a Secret: callers overwrite their own name with it, so that a traceback shows no value."""
-    return {str(k): _secret(v) for k, v in values.items()} if isinstance(values, Mapping) else {}
-
-
-def _secret(value: object) -> Secret:
-    return value if isinstance(value, Secret) else Secret(str(value).strip())
-
-
-def _checked_base_domain(base_domain: str) -> str:
-    """Empty for the real Upstox, else a URL with `{stage}` in it, by https or on this machine."""
-    if base_domain and urlsplit(base_domain).scheme != "https" and not _is_this_machine(base_domain):
-        raise LoginRefused("base_domain must be https: the PIN and the secrets travel there.")
-    if base_domain and "{stage}" not in base_domain:
-        raise LoginRefused("base_domain must have {stage} in it, which becomes 'api' or 'service'.")
-    return base_domain
-
-
-def _is_this_machine(base_domain: str) -> bool:
-    return urlsplit(base_domain).hostname in ("127.0.0.1", "::1", "localhost")
-
-
-def _log_in(credentials: Credentials, base_domain: str, pause: float | None, timeout: float) -> AccessTokenData:
-    from curl_cffi import CurlOpt
-    from upstox_totp import UpstoxTOTP
-    from upstox_totp.models import AccessTokenResponse
-
-    logging.getLogger("upstox-totp").addFilter(_no_debug)
-    where, begin = urlsplit(base_domain.replace("{stage}", "service")).hostname or "Upstox", time.monotonic()
-    response = None
-    try:
-        # debug is said outright: with UPSTOX_DEBUG the SDK would log every secret.
-        with UpstoxTOTP(**credentials.revealed(), debug=False) as client:  # type: ignore[arg-type]
-            client.base_domain = base_domain or client.base_domain
-            if pause is None:
-                pause = 0.0 if _is_this_machine(base_domain) else 1.0
-            if _is_this_machine(base_domain):
-                client.session.curl_options[CurlOpt.NOPROXY] = "*"  # A proxy would look for Upstox on its own machine.
-            client.config.sleep_time = pause * 1000  # type: ignore[assignment]  # The constructor ignores it.
-            client.session.timeout = timeout
-            response = client.app_token.get_access_token()
-        if isinstance(response, AccessTokenResponse) and response.data:
-            logger.info("%s gave a token after %.1f s", where, time.monotonic() - begin)
-            return response.data
-        failure = _explain(response, credentials)
-    except Exception as error:
-        failure = _explain(error, credentials)
-    code = f" (code {failure.code})" if failure.code else ""
-    logger.info("%s gave no token after %.1f s%s", where, time.monotonic() - begin, code)
-    # Raised after the except block: neither __cause__ nor __context__ leads to the SDK's frames and their secrets.
-    del response
-    raise failure
-
-
-def _explain(error: object, credentials: Credentials) -> LoginError:
-    """Whatever the SDK raised or oddly returned, as one of our errors that says what to do."""
-    from curl_cffi.requests.exceptions import RequestException
-    from upstox_totp import ConfigurationError as SdkConfigurationError
-    from upstox_totp import UpstoxError
-
-    if isinstance(error, UpstoxError):
-        code, message = _code_and_message(error)
-        said = f"{credentials.redact(message)[:200]} ({code})"
-        if code in FIX_CODES:
-            return LoginRefused(f"Fix the credentials: {FIX_CODES[code]}. Upstox said: {said}", code)
-        if code in WAIT_CODES:
-            reason, seconds, account_only = WAIT_CODES[code]
-            return LoginLimited(f"Wait {seconds:.0f} s: {reason}. Upstox said: {said}", code, seconds, account_only)
-        if code in AGAIN_CODES:
-            return LoginInterrupted(f"Log in again: {AGAIN_CODES[code]}. Upstox said: {said}", code)
-        return LoginRefused(f"Upstox refused the login. It said: {said}", code)
-    if isinstance(error, SdkConfigurationError):
-        return LoginRefused("The SDK does not accept these credentials.")
-    if isinstance(error, RequestException):
-        return LoginInterrupted(f"Upstox could not be reached or broke off ({type(error).__name__}). Try again.")
-    if getattr(error, "status_code", None) == 429:
-        return LoginLimited("Wait 60 s: too many requests.", "429")
-    return LoginInterrupted(
-        f"Upstox answered in a form that the SDK does not know ({type(error).__name__}). Try again; if it stays, "
-        "look for a newer upstox-totp or pass a login of your own."
-    )
-
-
-def _code_and_message(error: Any) -> tuple[str, str]:
-    """From the raw answer: the SDK maps most codes to one UNKNOWN."""
-    details = error.details or {}
-    data = details.get("data")
-    errors = data.get("errors") if isinstance(data, Mapping) else None
-    first = errors[0] if isinstance(errors, list) and errors else details.get("error")
-    first = first if isinstance(first, Mapping) else {}
-    code = first.get("errorCode") or first.get("error_code") or first.get("code") or "no code"
-    return str(code), str(first.get("message") or "nothing")
-
-
-def _no_debug(record: logging.LogRecord) -> bool:
-    """The SDK's debug messages hold the PIN, the secrets and the token."""
-    return record.levelno > logging.DEBUG
+def _login_of(user_id: str, given: Mapping[str, str | Secret] | Login, options: Mapping[str, Any]) -> Login:
+    if isinstance(given, Mapping):
+        if given and set(given) <= set(TOTP_FIELDS):
+            return TotpLogin(given, user_id=user_id, **{name: options[name] for name in options if name != "pause"})
+        return SdkLogin(given, user_id=user_id, **options)
+    if not callable(given) or inspect.isclass(given):
+        raise LoginRefused("This is neither a table of credentials nor a login.")
+    declared = getattr(given, "user_id", None)
+    if isinstance(declared, str) and declared.upper() != user_id.upper():
+        raise LoginRefused(f"This login logs {declared} in.")
+    return given

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from typing import Any, Unpack
 
 from filelock import FileLock, Timeout
 
-from .backend import SCHEMA_LOCK, lock_not_had
+from .backend import SCHEMA_LOCK, LocalLocks, lock_not_had
 from .errors import (
     ConfigurationError,
     InvalidInput,
@@ -72,6 +73,14 @@ CREATE TABLE upstox_token_audit (
 ) STRICT;
 CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
+# login_mark: the name of a login's lock and a random word of that login, while it may replace this token at Upstox;
+# empty when nobody knows whether it did. A note is encrypted as a whole.
+SCHEMA_2 = """
+ALTER TABLE upstox_tokens ADD COLUMN issued_at INTEGER;
+ALTER TABLE upstox_tokens ADD COLUMN login_mark TEXT;
+CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
+CREATE TABLE upstox_login_notes (name TEXT PRIMARY KEY, sealed TEXT NOT NULL) STRICT;
+"""
 VERSION = """
 SELECT user_version, (SELECT count(*) FROM sqlite_schema WHERE name IN ('upstox_tokens', 'upstox_token_audit'))
 FROM pragma_user_version
@@ -79,24 +88,26 @@ FROM pragma_user_version
 
 _HANDED_OUT = (
     "id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at, user_name, "
-    "email, usage_count"
+    "email, usage_count, account, issued_at, login_mark"
 )
 FIND = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? AND is_active AND expires_at > ?"
+IN_DOUBT = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? AND is_active AND login_mark IS NOT NULL"
 USE = f"""
 UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = ?
 WHERE user_id = ? AND is_active AND expires_at > ? RETURNING {_HANDED_OUT}
 """
 INSERT = """
 INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, user_name, email, broker, user_type, products,
-                           exchanges, created_at, expires_at, account, metadata)
+                           exchanges, created_at, expires_at, account, metadata, issued_at)
 VALUES (:user_id, :ciphertext, :key_id, :generation, :user_name, :email, :broker, :user_type, :products,
-        :exchanges, :created_at, :expires_at, :account, :metadata) RETURNING id
+        :exchanges, :created_at, :expires_at, :account, :metadata, :issued_at) RETURNING id
 """
-ERASE = (
-    "UPDATE upstox_tokens SET is_active = 0, access_token = NULL WHERE user_id = ? AND is_active RETURNING id, user_id"
-)
+ERASE = """
+UPDATE upstox_tokens SET is_active = 0, access_token = NULL, login_mark = NULL
+WHERE user_id = ? AND is_active RETURNING id, user_id
+"""
 EXPIRE = """
-UPDATE upstox_tokens SET is_active = 0, access_token = NULL
+UPDATE upstox_tokens SET is_active = 0, access_token = NULL, login_mark = NULL
 WHERE id IN (SELECT id FROM upstox_tokens WHERE is_active AND expires_at <= ? LIMIT ?) RETURNING id, user_id
 """
 RECORD = """
@@ -120,8 +131,36 @@ WHERE a.user_id = ? ORDER BY a.performed_at DESC, a.id DESC LIMIT ?
 """
 # By id, for old entries have low ones: so no index on the time has to be kept up to date with each write.
 OLD_ENTRIES = "SELECT id FROM upstox_token_audit WHERE performed_at < ? ORDER BY id LIMIT ?"
-GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
-USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
+# A mark that an earlier holder of the same lock has left says nothing any more but that it was not taken away.
+_OF_THIS_LOCK = "substr(login_mark, 1, length(:lock) + 1) = :lock || ' '"
+MARK = f"""
+UPDATE upstox_tokens SET login_mark = CASE WHEN login_mark IS NULL THEN :mark ELSE '' END
+WHERE is_active AND user_id = :user_id AND (login_mark IS NULL OR {_OF_THIS_LOCK})
+"""
+MARK_ALL = f"""
+UPDATE upstox_tokens SET login_mark = CASE WHEN login_mark IS NULL THEN :mark ELSE '' END
+WHERE is_active AND (login_mark IS NULL OR {_OF_THIS_LOCK})
+"""
+UNMARK = f"""
+UPDATE upstox_tokens SET login_mark = :mark
+WHERE is_active AND {_OF_THIS_LOCK} AND (:user_id IS NULL OR user_id = :user_id)
+"""
+CLEAR_DOUBT = "UPDATE upstox_tokens SET login_mark = NULL WHERE user_id = ? AND generation = ? AND is_active"
+LOGINS_SINCE = """
+SELECT performed_at FROM upstox_token_audit
+WHERE action = 'login' AND performed_at > ? AND json_extract(metadata, '$.process') IS NOT ?
+ORDER BY performed_at DESC LIMIT 100
+"""
+# SQLite has no clock but this machine's: that one, and not the store's, which a program may set.
+NOTES = """
+SELECT (julianday('now') - 2440587.5) * 86400 AS now, name, sealed FROM (SELECT 1) LEFT JOIN upstox_login_notes
+ON name IN (SELECT value FROM json_each(?))
+"""
+WRITE_NOTE = """
+INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
+"""
+OF_ACCOUNT = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
+NEWEST = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
 # Two ranges and not <>, which no index serves.
 OTHER_KEYS = f"""
 SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < ? UNION ALL
@@ -141,11 +180,11 @@ SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL
 """
 _COPIED = (
     "user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products, exchanges, "
-    "account, metadata, usage_count, last_used_at"
+    "account, metadata, usage_count, last_used_at, issued_at"
 )
 TOKENS_OF = (
-    f"SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = ? "
-    "ORDER BY generation"
+    f"SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext, login_mark IS NOT NULL AS in_doubt "
+    "FROM upstox_tokens WHERE user_id = ? ORDER BY generation"
 )
 ENTRIES_OF = """
 SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation, a.id
@@ -153,8 +192,9 @@ FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
 WHERE a.user_id IS ? AND (a.performed_at, a.id) > (?, ?) ORDER BY a.performed_at, a.id LIMIT ?
 """
 PUT_IN = f"""
-INSERT INTO upstox_tokens ({_COPIED}, access_token, is_active)
-VALUES ({", ".join(f":{name}" for name in _COPIED.split(", "))}, nullif(:ciphertext, ''), :ciphertext <> '')
+INSERT INTO upstox_tokens ({_COPIED}, access_token, is_active, login_mark)
+VALUES ({", ".join(f":{name}" for name in _COPIED.split(", "))}, nullif(:ciphertext, ''), :ciphertext <> '',
+        CASE WHEN :in_doubt THEN '' END)
 ON CONFLICT (user_id, generation) DO UPDATE SET
     access_token = CASE WHEN excluded.is_active THEN access_token END, is_active = is_active AND excluded.is_active,
     usage_count = max(usage_count, excluded.usage_count),
@@ -183,7 +223,7 @@ class SQLiteUpstoxStorage(TokenStorage):
     _kind = "access token in SQLite"
     # One step for each schema version; a file of an older version is taken forward. Never change a step that was
     # released: append one.
-    _steps: tuple[str, ...] = (SCHEMA,)
+    _steps: tuple[str, ...] = (SCHEMA, SCHEMA_2)
 
     def __init__(
         self, db_path: str | os.PathLike[str] = "upstox.db", *, audit_reads: bool = False, **options: Unpack[Options]
@@ -191,11 +231,19 @@ class SQLiteUpstoxStorage(TokenStorage):
         super().__init__(**options)
         self.db_path = checked_path(db_path)
         self._audit_reads = audit_reads
+        self._locks = Path(f"{self.db_path}-locks")
+        self._local_locks = LocalLocks()
         self._connections = self._connections_to(self.db_path)
         self.init_database()
 
-    def init_database(self) -> None:
-        """Make the tables, or bring those of an older version forward. Safe to repeat and to run at once."""
+    def init_database(self, runtime_role: str | None = None) -> None:
+        """Make the tables, or bring those of an older version forward. Safe to repeat and to run at once.
+
+        Args:
+            runtime_role: not for SQLite, which knows no roles.
+        """
+        if runtime_role is not None:
+            raise InvalidInput("SQLite has no roles: whoever may write to the file may do everything. Check its mode.")
         with self.get_connection() as conn:
             if self._version(conn) == len(self._steps):
                 return
@@ -263,19 +311,19 @@ class SQLiteUpstoxStorage(TokenStorage):
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
         # The system frees the lock when its holder dies, and the file stays: unlinking it would let two in.
-        folder = Path(f"{self.db_path}-locks")
-        lock = FileLock(folder / f"{name}.lock", timeout=self._login_wait, mode=0o600, thread_local=False)
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            lock.acquire()
-        except Timeout as error:
-            raise lock_not_had(name, self._login_wait) from error
-        except OSError as error:
-            raise ConfigurationError(f"No lock can be made in {folder}: {error.strerror}.") from error
-        try:
-            yield
-        finally:
-            lock.release()
+        lock = FileLock(self._locks / f"{name}.lock", timeout=self._login_wait, mode=0o600, thread_local=False)
+        with self._local_locks.hold(name, self._login_wait):
+            try:
+                self._locks.mkdir(mode=0o700, exist_ok=True)
+                lock.acquire()
+            except Timeout as error:
+                raise lock_not_had(name, self._login_wait) from error
+            except OSError as error:
+                raise ConfigurationError(f"No lock can be made in {self._locks}: {error.strerror}.") from error
+            try:
+                yield
+            finally:
+                lock.release()
 
     def _version(self, conn: sqlite3.Connection) -> int:
         # In one statement, and so of one moment: another process may be making the tables.
@@ -291,17 +339,62 @@ class SQLiteUpstoxStorage(TokenStorage):
         refuse_cut_off(conn, self.db_path)
         return version
 
-    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
+    def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         if not self._audit_reads:
-            rows = self._rows(FIND, user_id, _seconds(alive_after))
-            return _token(rows[0]) if rows else None
+            for _ in range(3):
+                found = self._one(FIND, user_id, _seconds(alive_after))
+                if found is None or found["login_mark"] is None:
+                    return _token(found) if found else None
+                if locked:
+                    return None
+                if self._is_held(found["login_mark"]):
+                    return _token(found)
+                # The login is over. If the mark stayed, nobody knows how it ended; if not, there is something new.
+                again = self._one(FIND, user_id, _seconds(alive_after))
+                if again is not None and (again["token_id"], again["login_mark"]) == (
+                    found["token_id"],
+                    found["login_mark"],
+                ):
+                    return None
+            return None
         with self._transaction() as conn:
+            # Nobody else can write meanwhile, so what the mark says and who holds its lock belong together.
+            found = conn.execute(FIND, (user_id, _seconds(alive_after))).fetchone()
+            if found is None or not self._counts(found["login_mark"], locked):
+                return None
             row = conn.execute(USE, (_seconds(now), user_id, _seconds(alive_after))).fetchone()
-            if row:
-                self._audit_entry(conn, row["token_id"], user_id, "used", now, {"usage_count": row["usage_count"]})
+            self._audit_entry(conn, row["token_id"], user_id, "used", now, {"usage_count": row["usage_count"]})
+        return _token(row)
+
+    def _counts(self, mark: str | None, locked: bool) -> bool:
+        return mark is None or (not locked and self._is_held(mark))
+
+    def _is_held(self, mark: str) -> bool:
+        """Whether the login that left this mark still holds its lock."""
+        import fcntl  # Not at the top: Windows lacks it, and all else works there.
+
+        try:
+            with (self._locks / f"{mark.partition(' ')[0]}.lock").open("rb") as file:
+                # Shared: two readers who look at once do not take each other for the holder.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def _in_doubt(self, user_id: str) -> StoredToken | None:
+        row = self._one(IN_DOUBT, user_id)
         return _token(row) if row else None
 
-    def _insert(self, token: StoredToken) -> int:
+    def _newest(self, user_id: str) -> StoredToken | None:
+        row = self._one(NEWEST, user_id)
+        return _token(row) if row else None
+
+    def _tokens_of_account(self, account: str) -> list[StoredToken]:
+        return [_token(row) for row in self._rows(OF_ACCOUNT, account)]
+
+    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int:
         with self._transaction() as conn:
             for row in conn.execute(ERASE, (token.user_id,)).fetchall():
                 reason = {"reason": "new_token_generated"}
@@ -309,8 +402,11 @@ class SQLiteUpstoxStorage(TokenStorage):
             try:
                 token_id: int = conn.execute(INSERT, _columns(token)).fetchone()["id"]
             except sqlite3.IntegrityError as error:
+                # SQLite names the columns and not the constraint. Another one has to be mended, not tried again.
+                if str(error) != "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation":
+                    raise
                 raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
-            self._audit_entry(conn, token_id, token.user_id, "created", token.created_at)
+            self._audit_entry(conn, token_id, token.user_id, action, token.created_at, metadata)
         return token_id
 
     def _revoke(self, user_id: str, now: datetime) -> bool:
@@ -333,11 +429,39 @@ class SQLiteUpstoxStorage(TokenStorage):
                 self._audit_entry(conn, row["id"], row["user_id"], action, now)
         return len(rows)
 
+    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        values = {"user_id": user_id, "lock": lock, "mark": f"{lock} {uuid.uuid4().hex}"}
+        with self._transaction() as conn:
+            self._audit_entry(conn, None, user_id, "login", now, metadata)
+            conn.execute(MARK if user_id else MARK_ALL, values)
+        self._make_room()
+
+    def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+        with self._transaction() as conn:
+            conn.execute(UNMARK, {"lock": lock, "mark": "" if in_doubt else None, "user_id": user_id})
+
+    def _clear_doubt(self, token: StoredToken) -> None:
+        with self._transaction() as conn:
+            conn.execute(CLEAR_DOUBT, (token.user_id, token.generation))
+
     def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
         with self._transaction() as conn:
             self._audit_entry(conn, None, user_id, action, now, metadata)
-        if action == "login":
-            self._make_room()
+
+    def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
+        return [_moment(row["performed_at"]) for row in self._rows(LOGINS_SINCE, _seconds(moment), process)]
+
+    def _notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
+        rows = self._rows(NOTES, json.dumps(list(names)))
+        return float(rows[0]["now"]), {row["name"]: row["sealed"] for row in rows if row["name"] is not None}
+
+    def _write_note(self, name: str, text: str) -> None:
+        with self._transaction() as conn:
+            conn.execute(WRITE_NOTE, (name, text))
+
+    def _erase_note(self, name: str) -> None:
+        with self._transaction() as conn:
+            conn.execute("DELETE FROM upstox_login_notes WHERE name = ?", (name,))
 
     def _make_room(self) -> None:
         """A full disk has to show before a login is spent: what the token needs is written once and rolled back.
@@ -353,12 +477,6 @@ class SQLiteUpstoxStorage(TokenStorage):
                 conn.execute("ROLLBACK")
             finally:
                 conn.execute(f"PRAGMA cache_size = {CACHE}")
-
-    def _generation(self, user_id: str) -> int:
-        return int(self._rows(GENERATION, user_id)[0][0])
-
-    def _user_of_account(self, account: str) -> str | None:
-        return next((row["user_id"] for row in self._rows(USER_OF_ACCOUNT, account)), None)
 
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
         rows = self._rows(HISTORY, _seconds(now), user_id, limit)
@@ -406,6 +524,9 @@ class SQLiteUpstoxStorage(TokenStorage):
             conn.executemany(PUT_IN, [_columns(token) for token in tokens])
             conn.executemany(PUT_IN_AUDIT, rows)
 
+    def _one(self, sql: str, *values: object) -> sqlite3.Row | None:
+        return next(iter(self._rows(sql, *values)), None)
+
     def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
         with self.get_connection() as conn:
             return conn.execute(sql, values).fetchall()
@@ -436,25 +557,30 @@ def _columns(token: StoredToken) -> dict[str, object]:
 
 def _token(row: sqlite3.Row) -> StoredToken:
     # In the order of _HANDED_OUT, for every read comes by here and looking columns up by name takes twice as long.
-    token_id, user_id, ciphertext, key_id, generation, created_at, expires_at, user_name, email, usage_count = row
+    token_id, user_id, ciphertext, key_id, generation, created_at, expires_at, user_name, email, used, *more = row
+    account, issued_at, mark = more
     return StoredToken(
         user_id,
-        ciphertext,
+        ciphertext or "",
         key_id,
         generation,
         datetime.fromtimestamp(created_at, UTC),
         datetime.fromtimestamp(expires_at, UTC),
         user_name,
         email,
+        account=account,
         token_id=token_id,
-        usage_count=usage_count,
+        usage_count=used,
+        issued_at=None if issued_at is None else _moment(issued_at),
+        in_doubt=mark is not None,
     )
 
 
 def _whole(row: sqlite3.Row) -> StoredToken:
     """A token with all its columns."""
     columns = {name: row[name] for name in row.keys()}  # noqa: SIM118  # Iterating over a Row gives its values.
-    for name in ("created_at", "expires_at", "last_used_at"):
+    columns["in_doubt"] = bool(columns["in_doubt"])
+    for name in ("created_at", "expires_at", "last_used_at", "issued_at"):
         columns[name] = None if columns[name] is None else _moment(columns[name])
     for name in ("products", "exchanges", "metadata"):
         columns[name] = json.loads(columns[name])

@@ -1,121 +1,139 @@
-"""The life cycle that all five stores share: find -> lock -> find again -> log in -> save.
-
-A store supplies what only its database can do: see backend.py.
-"""
+"""What callers use: the methods that all five stores have. The life of a token is in life_cycle.py."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import getpass
 import logging
-import os
-import socket
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, Unpack
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Self
 
-from .backend import ACCOUNT_LOCK, Backend
+from .answer import Minted, read_answer
 from .batch import PACE, BatchResult, Pace, store_batch
-from .checks import USER_ID, check_user_id, require_aware, require_limit, require_positive, require_user_id
-from .cipher import Binding, KeyRing, KeySource
-from .errors import (
-    InvalidInput,
-    KeyUnavailable,
-    LoginInterrupted,
-    LoginRefused,
-    LoginSuperseded,
-    StorageError,
-    TokenNotStored,
-    TokenRefused,
-)
-from .login import Login, SdkLogin
-from .token import ExpiryPolicy, Secret, StoredToken, TokenResult
+from .checks import check_user_id, require_limit, require_user_id
+from .errors import InvalidInput, KeyUnavailable, LoginError, LoginSuperseded, StorageError, TokenRefused
+from .life_cycle import LifeCycle, Options, Wish, same_user
+from .login import log_out, owner_of
+from .token import Secret, TokenResult, issued_at, jwt_expiry, subject
 
-if TYPE_CHECKING:
-    from upstox_totp.models import AccessTokenData
+__all__ = ["Options", "TokenStorage"]
 
 logger = logging.getLogger(__name__)
 
 BATCH = 500  # rows a transaction in cleanup and key rotation, so that readers and writers are never locked out long
 
 
-class Options(TypedDict, total=False):
-    """What every store takes, by keyword.
-
-    Attributes:
-        login: who logs in; `SdkLogin()` by default. Called only when a login is due.
-        keys: a `KeyRing`, or a callable that gives one (a vault, a KMS); `KeyRing.default()` by default.
-        clock: gives the present as an aware datetime; tests and notebooks set it.
-        actor: who acts, in the audit trail; `user@host:pid` by default.
-        policy: when tokens die.
-        login_wait: how long to wait for another caller's login of the same user, in seconds; 60 by default.
-    """
-
-    login: Login
-    keys: KeySource
-    clock: Callable[[], datetime]
-    actor: str
-    policy: ExpiryPolicy
-    login_wait: float
-
-
-class TokenStorage(Backend):
+class TokenStorage(LifeCycle):
     """Keeps one living Upstox token a user. Safe to share between threads; a context manager."""
-
-    def __init__(self, **options: Unpack[Options]) -> None:
-        if unknown := sorted(set(options) - Options.__annotations__.keys()):
-            raise TypeError(f"{type(self).__name__} does not know {', '.join(unknown)}.")
-        self._login: Login = options.get("login") or SdkLogin()
-        self._keys = options.get("keys") or KeyRing.default
-        self._clock = options.get("clock") or functools.partial(datetime.now, UTC)
-        self._named_actor = options.get("actor")
-        self._policy = options.get("policy") or ExpiryPolicy()
-        self._login_wait = options.get("login_wait", 60.0)
-        require_positive("login_wait", self._login_wait)
-        self._key_ring: KeyRing | None = None
-        self._seen_user: str | None = None
-
-    # What callers use
 
     def store_token(self, user_identifier: str | None = None) -> TokenResult:
         """Log in, whatever is stored, and keep the new token. The user's earlier token dies by that.
 
+        This is the deliberate way past a refusal that a program on this store has met before.
+
         Args:
-            user_identifier: who is to be logged in; None for the login's own account.
+            user_identifier: the user to be logged in; None for the login's own account.
 
         Returns:
             `token`, `user_id`, `user_name`, `email`, `token_id`, `created_at`, `expires_at`, `usage_count`.
 
         Raises:
-            LoginError: no token was obtained, or it was another user's; nothing is stored.
+            LoginError: no token was obtained, or it was another user's, under whose name it is stored then.
             StoreUnavailable: the database takes no write; no login was spent.
             TokenNotStored: the database failed after the login; the error carries the token.
         """
-        return self._log_in(check_user_id(user_identifier) or self._declared_user(), keep_living=False)
+        return self._log_in(check_user_id(user_identifier), Wish(deliberate=True))
 
     def get_valid_token(self, user_id: str) -> TokenResult | None:
         """The user's living token, or None. Never logs in and needs no credentials.
+
+        None also while it is in doubt whether the token lives: a login has begun that may have replaced it at Upstox,
+        and that came to no known end.
 
         Raises:
             KeyUnavailable, TokenRefused: there is one, and it cannot be trusted or read.
         """
         now = self._now()
-        found = self._find(require_user_id(user_id), now + self._policy.margin, now)
+        found = self._find_as_written(require_user_id(user_id), now + self._policy.margin, now)
         return self._hand_out(found) if found else None
 
     def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
         """The living token, else a new one. Of many callers at once one logs in and the others read its token.
 
         Args:
-            user_id: whose; None for the login's own account.
+            user_id: the user; None for the login's own account.
 
         Raises:
-            as `store_token` and `get_valid_token`.
+            as `store_token` and `get_valid_token`. LoginRefused also where Upstox has refused the same credentials
+            before, to any program on this store.
         """
-        user_id = check_user_id(user_id) or self._declared_user() or self._user_seen()
-        return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, keep_living=True)
+        user_id = check_user_id(user_id) or self._known_user(guess=True)
+        return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, Wish())
+
+    def renew_token(self, user_id: str, refused_token: str | Secret | Mapping[str, Any]) -> TokenResult:
+        """For a caller to whom Upstox said 401 (UDAPI100050): a token other than the refused one.
+
+        Logs in only if the stored token still is the refused one. Of a thousand callers one logs in, and all get the
+        new token. A 401 has other causes too, such as a request from an unregistered IP, so a user is renewed once in
+        `renew_pause` seconds at the most.
+
+        Args:
+            user_id: the user.
+            refused_token: the token that was refused, or the result that held it.
+
+        Raises:
+            LoginLimited: the stored token was renewed just now, and is refused as well; `retry_after` says how long
+                this will be so. `store_token` goes past it.
+            otherwise as `get_or_create_token`.
+        """
+        user_id, refused = require_user_id(user_id), _refused(refused_token)
+        del refused_token  # A traceback that prints local variables must not show it.
+        known = self._known_as(user_id)
+        if not self._is_stored(known, refused) and (living := self.get_valid_token(known)):
+            return living
+        return self._log_in(known, Wish(refused=refused))
+
+    def save_token(self, response: object, *, verify: bool = False) -> TokenResult:
+        """Keep a token that another login has made: a notifier webhook, an OAuth code, a dashboard.
+
+        Of two tokens of a user the one that Upstox issued later (`iat`) stays, in whatever order they arrive; where
+        the time of issue cannot be read, the one that arrives later. Saving a token again changes nothing.
+
+        The token's signature cannot be checked here. Without `verify` the caller vouches for it: a webhook without
+        authentication accepts whatever anybody sends to it.
+
+        Args:
+            response: the SDK's `AccessTokenData`, or a mapping with `access_token`, `user_id` and whatever else is
+                known, such as the notifier's payload.
+            verify: ask Upstox's profile first whether the token lives, and whose it is.
+
+        Returns:
+            the result for the token that is stored in the end.
+
+        Raises:
+            InvalidInput: the token is dead, is another user's or another kind of token (an extended one lives for a
+                year), was issued in the future, or Upstox refuses it. Nothing is stored.
+            LoginInterrupted: Upstox could not be asked. Try again.
+            LoginSuperseded: a later token of this user was stored here and has ended since.
+        """
+        try:
+            minted = read_answer(response)
+        except LoginError as error:
+            raise InvalidInput(f"This is no token response: {error}") from None
+        finally:
+            del response
+        now = self._now()
+        self._refuse_another_kind(minted, now)
+        if verify:
+            owner = getattr(self._login, "owner_of", owner_of)(minted.token)
+            if owner is None or not same_user(owner, minted.user_id):
+                raise InvalidInput(f"Upstox does not take this as a living token of {minted.user_id}.")
+        with self._lock(minted.user_id.upper()):
+            try:
+                return self._save(minted, None, now, "adopted")
+            except LoginSuperseded:
+                if living := self.get_valid_token(minted.user_id):
+                    return living
+                raise
 
     def store_token_batch(
         self, user_ids: Iterable[str], *, replace: bool = False, progress: bool = True, pace: Pace = PACE
@@ -150,22 +168,25 @@ class TokenStorage(Backend):
         Each has `token_id`, `created_at`, `expires_at`, `is_active` (it could be handed out now), `user_name`,
         `email`, `broker`, `usage_count`, `last_used_at`; times are ISO text in UTC.
         """
-        return self._history(require_user_id(user_id), require_limit(limit), self._now())
+        user_id, limit, now = require_user_id(user_id), require_limit(limit), self._now()
+        return self._history(user_id, limit, now) or self._history(user_id.upper(), limit, now)
 
     def get_user_statistics(self, user_id: str) -> dict[str, Any]:
         """`total_tokens`, `active_tokens`, `total_usage`, `avg_usage_per_token`, `last_generation`, `last_usage`.
 
         An unknown user has zeros, and None for the two times.
         """
-        return self._statistics(require_user_id(user_id), self._now())
+        return self._statistics(self._known_as(require_user_id(user_id)), self._now())
 
     def get_audit_trail(self, user_id: str, limit: int = 50) -> list[dict[str, Any]]:
         """What was done to the user's tokens, by whom and when, newest first. Needs no key.
 
         Each entry has `action`, `performed_at`, `actor`, `metadata`, `user_id`, `token_id`, `token_created`. The
-        actions: login, login_failed, created, used, deactivated, revoked, expired.
+        actions: login, login_failed, created, adopted, used, deactivated, revoked, expired. "created" names the fields
+        of Upstox's answer that were missing, null, of another type or unknown: names and no values.
         """
-        return self._audit(require_user_id(user_id), require_limit(limit))
+        user_id, limit = require_user_id(user_id), require_limit(limit)
+        return self._audit(user_id, limit) or self._audit(user_id.upper(), limit)
 
     def revoke_token(self, user_id: str) -> bool:
         """Forget the user's token: its ciphertext is erased and it is never handed out again.
@@ -175,9 +196,28 @@ class TokenStorage(Backend):
         Returns:
             whether there was one.
         """
-        revoked = self._revoke(require_user_id(user_id), self._now())
+        user_id = self._known_as(require_user_id(user_id))
+        revoked = self._revoke(user_id, self._now())
         logger.info("Revoked the token of %s" if revoked else "%s had no token to revoke", user_id)
         return revoked
+
+    def log_out(self, user_id: str) -> bool:
+        """End the user's token at Upstox and forget it here, as for a token that leaked.
+
+        Returns:
+            whether Upstox still knew it. False also where none is stored.
+
+        Raises:
+            LoginInterrupted: Upstox could not be told. The token is still stored, so that this can be repeated.
+        """
+        user_id = self._known_as(require_user_id(user_id))
+        with self._lock(user_id.upper()):
+            newest = self._newest(user_id)
+            if newest is None or not newest.ciphertext:
+                return False
+            ended: bool = getattr(self._login, "log_out", log_out)(self._decrypt(newest))
+            self.revoke_token(user_id)
+        return ended
 
     def cleanup_expired_tokens(self) -> int:
         """Erase the ciphertext of dead tokens; their history and audit stay.
@@ -257,179 +297,38 @@ class TokenStorage(Backend):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # The life cycle
+    def _refuse_another_kind(self, minted: Minted, now: datetime) -> None:
+        """Refuse what is not a living access token of that user, as far as the token itself tells."""
+        dies, issued, whose = jwt_expiry(minted.token), issued_at(minted.token), subject(minted.token)
+        if dies and dies <= now:
+            raise InvalidInput(f"This token of {minted.user_id} died at {dies.isoformat()}.")
+        if whose and not same_user(whose, minted.user_id):
+            raise InvalidInput(f"This token does not belong to {minted.user_id}, but to another user.")
+        if issued and issued > now + self._policy.margin:
+            raise InvalidInput("This token was issued in the future. Check this machine's clock.")
+        if dies and dies > self._policy.next_death(now):
+            raise InvalidInput(
+                "This token lives longer than an access token can. It is of another kind: an extended or an analytics "
+                "token only reads, a sandbox token trades nowhere."
+            )
 
-    def _log_in(self, user_id: str | None, *, keep_living: bool) -> TokenResult:
-        with self._lock(user_id or f"{ACCOUNT_LOCK}{getattr(self._login, 'account', None) or 'default'}"):
-            if user_id is None and (known := self._declared_user() or (self._user_seen() if keep_living else None)):
-                return self._log_in(known, keep_living=keep_living)
-            now = self._now()
-            if user_id and keep_living and (found := self._find(user_id, self._policy.worth_keeping(now), now)):
-                return self._hand_out(found)
-            _ = self._ring  # A missing key has to show before a login is spent ...
-            generation = self._generation(user_id) if user_id else None
-            self._record(user_id, "login", now)  # ... and so has a database that takes no write.
-            minted = self._mint(user_id, now)
-            with _not_lost(minted):
-                if generation is not None:
-                    return self._save(minted, generation + 1, now)
-                # Nobody was named, so this was not under the user's lock: he may have been logged in meanwhile.
-                with self._lock(minted.user_id):
-                    newest = self._history(minted.user_id, 1, now)
-                    if newest and newest[0]["created_at"] > now.isoformat():
-                        raise LoginSuperseded(f"A newer login of {minted.user_id} is stored. Read its token.")
-                    return self._save(minted, self._generation(minted.user_id) + 1, now)
-
-    def _mint(self, user_id: str | None, now: datetime) -> _Minted:
-        logger.info("Logging %s in", user_id or "the default account")
-        try:
-            minted = _wrap(self._login(user_id))
-            if user_id and minted.user_id != user_id:
-                raise LoginRefused(
-                    f"The login was asked for {user_id} and logged {minted.user_id} in. Nothing was stored; check "
-                    "which account these credentials belong to."
-                )
-            if self._policy.expires_at(minted.token, now) <= self._now():
-                raise LoginInterrupted(
-                    "The login gave a token that is dead already. Check this machine's clock, and try again."
-                )
-        except Exception as error:
-            logger.info("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
-            try:
-                self._record(user_id, "login_failed", self._now(), {"error": type(error).__name__})
-            except StorageError as unrecorded:  # The login's error matters more than its audit entry.
-                logger.warning("This is not in the audit trail: %s", unrecorded)
-            raise
-        return minted
-
-    def _save(self, minted: _Minted, generation: int, now: datetime) -> TokenResult:
-        token = StoredToken(
-            user_id=minted.user_id,
-            ciphertext="",
-            key_id="",
-            generation=generation,
-            created_at=now,
-            # By the clock from before the login: one that ran past 03:30 may have given a token of either day.
-            expires_at=self._policy.expires_at(minted.token, now),
-            account=getattr(self._login, "account", None),
-            **minted.profile,
-        )
-        token = self._encrypt(minted.token, token)
-        token.token_id = self._insert(token)
-        self._seen_user = minted.user_id
-        logger.info("Stored token %s of %s", token.token_id, token.user_id)
-        return _result(minted.token, token)
-
-    def _hand_out(self, found: StoredToken) -> TokenResult:
-        return _result(self._decrypt(found), found)
-
-    def _declared_user(self) -> str | None:
-        """Whom the login logs in where nobody is named: it says so, or its account has logged in here before."""
-        declared: str | None = getattr(self._login, "user_id", None)
-        account: str | None = getattr(self._login, "account", None)
-        return declared or (self._user_of_account(account) if account else None)
-
-    def _user_seen(self) -> str | None:
-        """Whom a login that tells no account logged in last; one that tells its account may have changed it since."""
-        return None if getattr(self._login, "account", None) else self._seen_user
-
-    def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
-        binding = Binding(token.user_id, token.expires_at, token.generation, self._kind)
-        ciphertext = self._ring.encrypt(secret, binding)
-        return replace(token, ciphertext=ciphertext, key_id=self._ring.key_ids[0])
-
-    def _decrypt(self, token: StoredToken, kind: str | None = None) -> Secret:
-        """The token; `kind` is that of the store it comes from, where that is another one."""
-        binding = Binding(token.user_id, token.expires_at, token.generation, kind or self._kind)
-        try:
-            return self._ring.decrypt(token.ciphertext, binding)
-        except KeyUnavailable as error:
-            # A program that runs for long learns here of a key that was added meanwhile.
-            logger.info("Asking for the keys again: %s is not among them", error.key_id)
-            self._key_ring = None
-            return self._ring.decrypt(token.ciphertext, binding)
-
-    @property
-    def _ring(self) -> KeyRing:
-        # Made when first needed: history, audit and cleanup work without any key.
-        if (ring := self._key_ring) is None:
-            ring = self._key_ring = self._keys() if callable(self._keys) else self._keys
-        return ring
-
-    def _now(self) -> datetime:
-        """The present in UTC, in whole seconds, as all stores can keep it."""
-        return require_aware(self._clock(), "What the clock gives").replace(microsecond=0)
-
-    @property
-    def _actor(self) -> str:
-        return self._named_actor or f"{_user_and_host()}:{os.getpid()}"
+    def _replace_token(self, user_id: str) -> TokenResult:
+        """For a batch: log in whatever is stored, but not past a refusal, as `store_token` does."""
+        return self._log_in(check_user_id(user_id), Wish(replace=True))
 
 
-class _Minted(NamedTuple):
-    """What a login gave: the token wrapped, the rest as fields of `StoredToken`."""
+def _refused(token: str | Secret | Mapping[str, Any]) -> Secret:
+    """The refused token as a Secret.
 
-    user_id: str
-    token: Secret
-    profile: dict[str, Any]
-
-
-def _wrap(data: AccessTokenData) -> _Minted:
-    from upstox_totp.models import AccessTokenData
-
-    if not isinstance(data, AccessTokenData):
-        kind = type(data).__name__
-        del data  # A traceback that prints local variables must not show it.
-        raise LoginRefused(f"The login returned {kind}, not the SDK's AccessTokenData (its response's .data).")
-    if not data.access_token or not USER_ID.fullmatch(data.user_id):
-        del data
-        raise LoginInterrupted("The login returned no token or no usable user id. Try again.")
-    return _Minted(
-        data.user_id,
-        Secret(data.access_token),
-        {
-            "user_name": data.user_name,
-            "email": data.email,
-            "broker": data.broker,
-            "user_type": data.user_type,
-            "products": data.products,
-            "exchanges": data.exchanges,
-            "metadata": {"is_active_user": data.is_active, "generation_method": "upstox_totp_sdk"},
-        },
-    )
-
-
-@contextlib.contextmanager
-def _not_lost(minted: _Minted) -> Iterator[None]:
-    """Whatever fails in here, such as a name that this database cannot hold: the token lives, and must not be lost."""
-    try:
-        yield
-    except LoginSuperseded:
-        raise
-    except Exception as error:
-        reason = error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}.")
-        raise TokenNotStored(minted.token, minted.user_id, reason) from error
-
-
-def _result(secret: Secret, token: StoredToken) -> TokenResult:
-    return TokenResult(
-        secret,
-        {
-            "user_id": token.user_id,
-            "user_name": token.user_name,
-            "email": token.email,
-            "token_id": token.token_id,
-            "created_at": token.created_at,
-            "expires_at": token.expires_at,
-            "usage_count": token.usage_count,
-            **({"source": token.source} if token.source else {}),
-        },
-    )
-
-
-@functools.cache
-def _user_and_host() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # A container may run under a user id that has no name.
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+    Raises:
+        InvalidInput: it is neither text nor a result.
+    """
+    if isinstance(token, Mapping):
+        token = token.get("token") or token.get("access_token") or ""
+    if isinstance(token, Secret):
+        return token
+    text, kind = (token.strip(), "") if isinstance(token, str) else ("", type(token).__name__)
+    del token
+    if not text:
+        raise InvalidInput(f"refused_token is the text of the token that was refused, or a result. {kind}".strip())
+    return Secret(text)

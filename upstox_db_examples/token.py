@@ -154,8 +154,13 @@ class ExpiryPolicy:
         return death.astimezone(UTC)
 
     def expires_at(self, token: Secret, now: datetime) -> datetime:
-        """When this token dies: the earlier of the 03:30 rule and its own `exp`, if it has a readable one; UTC."""
-        own, rule = jwt_expiry(token), self.next_death(now)
+        """When this token dies: the earlier of its own `exp` and of 03:30 after it was issued; UTC.
+
+        Args:
+            now: in place of the time of issue, where the token does not tell that. Its own is better: this machine's
+                clock may be a day behind, and would have the token die before it is used.
+        """
+        own, rule = jwt_expiry(token), self.next_death(issued_at(token) or now)
         return min(own, rule) if own else rule
 
     def worth_keeping(self, now: datetime) -> datetime:
@@ -167,15 +172,41 @@ class ExpiryPolicy:
         return min(now + self.margin, self.next_death(now) - timedelta(seconds=1))
 
 
-def jwt_expiry(token: Secret) -> datetime | None:
-    """The `exp` of a JWT in whole seconds, UTC; None for anything else.
+def jwt_claims(token: Secret) -> dict[str, Any]:
+    """What a JWT says of itself; empty for anything else.
 
-    The signature is not checked: the key is Upstox's, and a forged `exp` can only shorten the token's life here.
-    Upstox calls the token opaque, so not being able to read it is never an error.
+    The signature is not checked: the key is Upstox's. Upstox calls the token opaque, so a token that cannot be read is
+    never an error.
     """
     try:
         payload = token.reveal().split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
-        return datetime.fromtimestamp(int(claims["exp"]), UTC)
-    except (LookupError, ValueError, TypeError, OverflowError, OSError, RecursionError):
+    except (LookupError, ValueError, TypeError, RecursionError):
+        return {}
+    return claims if isinstance(claims, dict) else {}
+
+
+def jwt_expiry(token: Secret) -> datetime | None:
+    """The `exp` of a JWT in whole seconds, UTC; None for anything else.
+
+    It is not verified: a forged `exp` can only shorten the token's life here.
+    """
+    return _moment(jwt_claims(token).get("exp"))
+
+
+def issued_at(token: Secret) -> datetime | None:
+    """The `iat` of a JWT in whole seconds, UTC: when Upstox made it, by Upstox's clock. None for anything else."""
+    return _moment(jwt_claims(token).get("iat"))
+
+
+def subject(token: Secret) -> str | None:
+    """The `sub` of a JWT: the user id that it was made for, unverified. None for anything else."""
+    named = jwt_claims(token).get("sub")
+    return named if isinstance(named, str) else None
+
+
+def _moment(claim: Any) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(int(claim), UTC)
+    except (ValueError, TypeError, OverflowError, OSError):
         return None

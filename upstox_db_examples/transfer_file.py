@@ -91,9 +91,10 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
             header = _header(path, file.readline())
             digest.update(f"{header}\n".encode())
             key_id = header.split(", ")[3]
+            begins = tuple(f"{version}.{key_id}." for version in READABLE)
             for line in file:
                 # Else one wrong letter in a key's id would be taken for a key that is missing.
-                if not line.startswith(tuple(f"{version}.{key_id}." for version in READABLE)) or not line.endswith("\n"):
+                if not line.startswith(begins) or not line.endswith("\n"):
                     raise damaged
                 if previous is not None:
                     part = _loaded(_opened(ring, previous, header, number))

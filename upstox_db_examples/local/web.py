@@ -15,11 +15,12 @@ from threading import Thread
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-type Shown = defaultdict[str, Any]  # What a request shows: query, fields, session, bearer. What it lacks is "".
+# What a request shows: query, fields, body (the whole JSON object), session, bearer, x-api-key. What it lacks is "".
+type Shown = defaultdict[str, Any]
 
 
 class Answer(Exception):
-    """A page (str) or JSON. Returned, or raised where the answer is no."""
+    """A page (str) or JSON. Returned, or raised where the answer is no. A Content-Type in `headers` goes first."""
 
     def __init__(self, body: str | dict[str, Any], status: int = 200, **headers: str) -> None:
         self.body, self.status, self.headers = body, status, headers
@@ -41,22 +42,30 @@ class _Handler(BaseHTTPRequestHandler):
         shown |= _fields(self.headers.get_content_type(), body)
         shown["session"] = session.value if session else ""
         shown["bearer"] = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        answer = self.server.answer(f"{self.command} {url.path}", shown)
+        shown["x-api-key"] = self.headers.get("x-api-key", "")
+        try:
+            answer = self.server.answer(f"{self.command} {url.path}", shown)
+        except Exception:
+            self._hang_up()
+            raise
         if answer is HANG_UP:
-            # Half an answer, because curl silently sends a request again whose connection ends without a byte.
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
-            self.close_connection = True
+            self._hang_up()
             return
         is_page = isinstance(answer.body, str)
-        content = str(answer.body) if is_page else json.dumps(answer.body)
-        self.send_response(answer.status)
+        content = (str(answer.body) if is_page else json.dumps(answer.body)).encode()
         # The SDK compares the type with ==: with a charset behind it, it would not read the body as JSON.
-        self.send_header("Content-Type", "text/html" if is_page else "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in answer.headers.items():
+        headers = {"Content-Type": "text/html" if is_page else "application/json"} | answer.headers
+        self.send_response(answer.status)
+        for name, value in headers.items():
             self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content.encode())
+        self.wfile.write(content)
+
+    def _hang_up(self) -> None:
+        """Send half an answer, because curl silently repeats a request whose connection ends without a byte."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
+        self.close_connection = True
 
     do_GET = do_POST = do_DELETE = _serve
 
@@ -64,15 +73,19 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-def _fields(content_type: str, body: bytes) -> dict[str, Any]:
-    """The fields of a form, or of the `data` of JSON."""
+def _fields(content_type: str, sent: bytes) -> dict[str, Any]:
+    """The fields of a form or of the `data` of a JSON object, and as `body` the whole JSON object."""
     if content_type == "application/x-www-form-urlencoded":
-        return dict(parse_qsl(body.decode(errors="replace")))
+        return dict(parse_qsl(sent.decode(errors="replace"))) | {"body": {}}
     try:
-        data = dict(json.loads(body)["data"])
-    except (ValueError, LookupError, TypeError):
-        return {}  # Each step refuses who does not show what it asks for.
-    return {name: value for name, value in data.items() if isinstance(value, str | bool)}
+        body = json.loads(sent) if content_type == "application/json" else None
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        return {"body": {}}  # Each step refuses a request without the fields that it needs.
+    data = body.get("data")
+    fields = data.items() if isinstance(data, dict) else ()
+    return {name: value for name, value in fields if isinstance(value, str | bool)} | {"body": body}
 
 
 class WebServer(ThreadingTCPServer):  # http.server's own would look up the machine's name, which can take seconds.

@@ -1,0 +1,297 @@
+"""What a login gave: whose token it is, the token itself, and whatever else is known.
+
+Only `access_token` and `user_id` are needed. Real answers differ from account to account: fields are missing, null or
+new. A profile field must never cost a token, because the login that made it has already killed the earlier one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from .checks import USER_ID
+from .errors import LoginError, LoginInterrupted, LoginRefused
+from .token import Secret, subject
+
+TEXTS = ("user_name", "email", "broker", "user_type")
+LISTS = ("products", "exchanges", "order_types")
+FLAGS = ("poa", "ddpi", "is_active")
+EXPECTED = ("user_id", *TEXTS, *LISTS, *FLAGS)
+
+# Known fields that are no part of the profile: of the answer itself, of its envelope, of the payload that Upstox sends
+# to a notifier URL, and of this package's own results.
+NOT_PROFILE = {
+    *("access_token", "extended_token"),
+    *("success", "status", "data", "error", "errors"),
+    *("client_id", "token_type", "expires_at", "issued_at", "message_type"),
+    *("token", "token_id", "created_at", "usage_count", "last_used_at", "source", "metadata"),
+}
+
+MOST_NAMES = 20  # of a kind, in one audit entry
+MOST_PARTS = 10_000  # of an odd answer, in the search for a token
+
+# [A-Za-z0-9_-] and not \w, which would take letters of other alphabets for parts of a token.
+_JWT = r"eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+"
+_LABELLED = re.compile(rf"access_token\W{{1,8}}({_JWT})")
+_ANY = re.compile(rf"({_JWT})")
+_EXTENDED = re.compile(r"extended_token\W{1,8}[\w.-]+")
+
+
+class Minted(NamedTuple):
+    """What a login gave: the token wrapped, the rest as fields of `StoredToken`.
+
+    Attributes:
+        odd_fields: names of fields that were not as expected, by what was wrong with them: "fields_missing",
+            "fields_null", "fields_of_another_type", "fields_unknown". Never values: this goes into an audit trail.
+    """
+
+    user_id: str
+    token: Secret
+    profile: dict[str, Any]
+    odd_fields: dict[str, list[str]]
+
+
+class LoginAnswer(Mapping[str, Any]):
+    """Upstox's answer to a login. Reads like a dict, and each field is also an attribute. Any display masks its tokens.
+
+    Earlier versions returned the SDK's AccessTokenData, so the fields have to be attributes. The class itself is not
+    used any more: it refuses an answer that lacks a field, and then the token is lost.
+    """
+
+    __slots__ = ("_fields", "_method")
+
+    def __init__(self, fields: Mapping[str, Any], method: str = "upstox_totp_sdk") -> None:
+        self._fields = {
+            name: Secret(value) if isinstance(value, str) and name.endswith("token") else value
+            for name, value in fields.items()
+        }
+        self._method = method
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._fields[name]
+        return value.reveal() if isinstance(value, Secret) else value
+
+    def __getattr__(self, name: str) -> Any:
+        # A name with an underscore is never a field: a half-made copy has no _fields and would look for it forever.
+        if not name.startswith("_") and name in self._fields:
+            return self[name]
+        raise AttributeError(f"Upstox's answer has no field {name}.", name=name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        return f"LoginAnswer({without_tokens(repr(self._fields))})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A login's answer is not pickled: anyone who reads the file would see its tokens.")
+
+
+def read_answer(answer: object) -> Minted:
+    """Whose token a login gave, the token, and the profile.
+
+    Args:
+        answer: a mapping (flat, or with the fields under "data"), the SDK's AccessTokenData or AccessTokenResponse, or
+            any object with the attributes access_token and user_id.
+
+    Raises:
+        LoginInterrupted: the answer names no user or has no token where it should be. If a token was found in it all
+            the same, `error.token` is that token.
+        LoginRefused: this is not an answer at all, so the login has to be mended. It may carry a token as well.
+    """
+    read = _read(answer)
+    del answer  # A traceback that prints local variables must not show it.
+    if isinstance(read, LoginError):
+        raise read
+    return read
+
+
+def fields_of(answer: object, depth: int = 3) -> dict[str, Any] | None:
+    """The fields of an answer in any of its forms, without its envelope; None if it is not an answer."""
+    fields = _flat(answer)
+    if fields is None or _token(fields.get("access_token")) or not depth:
+        return fields
+    inner = fields_of(fields.get("data"), depth - 1)
+    return inner if inner and "access_token" in inner else fields
+
+
+def find_token(answer: object, *, cut: bool = False) -> Secret | None:
+    """Something in an answer that looks like an access token; never the extended token.
+
+    Args:
+        cut: the answer broke off, so a token at its very end may lack its last characters and is not taken.
+    """
+    texts = list(_texts(answer))
+    for pattern in (_LABELLED, _ANY):
+        for text in texts:
+            # A JWT in a UTF-16 text that was read as UTF-8 has a NUL behind each character.
+            plain = _EXTENDED.sub("", text.replace("\0", ""))
+            found = pattern.search(plain)
+            if found and not (cut and found.end() == len(plain)):
+                return Secret(found[1])
+    return None
+
+
+def without_tokens(text: str) -> str:
+    """The text without anything that looks like a token."""
+    return re.sub(r"eyJ[\w.-]+", "…", text)
+
+
+def _read(answer: object) -> Minted | LoginError:
+    fields = fields_of(answer)
+    if fields is None:
+        return _no_answer(answer)
+    token = _token(fields.get("access_token"))
+    if token is None:
+        return _with_token(
+            LoginInterrupted(
+                "The login's answer has no text in access_token. Log in again; if it stays, mend the login: it must "
+                "return a mapping with access_token and user_id, or the SDK's AccessTokenData."
+            ),
+            find_token(answer),
+            fields.get("user_id"),
+        )
+    named = fields.get("user_id")
+    user_id = named.strip() if isinstance(named, str) else ""
+    if not USER_ID.fullmatch(user_id):
+        user_id = subject(token) or ""
+    if not USER_ID.fullmatch(user_id):
+        return _with_token(LoginInterrupted("The login gave a token and named no usable user id."), token)
+    profile: dict[str, Any] = {name: _text(fields.get(name)) for name in TEXTS}
+    profile |= {name: _list(fields.get(name)) or [] for name in ("products", "exchanges")}
+    active = fields.get("is_active")
+    method = answer._method if isinstance(answer, LoginAnswer) else "upstox_totp_sdk"
+    profile["metadata"] = {
+        "is_active_user": active if isinstance(active, bool) else None,
+        "generation_method": method,
+    }
+    return Minted(user_id, token, profile, _odd_fields(fields, token))
+
+
+def _no_answer(answer: object) -> LoginError:
+    says = (
+        f"The login returned {type(answer).__name__}. It must return the SDK's AccessTokenData (its response's .data) "
+        "or a mapping with access_token and user_id."
+    )
+    token = find_token(answer)
+    # A text comes from a server, so the next one may be different. Anything else is what the login's code returns.
+    error = LoginInterrupted(says) if token and isinstance(answer, str | bytes) else LoginRefused(says)
+    error.token_may_exist = True  # It may have logged in and not returned the answer.
+    return _with_token(error, token)
+
+
+def _with_token(error: LoginError, token: Secret | None, named: object = None) -> LoginError:
+    error.token_may_exist = True
+    if token:
+        error.token = token
+        whose = (user for user in (named, subject(token)) if isinstance(user, str) and USER_ID.fullmatch(user))
+        error.user_id = next(whose, None)
+        error.args = (f"{error} The token is in this error: error.token.reveal().",)
+    return error
+
+
+def _flat(answer: object) -> dict[str, Any] | None:
+    if isinstance(answer, Mapping):
+        try:
+            return {name: answer[name] for name in answer if isinstance(name, str)}
+        except Exception:  # A mapping of somebody's own may fail in any way, and must not cost a token.
+            return {}
+    own = [name for name in getattr(answer, "__dict__", ()) if isinstance(name, str) and not name.startswith("_")]
+    fields = {}
+    for name in dict.fromkeys([*own, *EXPECTED, *NOT_PROFILE]):
+        with contextlib.suppress(Exception):  # A property of somebody's own may fail in any way.
+            fields[name] = getattr(answer, name)
+    if isinstance(answer, type) or not ("access_token" in fields or {"success", "data"} <= fields.keys()):
+        return None
+    return fields
+
+
+def _token(value: object) -> Secret | None:
+    plain = (value.reveal() if isinstance(value, Secret) else value if isinstance(value, str) else "").strip()
+    return Secret(plain) if plain else None
+
+
+def _text(value: object) -> str | None:
+    """The value if it is a text that every database can hold and that shows no token."""
+    if not isinstance(value, str) or "\0" in value or _ANY.search(value):
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # Half of a surrogate pair, which JSON can express and UTF-8 cannot.
+        return None
+    return value
+
+
+def _list(value: object) -> list[str] | None:
+    if not isinstance(value, list | tuple) or any(_text(item) is None for item in value):
+        return None
+    return list(value)
+
+
+def _odd_fields(fields: Mapping[str, Any], token: Secret) -> dict[str, list[str]]:
+    missing = [name for name in EXPECTED if name not in fields]
+    null = [name for name in EXPECTED if name in fields and fields[name] is None]
+    right: dict[str, Any] = dict.fromkeys(TEXTS, _text) | dict.fromkeys(LISTS, _list)
+    right |= dict.fromkeys(FLAGS, lambda value: value if isinstance(value, bool) else None)
+    right["user_id"] = lambda value: value if isinstance(value, str) and USER_ID.fullmatch(value.strip()) else None
+    other = [name for name in EXPECTED if fields.get(name) is not None and right[name](fields[name]) is None]
+    unknown = [name for name in fields if name not in EXPECTED and name not in NOT_PROFILE]
+    kinds = {
+        "fields_missing": missing,
+        "fields_null": null,
+        "fields_of_another_type": other,
+        "fields_unknown": unknown,
+    }
+    return {kind: _shown(names, token) for kind, names in kinds.items() if names}
+
+
+def _shown(names: list[str], token: Secret) -> list[str]:
+    """Names that can be shown, and one "…" for all others: a name comes from outside and may hold anything."""
+    plain = token.reveal()
+    safe = [
+        name
+        for name in names
+        if re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name) and "eyJ" not in name and not (len(name) >= 8 and name in plain)
+    ]
+    return safe[:MOST_NAMES] + ["…"] * (len(names) > len(safe[:MOST_NAMES]))
+
+
+def _texts(answer: object) -> Iterator[str]:
+    """Every text in an answer, but for what is under "extended_token"; access tokens first."""
+    waiting: list[Any] = [answer]
+    for _ in range(MOST_PARTS):
+        if not waiting:
+            return
+        part = waiting.pop()
+        if isinstance(part, Secret):
+            yield part.reveal()
+        elif isinstance(part, str):
+            yield part
+        elif isinstance(part, bytes | bytearray):
+            yield bytes(part).decode(errors="replace")
+        elif (fields := _flat(part)) is not None:
+            first = [fields.pop("access_token", None)]
+            fields.pop("extended_token", None)
+            waiting += [*fields, *fields.values(), *first]
+        elif isinstance(part, list | tuple | set | frozenset):
+            waiting += part
+        else:
+            yield from _shown_by(part)
+
+
+def _shown_by(part: object) -> Iterable[str]:
+    """What an object of an unknown class says: an HTTP response its text, an exception its words."""
+    texts = []
+    for tell in (lambda: getattr(part, "text", None), lambda: str(part)):
+        try:
+            text = tell()
+        except Exception:  # It is somebody else's code.
+            text = None
+        if isinstance(text, str):
+            texts.append(text)
+    return texts

@@ -1,0 +1,122 @@
+"""The commands of `upstox-db` that deal with a living token: token, login, renew, save, logout."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .cli import OpenStore, command, shown
+from .errors import InvalidInput, LoginSuperseded, StorageError, TokenNotStored
+from .token_file import read_token_file, write_token_file
+
+
+@command("token", "TOKEN=$(upstox-db token) || exit", "upstox-db token AB1234 --masked")
+@click.argument("user", required=False)
+@click.option("--masked", is_flag=True, help="Print whose it is and when it dies, and not the token.")
+@click.pass_obj
+def token(store: OpenStore, user: str | None, masked: bool) -> None:
+    """Print the living token; log in if there is none.
+
+    Nothing else is printed, so that a script can take it. USER is an Upstox user id such as AB1234; without it, the
+    account of the credentials.
+    """
+    if store.is_missing():
+        store.login.check(user)  # Before an empty database and a key are made for nothing.
+    opened = store(new=True)
+    try:
+        result = opened.get_or_create_token(user)
+        click.echo(shown(result) if masked else result["token"])
+    except TokenNotStored as error:
+        if masked:
+            rescue(opened, error)
+        print_unsaved(error)
+
+
+@command("login", "upstox-db login --keep", "upstox-db --accounts accounts.toml login AB1234")
+@click.argument("user", required=False)
+@click.option("--keep", is_flag=True, help="Do not log in if there is a living token, or after a refusal.")
+@click.pass_obj
+def login(store: OpenStore, user: str | None, keep: bool) -> None:
+    """Log in and keep the new token.
+
+    The user's earlier token dies by that. USER is an Upstox user id such as AB1234; without it, the account of the
+    credentials. A token that the store does not take is written into an encrypted file; see upstox-db save.
+    """
+    if not keep or store.is_missing():
+        store.login.check(user)
+    opened = store(new=True)
+    try:
+        click.echo(shown(opened.get_or_create_token(user) if keep else opened.store_token(user)))
+    except StorageError as error:
+        rescue(opened, error)
+
+
+@command("renew", 'TOKEN=$(printf %s "$TOKEN" | upstox-db renew AB1234) || exit')
+@click.argument("user")
+@click.pass_obj
+def renew(store: OpenStore, user: str) -> None:
+    """Print another token than the one that Upstox has refused.
+
+    Give the refused token (401, UDAPI100050) on standard input. If a newer one is stored, that is printed; otherwise
+    this logs in. USER is an Upstox user id such as AB1234.
+    """
+    refused = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read(10_000).strip()
+    if not refused:
+        raise InvalidInput('Give the refused token on standard input: printf %s "$TOKEN" | upstox-db renew USER')
+    try:
+        click.echo(store().renew_token(user, refused)["token"])
+    except TokenNotStored as error:
+        print_unsaved(error)
+
+
+@command("save", "upstox-db save ~/.config/upstox_db_examples/unsaved-AB1234-1f2e3d4c.token")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--verify", is_flag=True, help="Ask Upstox first whether the token lives.")
+@click.pass_obj
+def save(store: OpenStore, file: Path, verify: bool) -> None:
+    """Store the token of a FILE that upstox-db login has written, and remove the file.
+
+    A token that Upstox issued later stays, whatever comes first.
+    """
+    opened = store(new=True)
+    click.echo(shown(opened.save_token(read_token_file(file, opened._ring), verify=verify)))
+    file.unlink()
+
+
+@command("logout", "upstox-db logout AB1234")
+@click.argument("user")
+@click.pass_obj
+def logout(store: OpenStore, user: str) -> None:
+    """End a user's token, at Upstox and here: for a token that has leaked.
+
+    USER is an Upstox user id such as AB1234.
+    """
+    ended = store().log_out(user)
+    click.echo(f"{user}: logged out at Upstox." if ended else f"{user}: Upstox knew no such token, or none was stored.")
+
+
+def rescue(store: Any, error: StorageError) -> None:
+    """Put the token that is in this error into a file; raise the error, which then says where.
+
+    Raises:
+        StorageError: always.
+    """
+    if error.token is None or isinstance(error, LoginSuperseded):  # A later token is stored than a superseded one.
+        raise error
+    file = write_token_file(error.token, error.user_id, store._ring)
+    reason = error.__cause__ if isinstance(error, TokenNotStored) else error
+    whose = error.user_id or "an unnamed user"
+    error.args = (
+        f"Logged in as {whose}, but the token could not be stored: {reason} It is in {file}, encrypted under the "
+        f"store's key. When that is mended, run: upstox-db save {file}",
+    )
+    raise error
+
+
+def print_unsaved(error: TokenNotStored) -> None:
+    """It lives, and nobody else has it; a script that waits for a token can use it."""
+    click.echo(error.token.reveal())
+    click.echo(f"Not stored, so the next call logs in again: {error.__cause__}", err=True)

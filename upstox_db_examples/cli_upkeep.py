@@ -1,0 +1,181 @@
+"""The commands of `upstox-db` that look at a store and look after it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+import upstox_db_examples as package
+
+from .cli import TRY_AGAIN, OpenStore, command, opened
+from .errors import InvalidInput
+
+
+def limit(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option("--limit", metavar="N", default=default, show_default=True, help="How many at the most.")
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@command("init", "upstox-db init", "upstox-db init --runtime-role upstox_app")
+@click.option(
+    "--runtime-role",
+    metavar="ROLE",
+    help="Let this role store and read tokens, and nothing more. PostgreSQL (which has the role) and MongoDB.",
+)
+@click.pass_obj
+def init(store: OpenStore, runtime_role: str | None) -> None:
+    """Make the tables, or bring those of an older version forward.
+
+    Run it as their owner. Programs that run as a runtime role cannot do it themselves.
+    """
+    opened = store(new=True)
+    if runtime_role:
+        cast(Any, opened).init_database(runtime_role)
+    click.echo(
+        f"{opened!r} is up to date" + (f", and {runtime_role} may store and read tokens." if runtime_role else ".")
+    )
+
+
+@command("status", "upstox-db status", "upstox-db status --json")
+@as_json
+@click.pass_context
+def status(ctx: click.Context, as_json: bool) -> None:
+    """Say of each database whether it answers.
+
+    It ends with 1 if one does not.
+    """
+    found = ctx.obj().get_storage_status()
+    click.echo(json.dumps(found) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    if any(str(value).startswith("error") for value in found.values()):
+        ctx.exit(TRY_AGAIN)
+
+
+@command("history", "upstox-db history AB1234", "upstox-db history AB1234 --limit 100 --json")
+@click.argument("user")
+@limit(10)
+@as_json
+@click.pass_obj
+def history(store: Any, user: str, limit: int, as_json: bool) -> None:
+    """List a user's tokens, the newest first.
+
+    When each was made and when it dies, whether it is active, how often it was used; never the token itself. USER is
+    an Upstox user id such as AB1234.
+    """
+    table(store().get_token_history(user, limit), ("created_at", "expires_at", "is_active", "usage_count"), as_json)
+
+
+@command("audit", "upstox-db audit AB1234", "upstox-db audit AB1234 --limit 1000 --json")
+@click.argument("user")
+@limit(50)
+@as_json
+@click.pass_obj
+def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
+    """List what was done to a user's tokens.
+
+    When, what and by whom, the newest first. USER is an Upstox user id such as AB1234.
+    """
+    table(store().get_audit_trail(user, limit), ("performed_at", "action", "actor", "token_id"), as_json)
+
+
+@command("cleanup", "upstox-db cleanup", "upstox-db cleanup --audit-days 365")
+@click.option(
+    "--audit-days", metavar="N", type=click.IntRange(0, 36_500), help="Delete audit entries older than N days, too."
+)
+@click.pass_obj
+def cleanup(store: Any, audit_days: int | None) -> None:
+    """Erase the ciphertexts of dead tokens.
+
+    Their history stays, and so does the audit trail without --audit-days.
+    """
+    open_store = store()
+    click.echo(f"Erased: {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
+    if audit_days is not None:
+        click.echo(f"Deleted: {entries(open_store.cleanup_old_audit_entries(audit_days))}.")
+
+
+@command("rotate-keys", "upstox-db rotate-keys")
+@click.pass_obj
+def rotate_keys(store: Any) -> None:
+    """Encrypt again what is not under the first key.
+
+    The keys are those of UPSTOX_DB_KEYS, or of the key file. Give every program a new key behind the old ones, then in
+    front of them, then run this. A key that is no longer in use can go when no backup needs it.
+    """
+    open_store = store()
+    again = many(open_store.rotate_keys(), "token")
+    click.echo(f"Encrypted again: {again}. In use: {', '.join(open_store.keys_in_use())}")
+
+
+@command("backup", "upstox-db backup upstox.export")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.pass_obj
+def backup(store: Any, file: str) -> None:
+    """Write all that is kept into an encrypted FILE.
+
+    It needs the store's key to be read, so keep that somewhere else. An earlier backup of that name is replaced when
+    the new one is whole, and never by one without tokens.
+    """
+    open_store = store()
+    if Path(file).exists() and not any(map(open_store._tokens_of, open_store._users())):
+        raise InvalidInput(
+            f"{file} is there already, and this store has no token to put in its place. Check --store and "
+            "UPSTOX_DB_STORE, or name another file."
+        )
+    click.echo(counted(package.export_tokens(open_store, file, progress=sys.stderr.isatty())))
+
+
+@command("restore", "upstox-db --store restored.db restore upstox.export")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.pass_obj
+def restore(store: Any, file: str) -> None:
+    """Bring the FILE of a backup into the store.
+
+    What is there already stays. It needs the key that the backup was made with, and can be run again.
+    """
+    click.echo(counted(package.import_tokens(store(new=True), file, progress=sys.stderr.isatty())))
+
+
+@command(
+    "migrate",
+    "upstox-db --store upstox.db migrate moved.db",
+    "UPSTOX_DB_TARGET=postgresql://user:password@host/name upstox-db migrate",
+)
+@click.argument("target", envvar="UPSTOX_DB_TARGET")
+@click.pass_context
+def migrate(ctx: click.Context, target: str) -> None:
+    """Bring all that is kept into another store.
+
+    TARGET is an address as --store takes it, or is in UPSTOX_DB_TARGET. Stop the programs that use the store first. At
+    the end the two are compared.
+    """
+    source, other = ctx.obj(), ctx.with_resource(opened(target, new=True))
+    click.echo(counted(package.migrate(source, other, progress=sys.stderr.isatty())))
+
+
+def counted(counts: package.Counts) -> str:
+    return f"{many(counts.users, 'user')}, {many(counts.tokens, 'token')}, {entries(counts.audit_entries)}."
+
+
+def entries(number: int) -> str:
+    return many(number, "audit entry", "audit entries")
+
+
+def many(number: int, one: str, more: str | None = None) -> str:
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
+
+
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    lines = [columns, *(tuple("" if row[name] is None else str(row[name]) for name in columns) for row in rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(columns))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

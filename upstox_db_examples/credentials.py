@@ -1,0 +1,140 @@
+"""What Upstox asks for in a login, checked before a request is spent."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+from .answer import without_tokens
+from .errors import LoginRefused
+from .token import Secret
+
+FIELDS = ("username", "password", "pin_code", "totp_secret", "client_id", "client_secret", "redirect_uri")
+TOTP_FIELDS = ("client_id", "pin_code", "totp_secret")
+SHORTEST_TOTP_SECRET = 112  # bits; the SDK refuses a shorter one only after an OTP request was spent
+
+
+class Credentials:
+    """What the SDK's login takes. Shows nothing of itself.
+
+    Args:
+        values: the SDK's words as keys: username (the mobile number), password, pin_code, totp_secret, client_id,
+            client_secret, redirect_uri.
+
+    Raises:
+        LoginRefused: something is missing or cannot be right; it says what, not what it was.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = FIELDS
+    kind: ClassVar[str] = "sdk"
+
+    def __init__(self, values: Mapping[str, str | Secret]) -> None:
+        values = wrapped(values)
+        if unknown := sorted(set(values) - set(self.fields)):
+            raise LoginRefused(f"Unknown credentials: {', '.join(unknown)}. Known are: {', '.join(self.fields)}.")
+        self._values = {name: as_secret(values.get(name, "")) for name in self.fields}
+        if problems := self._problems():
+            raise LoginRefused(f"The login cannot work; no request was made: {'; '.join(problems)}.")
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """From UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and so on, one for each field."""
+        return cls({name: os.environ.get(f"UPSTOX_{name.upper()}", "") for name in cls.fields})
+
+    def __getitem__(self, name: str) -> Secret:
+        return self._values[name]
+
+    def revealed(self) -> dict[str, str]:
+        """The plain values, as the SDK's client takes them."""
+        return {name: secret.reveal() for name, secret in self._values.items()}
+
+    def fingerprint(self) -> str:
+        """The same for the same account, and nothing to guess a mobile number from: the client id is random."""
+        plain = f"{self._values['client_id'].reveal()}/{self._values['username'].reveal()}"
+        return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+    def digest(self) -> str:
+        """Another one whenever any of the credentials has changed.
+
+        Keep it encrypted: the PIN has few digits, so anyone who knows the rest could guess it from this.
+        """
+        digest = hashlib.sha256()
+        for text in (self.kind, *(self._values[name].reveal() for name in self.fields)):
+            # With its length in front, so that no two sets of values make the same bytes.
+            digest.update(len(text.encode()).to_bytes(8, "big") + text.encode())
+        return digest.hexdigest()
+
+    def redact(self, text: str) -> str:
+        """The text without any of these values, and without anything that looks like a token."""
+        for secret in self._values.values():
+            plain = secret.reveal()
+            # The SDK sends the PIN in base64, so an answer may repeat it that way.
+            for form in (plain, base64.b64encode(plain.encode()).decode()):
+                text = text.replace(form, "…")
+        return without_tokens(text)
+
+    def _problems(self) -> list[str]:
+        if missing := self._missing():
+            return missing
+        plain, problems = self.revealed(), self._problems_of_pin_and_totp()
+        if not re.fullmatch(r"[0-9]{10}", plain["username"]):
+            problems.insert(0, "username is not a mobile number of 10 digits")
+        if not re.match(r"https?:", plain["redirect_uri"], re.IGNORECASE):
+            problems.append("redirect_uri is not a URL")
+        # The SDK puts these three into a form without encoding them, and sends something else than was meant.
+        problems += [
+            f"{name} holds one of & + %, which the SDK does not send rightly"
+            for name in ("client_id", "client_secret", "redirect_uri")
+            if re.search(r"[&+%]", plain[name])
+        ]
+        return problems
+
+    def _missing(self) -> list[str]:
+        missing = [f"UPSTOX_{name.upper()} ({name})" for name in self.fields if not self._values[name].reveal()]
+        return [f"{', '.join(missing)} not set"] if missing else []
+
+    def _problems_of_pin_and_totp(self) -> list[str]:
+        plain, problems = self.revealed(), []
+        if not re.fullmatch(r"[0-9]{4,8}", plain["pin_code"]):
+            problems.append("pin_code is not a PIN of digits")
+        try:
+            padding = "=" * (-len(plain["totp_secret"]) % 8)
+            bits = 8 * len(base64.b32decode(plain["totp_secret"] + padding, casefold=True))
+        except ValueError:  # Not base32, or not even ASCII.
+            problems.append("totp_secret is not base32: only A-Z and 2-7, no spaces")
+        else:
+            if bits < SHORTEST_TOTP_SECRET:
+                problems.append(f"totp_secret is cut off: it has {bits} bits of at least {SHORTEST_TOTP_SECRET}")
+        return problems
+
+
+class TotpCredentials(Credentials):
+    """What the one-call login takes: client_id, pin_code, totp_secret."""
+
+    fields = TOTP_FIELDS
+    kind = "totp"
+
+    def fingerprint(self) -> str:
+        """The same for the same app, and never that of `Credentials`, which is made of other values."""
+        return "totp-" + hashlib.sha256(self._values["client_id"].reveal().encode()).hexdigest()[:16]
+
+    def _problems(self) -> list[str]:
+        if missing := self._missing():
+            return missing
+        problems = self._problems_of_pin_and_totp()
+        if not re.fullmatch(r"[!-~]+", self._values["client_id"].reveal()):
+            problems.append("client_id does not fit into a header: only ASCII without spaces")
+        return problems
+
+
+def wrapped(values: object) -> dict[str, str | Secret]:
+    """Each value as a Secret: callers overwrite their own name with it, so that a traceback shows no value."""
+    return {str(name): as_secret(value) for name, value in values.items()} if isinstance(values, Mapping) else {}
+
+
+def as_secret(value: object) -> Secret:
+    return value if isinstance(value, Secret) else Secret(str(value).strip())

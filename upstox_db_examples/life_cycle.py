@@ -1,0 +1,489 @@
+"""The life cycle that all five stores share: find -> lock -> find again -> log in -> save.
+
+A store supplies what only its database can do: see backend.py.
+
+A login at Upstox kills the user's earlier token. From then on two things must be true whatever happens: the new token
+is in the store or in the error that is raised, and the earlier one is not handed out. So the stored token is marked
+before the login, nobody trusts a mark whose login is over, and a save is tried once more before it is given up.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import hmac
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, TypedDict, Unpack
+
+from .answer import Minted, read_answer
+from .backend import ACCOUNT_LOCK, Backend
+from .checks import require_aware, require_positive
+from .cipher import Binding, KeyRing, KeySource
+from .errors import (
+    KeyUnavailable,
+    LoginError,
+    LoginInterrupted,
+    LoginLimited,
+    LoginRefused,
+    LoginSuperseded,
+    StorageError,
+    StoreUnavailable,
+    TokenNotStored,
+    TokenRefused,
+)
+from .interrupts import PutOff
+from .login import FIX_CODES, Login, SdkLogin
+from .notes import Applicant, Notes
+from .token import ExpiryPolicy, Secret, StoredToken, TokenResult, issued_at
+
+logger = logging.getLogger(__name__)
+
+PROCESS = uuid.uuid4().hex  # in the audit entry of each login; a forked child shares it, as it shares the pace
+
+
+class Options(TypedDict, total=False):
+    """What every store takes, by keyword.
+
+    Attributes:
+        login: who logs in; `SdkLogin()` by default. Called only when a login is due.
+        keys: a `KeyRing`, or a callable that gives one (a vault, a KMS); `KeyRing.default()` by default.
+        clock: gives the present as an aware datetime; tests and notebooks set it.
+        actor: who acts, in the audit trail; `user@host:pid` by default.
+        policy: when tokens die.
+        login_wait: how long to wait for another caller's login of the same user, in seconds; 60 by default.
+        renew_pause: how long after `renew_token` has logged a user in it does not do so again, in seconds; 600 by
+            default.
+    """
+
+    login: Login
+    keys: KeySource
+    clock: Callable[[], datetime]
+    actor: str
+    policy: ExpiryPolicy
+    login_wait: float
+    renew_pause: float
+
+
+class Wish(NamedTuple):
+    """What a caller wants of a login.
+
+    Attributes:
+        deliberate: a person wants it, whatever is stored and whatever was refused before.
+        replace: log in whatever is stored.
+        refused: the token that Upstox has refused; a login is due only while that one is stored.
+    """
+
+    deliberate: bool = False
+    replace: bool = False
+    refused: Secret | None = None
+
+
+class LifeCycle(Backend):
+    """What happens between a caller who wants a token and a database that may have one."""
+
+    def __init__(self, **options: Unpack[Options]) -> None:
+        if unknown := sorted(set(options) - Options.__annotations__.keys()):
+            raise TypeError(f"{type(self).__name__} does not know {', '.join(unknown)}.")
+        self._login: Login = options.get("login") or SdkLogin()
+        self._keys = options.get("keys") or KeyRing.default
+        self._clock = options.get("clock") or functools.partial(datetime.now, UTC)
+        self._named_actor = options.get("actor")
+        self._policy = options.get("policy") or ExpiryPolicy()
+        self._login_wait = options.get("login_wait", 60.0)
+        require_positive("login_wait", self._login_wait)
+        self._renew_pause = options.get("renew_pause", 600.0)
+        require_positive("renew_pause", self._renew_pause)
+        self._key_ring: KeyRing | None = None
+        self._seen_user: str | None = None
+        self._user_of: dict[str, str] = {}  # an account is always the same user's
+        self._login_notes = Notes(self, lambda: self._ring, self._kind)
+
+    def _log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
+        user_id = user_id or self._known_user(guess=not wish.deliberate)
+        if user_id is None:
+            account = _account_of(self._login, None)
+            lock = f"{ACCOUNT_LOCK}{account or 'default'}"
+            with self._lock(lock):
+                # Somebody may have logged this account in meanwhile.
+                user_id = self._known_user(guess=not wish.deliberate)
+                if user_id is None:
+                    return self._log_in_locked(None, lock, wish)
+        user_id = self._known_as(user_id)
+        # In upper case, because two spellings of one user must not be two locks.
+        with self._lock(user_id.upper()):
+            return self._log_in_locked(user_id, user_id.upper(), wish)
+
+    def _log_in_locked(self, user_id: str | None, lock: str, wish: Wish) -> TokenResult:
+        if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, wish)):
+            return living
+        now, newest = self._now(), self._newest(user_id) if user_id else None
+        applicant = self._applicant(user_id)
+        refusal = self._refuse_before_a_request(user_id, wish, applicant)
+        if wish.refused and newest and newest.ciphertext and newest.expires_at > now:
+            self._refuse_to_renew_again(newest.user_id)
+        before = (newest.generation if newest else 0) if user_id else None
+        with PutOff() as put_off:
+            self._begin_login(user_id, lock, now, {"process": PROCESS})
+            logger.info("Logging %s in", user_id or "the default account")
+            try:
+                minted = read_answer(self._login(user_id))
+                self._refuse_a_dead_one(minted, now)
+            except BaseException as error:
+                self._failed(error, user_id, lock, applicant, put_off)
+                raise
+            return self._keep(minted, user_id, before, lock, now, wish, refusal)
+
+    def _living(self, user_id: str, wish: Wish) -> TokenResult | None:
+        """The user's token if no login is due. The caller holds the user's lock."""
+        if wish.refused and self._is_stored(user_id, wish.refused):
+            return None
+        now = self._now()
+        alive_after = self._policy.worth_keeping(now)
+        found = self._find_as_written(user_id, alive_after, now, locked=True)
+        if found is None and self._doubt_is_cleared(user_id, alive_after):
+            found = self._find_as_written(user_id, alive_after, now, locked=True)
+        return self._hand_out(found) if found else None
+
+    def _doubt_is_cleared(self, user_id: str, alive_after: datetime) -> bool:
+        """Whether Upstox says that the token which is in doubt lives. A login would kill it for nothing."""
+        token, owner_of = self._in_doubt(user_id), getattr(self._login, "owner_of", None)
+        if token is None or owner_of is None or token.expires_at <= alive_after:
+            return False
+        try:
+            owner = owner_of(self._decrypt(token))
+        except LoginError as error:
+            logger.info("Upstox could not be asked whether the token of %s lives: %s", user_id, error)
+            return False
+        if owner is None or not same_user(owner, user_id):
+            return False
+        self._clear_doubt(token)
+        logger.info("The token of %s lives, in spite of a login that came to no known end", user_id)
+        return True
+
+    def _refuse_before_a_request(self, user_id: str | None, wish: Wish, applicant: Applicant) -> str | None:
+        """All that can be refused without asking Upstox. A missing key shows here as well.
+
+        Returns:
+            the name of a note about a refusal that this login goes past.
+        """
+        if check := getattr(self._login, "check", None):
+            check(user_id)
+        known = self._user_of_account(_account_of(self._login, user_id))
+        if user_id and known and not same_user(known, user_id):
+            raise LoginRefused(f"These credentials log {known} in, not {user_id}. Use Accounts for several users.")
+        _ = self._ring
+        return self._login_notes.look(applicant, deliberate=wish.deliberate)
+
+    def _refuse_to_renew_again(self, user_id: str) -> None:
+        left = self._renew_pause - self._login_notes.since_renewal(user_id)
+        if left > 0:
+            raise LoginLimited(
+                f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and is refused again, so "
+                "another login would not help. Find out why Upstox says 401: a request from an unregistered IP gets "
+                "it, too. store_token() logs in all the same.",
+                retry_after=left,
+                account_only=True,
+            )
+
+    def _refuse_a_dead_one(self, minted: Minted, now: datetime) -> None:
+        if self._policy.expires_at(minted.token, now) <= self._now():
+            error = LoginInterrupted(
+                "The login gave a token that is dead already, by this machine's clock. Check that clock first. The "
+                "token is in this error: error.token.reveal()."
+            )
+            error.token, error.user_id = minted.token, minted.user_id
+            raise error
+
+    def _failed(
+        self, error: BaseException, user_id: str | None, lock: str, applicant: Applicant, put_off: PutOff
+    ) -> None:
+        """Write down that a login gave no token, or that nobody knows."""
+        may_exist = not put_off.before_a_token
+        if isinstance(error, StorageError):
+            may_exist = isinstance(error, LoginError) and error.token_may_exist
+        logger.info("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
+        details = {"error": type(error).__name__} | ({"token_may_exist": True} if may_exist else {})
+        try:
+            self._end_login(lock, in_doubt=may_exist)
+            self._record(user_id, "login_failed", self._now(), details)
+            self._login_notes.failed(applicant, error, frozenset(FIX_CODES))
+        except StorageError as unrecorded:  # The login's own error matters more.
+            logger.warning("This failure is not written down in the store: %s", unrecorded)
+
+    def _keep(
+        self,
+        minted: Minted,
+        user_id: str | None,
+        before: int | None,
+        lock: str,
+        now: datetime,
+        wish: Wish,
+        refusal: str | None,
+    ) -> TokenResult:
+        """Store the token that Upstox has made, whatever happens: nobody else has it, and the earlier one is dead."""
+        as_asked = user_id is not None and same_user(user_id, minted.user_id)
+        interrupt: BaseException | None = None
+        for last in (False, True):
+            try:
+                result = self._save(minted, before if as_asked else None, now, "created")
+                break
+            except LoginSuperseded:
+                if not as_asked:
+                    self._end_quietly(lock)
+                raise
+            except BaseException as error:
+                # Once more: it may have been the lock's connection that failed, or Ctrl-C that came in between.
+                if last:
+                    if not as_asked:  # Else the mark says enough: its login is over in a moment.
+                        self._end_quietly(lock, doubted=minted.user_id)
+                    reason = error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}.")
+                    raise TokenNotStored(minted.token, minted.user_id, reason) from (interrupt or error)
+                if not isinstance(error, Exception):
+                    interrupt = error
+        self._tidy_up(minted, as_asked, lock, wish, refusal)
+        if interrupt is not None:
+            raise interrupt
+        if user_id and not as_asked:
+            raise LoginRefused(
+                f"The login was asked for {user_id} and logged {minted.user_id} in, under whose name the token is "
+                "stored now. Check which account these credentials belong to."
+            )
+        return result
+
+    def _tidy_up(self, minted: Minted, as_asked: bool, lock: str, wish: Wish, refusal: str | None) -> None:
+        """What follows on a token that is stored. Nothing that fails here may hide it."""
+        if account := _account_of(self._login, minted.user_id):
+            self._user_of[account] = minted.user_id
+        self._seen_user = minted.user_id
+        if not as_asked:  # Other users' tokens were marked, because nobody knew whose would be replaced.
+            self._end_quietly(lock)
+        try:
+            if refusal:
+                self._erase_note(refusal)
+            if wish.refused:
+                self._login_notes.renewed(minted.user_id)
+        except StorageError as error:
+            logger.warning("The token of %s is stored; the notes on its login are not: %s", minted.user_id, error)
+
+    def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
+        """The marks of this login are taken away, but for that of a user whose token is in doubt."""
+        try:
+            if doubted:
+                self._end_login(lock, in_doubt=True, user_id=doubted)
+            self._end_login(lock, in_doubt=False)
+        except StorageError as error:  # The marks stay, and the lock is free in a moment: that is doubt as well.
+            logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
+
+    def _save(self, minted: Minted, before: int | None, now: datetime, action: str) -> TokenResult:
+        """Store this token, unless one that was issued later is stored.
+
+        Args:
+            before: the user's latest generation when the login began, under the user's lock; None where that is not
+                known.
+        """
+        issued = issued_at(minted.token)
+        for _ in range(5):
+            newest = self._newest(minted.user_id)
+            if newest is not None and self._holds(newest, minted.token):
+                return result_of(minted.token, newest)
+            if (
+                newest is not None
+                and newest.generation != before
+                and not self._is_later(minted, newest, before, action)
+            ):
+                error = LoginSuperseded(
+                    f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
+                )
+                error.token, error.user_id = minted.token, minted.user_id
+                raise error
+            token = self._encrypt(
+                minted.token,
+                StoredToken(
+                    user_id=minted.user_id,
+                    ciphertext="",
+                    key_id="",
+                    generation=newest.generation + 1 if newest else 1,
+                    created_at=now,
+                    expires_at=self._policy.expires_at(minted.token, now),
+                    account=_account_of(self._login, minted.user_id) if action == "created" else None,
+                    issued_at=issued,
+                    **minted.profile,
+                ),
+            )
+            try:
+                token.token_id = self._insert(token, action, minted.odd_fields)
+            except LoginSuperseded:
+                continue  # Somebody was faster. Whose token is the later one is looked at again.
+            logger.info("Stored token %s of %s", token.token_id, token.user_id)
+            return result_of(minted.token, token)
+        raise StoreUnavailable(f"Others store tokens of {minted.user_id} all the time. Try again.")
+
+    def _is_later(self, minted: Minted, newest: StoredToken, before: int | None, action: str) -> bool:
+        """Whether Upstox issued this token after the newest stored one. No clock of this machine has a say."""
+        mine, other = issued_at(minted.token), newest.issued_at
+        if newest.ciphertext:  # What is encrypted cannot be forged, and rows of earlier programs have no other time.
+            try:
+                other = issued_at(self._decrypt(newest))
+            except (KeyUnavailable, TokenRefused) as error:
+                logger.info("The stored token of %s cannot be compared: %s", minted.user_id, error)
+        elif other and other > self._now() + timedelta(days=1):
+            other = None  # Nobody but a forger writes such a time, and it would keep every later token out.
+        if mine is None or other is None:
+            return before is None  # A login that has lost its lock is behind; all others came later.
+        owner_of = getattr(self._login, "owner_of", None)
+        if mine != other or owner_of is None or action == "adopted":
+            return mine > other
+        try:  # Two logins within one second: only Upstox knows which was the later one.
+            return owner_of(minted.token) is not None
+        except LoginError:
+            return False
+
+    # Who is who
+
+    def _known_user(self, *, guess: bool) -> str | None:
+        """Whom the login logs in where nobody is named: it says so, or a token that its account made says so.
+
+        Args:
+            guess: also whom a login that tells no account has logged in last. One that tells its account may have
+                changed it since; and a deliberate login is not bound to what was before.
+        """
+        declared: str | None = getattr(self._login, "user_id", None)
+        account = _account_of(self._login, None)
+        return declared or self._user_of_account(account) or (self._seen_user if guess and not account else None)
+
+    def _user_of_account(self, account: str | None) -> str | None:
+        """The user whom this account has logged in, by a token that decrypts as this account's.
+
+        Anybody who can write the database can insert a row that names the account, and a program would trade with
+        somebody else's token. Such a row, and one of an earlier program, which binds no account, is passed over.
+        """
+        if account is None or account in self._user_of:
+            return self._user_of.get(account or "")
+        for token in self._tokens_of_account(account):
+            try:
+                if token.account == account and not token.ciphertext.startswith("v1."):
+                    self._decrypt(token)
+                    self._user_of[account] = token.user_id
+                    return token.user_id
+            except (TokenRefused, KeyUnavailable):
+                logger.warning("A row of %s names this account and is not its own: it is passed over", token.user_id)
+        return None
+
+    def _known_as(self, user_id: str) -> str:
+        """The id as given if the store knows it, else in upper case if that is known: Upstox writes ids so."""
+        upper = user_id.upper()
+        if upper != user_id and self._newest(user_id) is None and self._newest(upper) is not None:
+            return upper
+        return user_id
+
+    def _find_as_written(
+        self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False
+    ) -> StoredToken | None:
+        found = self._find(user_id, alive_after, now, locked=locked)
+        if found is None and user_id != user_id.upper():
+            found = self._find(user_id.upper(), alive_after, now, locked=locked)
+        return found
+
+    def _applicant(self, user_id: str | None) -> Applicant:
+        account = _account_of(self._login, user_id)
+        return Applicant(
+            f"account {account}" if account else f"user {(user_id or '').upper()}",
+            tells(user_id) if (tells := getattr(self._login, "credentials_digest", None)) else None,
+        )
+
+    def _is_stored(self, user_id: str, token: Secret) -> bool:
+        newest = self._newest(user_id)
+        return newest is not None and self._holds(newest, token)
+
+    def _holds(self, stored: StoredToken, token: Secret) -> bool:
+        """Whether that is the stored token, compared in constant time."""
+        if not stored.ciphertext:
+            return False
+        try:
+            kept = self._decrypt(stored).reveal().encode()
+        except (KeyUnavailable, TokenRefused):
+            return False
+        return hmac.compare_digest(kept, token.reveal().encode())
+
+    def _hand_out(self, found: StoredToken) -> TokenResult:
+        return result_of(self._decrypt(found), found)
+
+    def _other_logins(self, seconds: float) -> list[float]:
+        """How many seconds ago other programs on this store began logins; see `Pace`."""
+        now = self._now()
+        return [
+            (now - begun).total_seconds() for begun in self._logins_since(now - timedelta(seconds=seconds), PROCESS)
+        ]
+
+    def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
+        binding = Binding(token.user_id, token.expires_at, token.generation, self._kind, token.account)
+        ciphertext = self._ring.encrypt(secret, binding)
+        return replace(token, ciphertext=ciphertext, key_id=self._ring.key_ids[0])
+
+    def _decrypt(self, token: StoredToken, kind: str | None = None) -> Secret:
+        """The token; `kind` is that of the store it comes from, where that is another one."""
+        binding = Binding(token.user_id, token.expires_at, token.generation, kind or self._kind, token.account)
+        try:
+            return self._ring.decrypt(token.ciphertext, binding)
+        except KeyUnavailable as error:
+            # A program that runs for long learns here of a key that was added meanwhile.
+            logger.info("Asking for the keys again: %s is not among them", error.key_id)
+            self._key_ring = None
+            return self._ring.decrypt(token.ciphertext, binding)
+
+    @property
+    def _ring(self) -> KeyRing:
+        # Made when first needed: history, audit and cleanup work without any key.
+        if (ring := self._key_ring) is None:
+            ring = self._key_ring = self._keys() if callable(self._keys) else self._keys
+        return ring
+
+    def _now(self) -> datetime:
+        """The present in UTC, in whole seconds, as all stores can keep it."""
+        return require_aware(self._clock(), "What the clock gives").replace(microsecond=0)
+
+    @property
+    def _actor(self) -> str:
+        return self._named_actor or f"{_user_and_host()}:{os.getpid()}"
+
+
+def _account_of(login: Login, user_id: str | None) -> str | None:
+    """A name of the credentials by which this login logs the user in, if it tells one."""
+    tells = getattr(login, "account_of", None)
+    account: str | None = tells(user_id) if tells else getattr(login, "account", None)
+    return account
+
+
+def same_user(one: str, other: str) -> bool:
+    return one.upper() == other.upper()
+
+
+def result_of(secret: Secret, token: StoredToken) -> TokenResult:
+    return TokenResult(
+        secret,
+        {
+            "user_id": token.user_id,
+            "user_name": token.user_name,
+            "email": token.email,
+            "token_id": token.token_id,
+            "created_at": token.created_at,
+            "expires_at": token.expires_at,
+            "usage_count": token.usage_count,
+            **({"source": token.source} if token.source else {}),
+        },
+    )
+
+
+@functools.cache
+def _user_and_host() -> str:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # A container may run under a user id that has no name.
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

@@ -1,0 +1,136 @@
+"""How the local Upstox answers: refusals, failures on demand, the shape of a token answer, and the limits."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from .web import HANG_UP, Answer
+
+
+class Failure(StrEnum):
+    """What `LocalUpstox.fail` makes go wrong. The request does nothing unless the failure says that it does."""
+
+    RATE_LIMIT = "rate_limit"  # 429 and UDAPI10005
+    SERVER_ERROR = "server_error"  # 500 and UDAPI100500
+    HTML = "html"  # 200 and a page instead of JSON
+    DROP = "drop"  # the connection ends before the request is worked on
+    STALL = "stall"  # the work is done at once, the answer comes `stall_seconds` later
+    OTP_BLOCKED = "otp_blocked"  # step 2: 1017069
+    OTP_LIMIT = "otp_limit"  # step 2: 500 and UDAPI100500 again, but its message says that a limit was reached
+    # These make a token all the same: the login counts, and the user's earlier token is dead. Steps 6 and 7.
+    LOST = "lost"  # the connection ends after the work was done and before the answer
+    NO_TOKEN = "no_token"  # noqa: S105  # the answer lacks `access_token`
+    NO_USER = "no_user"  # the answer lacks `user_id`
+    MISSING_FIELD = "missing_field"  # the answer lacks `is_active`
+    OTHER_USER = "other_user"  # the answer names the user ZZ9999
+    DEAD_TOKEN = "dead_token"  # noqa: S105  # the token has expired already
+    ENVELOPE = "envelope"  # the answer is wrapped: {"status": "success", "data": {...}}
+    PLAIN_TYPE = "plain_type"  # the answer is the right JSON, but says that it is text/plain
+
+
+ANY_STEP = range(1, 8)
+AT_OTP = {Failure.OTP_BLOCKED, Failure.OTP_LIMIT}
+AT_ANY_STEP = {Failure.RATE_LIMIT, Failure.SERVER_ERROR, Failure.HTML, Failure.DROP, Failure.STALL}
+
+
+def steps_of(failure: Failure) -> Collection[int]:
+    """The steps at which this failure can happen."""
+    return ANY_STEP if failure in AT_ANY_STEP else (2,) if failure in AT_OTP else (6, 7)
+
+
+def no(code: str | int, message: str, status: int = 401) -> Answer:
+    """A refusal, in the form of the login service if the code is a number, and in the API's form otherwise."""
+    if isinstance(code, int):  # The login service says 200 even when it refuses.
+        return Answer({"success": False, "error": {"code": code, "message": message}})
+    error = {"errorCode": code, "error_code": code, "message": message, "propertyPath": None, "invalidValue": None}
+    return Answer({"status": "error", "errors": [error]}, status)
+
+
+def yes(**data: object) -> Answer:
+    """What the login service answers when it agrees."""
+    return Answer({"success": True, "data": data})
+
+
+PAGE = Answer("<!doctype html><title>Upstox</title>")
+TOO_MANY = no("UDAPI10005", "Too many requests.", 429)
+OTP_LIMIT = "You have exceeded the maximum number of times you can generate an OTP"
+# What these failures answer in place of the step.
+INSTEAD: dict[Failure | None, Answer] = {
+    Failure.RATE_LIMIT: TOO_MANY,
+    Failure.SERVER_ERROR: no("UDAPI100500", "Something went wrong.", 500),
+    Failure.OTP_BLOCKED: no(1017069, "OTPs are blocked for 10 minutes."),
+    Failure.OTP_LIMIT: no("UDAPI100500", OTP_LIMIT, 500),
+    Failure.HTML: PAGE,
+    Failure.DROP: HANG_UP,
+}
+
+
+# The documented ones.
+TOKEN_FIELDS = {"email", "user_id", "user_name", "broker", "user_type", "poa", "ddpi", "is_active"}
+TOKEN_FIELDS |= {"exchanges", "products", "order_types", "access_token", "extended_token"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the answer with a token differs from the documented one.
+
+    By default as real accounts reported it in 2026: without `poa`, with a null `ddpi`, and with a field that the SDK
+    does not know.
+    """
+
+    missing: Collection[str] = ("poa",)
+    null: Collection[str] = ("ddpi",)
+    changed: Mapping[str, object] = field(default_factory=dict)
+    added: Mapping[str, object] = field(default_factory=lambda: {"is_plus_plan": False})
+
+    def __post_init__(self) -> None:
+        # Checked here and not when it is used, in a thread of the server.
+        if unknown := {*self.missing, *self.null, *self.changed} - TOKEN_FIELDS:
+            raise ValueError(
+                f"A token answer has no {', '.join(sorted(unknown))}: it has {', '.join(sorted(TOKEN_FIELDS))}."
+            )
+        if twice := TOKEN_FIELDS.intersection(self.added):
+            raise ValueError(f"A token answer already has {', '.join(sorted(twice))}: use `changed`.")
+        json.dumps([dict(self.changed), dict(self.added)])
+
+    def of(self, body: dict[str, Any]) -> dict[str, Any]:
+        """This answer in this shape."""
+        body = body | dict.fromkeys(self.null) | dict(self.changed) | dict(self.added)
+        return {name: value for name, value in body.items() if name not in self.missing}
+
+
+def token_answer(body: dict[str, Any], failure: Failure | None) -> Answer:
+    """The answer with a token, broken as this failure breaks it."""
+    lacks = {Failure.NO_TOKEN: "access_token", Failure.NO_USER: "user_id", Failure.MISSING_FIELD: "is_active"}
+    if failure in lacks:
+        body.pop(lacks[failure], None)  # The shape may lack it already.
+    if failure is Failure.OTHER_USER:
+        body["user_id"] = "ZZ9999"
+    answer = Answer({"status": "success", "data": body} if failure is Failure.ENVELOPE else body)
+    if failure is Failure.PLAIN_TYPE:
+        answer.headers["Content-Type"] = "text/plain"
+    return answer
+
+
+class Limits:
+    """The documented limits of the one-call login, for each client id."""
+
+    WINDOWS = ((1, 1), (10, 60), (60, 30 * 60))  # how many, in how many seconds
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._admitted: dict[str, deque[float]] = {}
+
+    def admit(self, client_id: str) -> bool:
+        """Whether this client may make a request now. A refused request does not count."""
+        now, before = self._monotonic(), self._admitted.setdefault(client_id, deque(maxlen=60))
+        for most, seconds in self.WINDOWS:
+            if sum(moment > now - seconds for moment in before) >= most:
+                return False
+        before.append(now)
+        return True

@@ -1,0 +1,162 @@
+"""Where Upstox is, and the few requests that do not go through the SDK.
+
+Each request has a connection of its own: curl sends a request silently again when a kept connection turns out to be
+closed, and a login that is sent twice kills its own first token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from .checks import USER_ID
+from .credentials import as_secret
+from .errors import LoginInterrupted, LoginRefused
+from .refusals import Reply, explain
+from .token import Secret
+
+REAL = "https://{stage}.upstox.com"
+# What curl calls the failures that come before a request is sent on a new connection.
+NOT_SENT = (
+    *("UNSUPPORTED_PROTOCOL", "URL_MALFORMAT", "COULDNT_RESOLVE_PROXY", "COULDNT_RESOLVE_HOST", "COULDNT_CONNECT"),
+    *("SSL_CONNECT_ERROR", "PEER_FAILED_VERIFICATION", "SSL_CACERT_BADFILE", "INTERFACE_FAILED"),
+)
+
+
+def checked_base_domain(base_domain: str | None) -> str:
+    """The argument, or else UPSTOX_BASE_DOMAIN; "" means the real Upstox.
+
+    Raises:
+        LoginRefused: it lacks {stage}, or is neither https nor on this machine.
+    """
+    base_domain = base_domain or os.environ.get("UPSTOX_BASE_DOMAIN") or ""
+    if not base_domain:
+        return ""
+    try:
+        is_safe = urlsplit(base_domain).scheme == "https" or is_this_machine(base_domain)
+        fits = "{stage}" in base_domain and bool(base_domain.format(stage="api"))
+    except (ValueError, LookupError, AttributeError):
+        is_safe, fits = True, False
+    if not is_safe:
+        raise LoginRefused("base_domain must be https: the PIN and the secrets travel there.")
+    if not fits:
+        raise LoginRefused(
+            "base_domain must be a URL with {stage} in it, which becomes 'api' or 'service', and no other braces."
+        )
+    return base_domain
+
+
+def is_this_machine(base_domain: str) -> bool:
+    return urlsplit(base_domain).hostname in ("127.0.0.1", "::1", "localhost")
+
+
+def ask(
+    method: str,
+    base_domain: str,
+    path: str,
+    *,
+    headers: Mapping[str, str | Secret],
+    body: Secret | None = None,
+    timeout: float = 15.0,
+) -> Reply:
+    """Send one request to the API and say what came back. A failure is a reply too, with `lost`.
+
+    No redirect is followed, because the headers and the body hold secrets.
+    """
+    from curl_cffi import CurlOpt, Session
+
+    url = (base_domain or REAL).format(stage="api") + path
+    # A proxy would look for Upstox on its own machine.
+    options: dict[CurlOpt, Any] = {CurlOpt.NOPROXY: "*"} if is_this_machine(base_domain) else {}
+    stopped: BaseException
+    try:
+        with Session[Any](curl_options=options) as session:
+            response = session.request(
+                method,
+                url,
+                headers={name: as_secret(value).reveal() for name, value in headers.items()},
+                data=body.reveal() if body else None,
+                allow_redirects=False,
+                timeout=timeout,
+            )
+            return Reply(response.status_code, response.content)
+    except Exception as error:
+        return lost_reply(error)
+    except BaseException as error:
+        stopped = error
+    # Ctrl-C came. Raised here, it does not lead to the frames of curl_cffi, which hold the plain secrets.
+    stopped.__traceback__ = stopped.__context__ = stopped.__cause__ = None
+    raise stopped
+
+
+def lost_reply(error: Exception) -> Reply:
+    """What an error of curl_cffi says of a request, and as much of the body as came before it."""
+    from curl_cffi.requests.exceptions import RequestException
+
+    if not isinstance(error, RequestException):
+        return Reply(lost=type(error).__name__)
+    code, response = getattr(error.code, "name", ""), error.response
+    return Reply(
+        getattr(response, "status_code", 0),
+        getattr(response, "content", None) or b"",
+        lost=type(error).__name__,
+        sent=code not in NOT_SENT,
+    )
+
+
+def owner_of(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> str | None:
+    """Ask Upstox whose access token this is.
+
+    Returns:
+        the user id, or None if Upstox does not accept the token: it is dead.
+
+    Raises:
+        LoginInterrupted: Upstox could not be asked, or said something else.
+    """
+    reply = _ask_with(token, "GET", "/v2/user/profile", base_domain, timeout)
+    if reply is None or reply.status == 401:
+        return None
+    body = reply.json() if reply.status == 200 and not reply.lost else None
+    data = body.get("data") if isinstance(body, Mapping) else None
+    named = data.get("user_id") if isinstance(data, Mapping) else None
+    if isinstance(named, str) and USER_ID.fullmatch(named):
+        return named
+    raise _not_told("whose token this is", reply)
+
+
+def log_out(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> bool:
+    """End an access token at Upstox.
+
+    Returns:
+        False if Upstox does not accept the token: it was dead already.
+
+    Raises:
+        LoginInterrupted: Upstox could not be asked, or said something else. The token may live.
+    """
+    reply = _ask_with(token, "DELETE", "/v2/logout", base_domain, timeout)
+    if reply is None or reply.status == 401:
+        return False
+    body = reply.json() if reply.status == 200 and not reply.lost else None
+    if isinstance(body, Mapping) and body.get("status") == "success":
+        return True
+    raise _not_told("whether the token has ended", reply)
+
+
+def _ask_with(token: Secret, method: str, path: str, base_domain: str, timeout: float) -> Reply | None:
+    """None if this can be no token: what does not fit into a header was never handed out by Upstox."""
+    token, base_domain = as_secret(token), checked_base_domain(base_domain)
+    if not re.fullmatch(r"[!-~]+", token.reveal()):
+        return None
+    headers: dict[str, str | Secret] = {"Accept": "application/json"}
+    headers |= {"Authorization": Secret(f"Bearer {token.reveal()}")}
+    return ask(method, base_domain, path, headers=headers, timeout=timeout)
+
+
+def _not_told(what: str, reply: Reply) -> LoginInterrupted:
+    said = explain(reply)
+    error = LoginInterrupted(f"Upstox did not say {what}. {said}", said.code)
+    error.token_may_exist = False
+    return error
