@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib
 import inspect
+import json
 import multiprocessing
 import os
 import random
 import signal
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin, migrate, storage
+from upstox_db_examples.token import IST
 
 KEY = KeyRing(b"the same key for all processes..")
 USER = "AB1234"
@@ -249,6 +253,19 @@ def fork_and_compare(connection: Connection, address: Address) -> None:
 
 def made_up_login(user_id: str | None) -> AccessTokenData:
     return token_data(user_id or USER, f"eyJ0eXAi{random.getrandbits(512):0128x}")
+
+
+def jwt(user_id: str, issued: datetime, **claims: Any) -> str:
+    """A token as Upstox makes them, but for its signature: it was issued then and dies at the next 03:30 in India."""
+    died = issued.astimezone(IST).replace(hour=3, minute=30, second=0, microsecond=0)
+    dies = died if died > issued else died + timedelta(days=1)
+    own = {"sub": user_id, "jti": f"{random.getrandbits(96):024x}", "iat": int(issued.timestamp())}
+    told = {**own, "iss": "udapi-gateway-service", "exp": int(dies.timestamp()), **claims}
+    header, body = (
+        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode()
+        for part in ({"typ": "JWT", "alg": "HS256"}, told)
+    )
+    return f"{header}.{body}.{random.getrandbits(256):064x}"
 
 
 def token_data(user_id: str, token: str = "eyJ0eXAi" * 9) -> AccessTokenData:

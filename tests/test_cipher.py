@@ -29,7 +29,7 @@ def test_what_was_encrypted_can_be_read_again() -> None:
 
 
 def test_the_text_names_its_key_and_never_comes_twice() -> None:
-    assert CIPHERTEXT.startswith(f"v1.{RING.key_ids[0]}.")
+    assert CIPHERTEXT.startswith(f"v2.{RING.key_ids[0]}.")
     assert RING.encrypt(TOKEN, HERE) != CIPHERTEXT
 
 
@@ -87,7 +87,7 @@ def test_the_first_key_encrypts_and_all_of_them_decrypt() -> None:
     under_old = KeyRing(old).encrypt(TOKEN, HERE)
     both = KeyRing(new, old)
     assert both.decrypt(under_old, HERE).reveal() == TOKEN.reveal()
-    assert both.encrypt(TOKEN, HERE).startswith(f"v1.{KeyRing(new).key_ids[0]}.")
+    assert both.encrypt(TOKEN, HERE).startswith(f"v2.{KeyRing(new).key_ids[0]}.")
 
 
 @pytest.mark.parametrize("bad", [b"", b"short", b"x" * 31, b"x" * 33, "x" * 32, None])

@@ -179,8 +179,11 @@ class TestSQLite(SQLiteContract):
             (sqlite.HISTORY, 3),
             (sqlite.STATISTICS, 2),
             (sqlite.AUDIT, 2),
-            (sqlite.GENERATION, 1),
-            (sqlite.USER_OF_ACCOUNT, 1),
+            (sqlite.NEWEST, 1),
+            (sqlite.IN_DOUBT, 1),
+            (sqlite.OF_ACCOUNT, 1),
+            (sqlite.CLEAR_DOUBT, 2),
+            (sqlite.LOGINS_SINCE, 2),
             (sqlite.OTHER_KEYS, 3),
             (sqlite.TOKENS_OF, 1),
             (sqlite.ENTRIES_OF, 4),
@@ -205,7 +208,7 @@ class TestSQLite(SQLiteContract):
             assert living(later)["token"] == token
             with later.get_connection() as conn:
                 assert conn.execute("SELECT colour FROM upstox_tokens").fetchone()["colour"] is None
-        with pytest.raises(ConfigurationError, match="schema version 2"):
+        with pytest.raises(ConfigurationError, match="schema version 3"):
             SQLiteUpstoxStorage(store.db_path)
 
     def test_a_step_that_fails_leaves_the_schema_as_it_was(self, store: SQLiteUpstoxStorage) -> None:
@@ -215,7 +218,7 @@ class TestSQLite(SQLiteContract):
         with pytest.raises(StorageError):
             Broken(store.db_path)
         with bare(store.db_path) as conn:
-            assert conn.execute("PRAGMA user_version").fetchone()[0] == 1
+            assert conn.execute("PRAGMA user_version").fetchone()[0] == len(SQLiteUpstoxStorage._steps)
             assert "colour" not in [row["name"] for row in conn.execute("PRAGMA table_info(upstox_tokens)")]
         assert store.store_token()
 

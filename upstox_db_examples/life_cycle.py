@@ -290,18 +290,15 @@ class LifeCycle(Backend):
         issued = issued_at(minted.token)
         for _ in range(5):
             newest = self._newest(minted.user_id)
-            if newest is not None and self._holds(newest, minted.token):
-                return result_of(minted.token, newest)
-            if (
-                newest is not None
-                and newest.generation != before
-                and not self._is_later(minted, newest, before, action)
-            ):
-                error = LoginSuperseded(
-                    f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
-                )
-                error.token, error.user_id = minted.token, minted.user_id
-                raise error
+            if newest is not None and newest.generation != before:
+                if self._holds(newest, minted.token):
+                    return result_of(minted.token, newest)
+                if not self._is_later(minted, newest, before, action):
+                    error = LoginSuperseded(
+                        f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
+                    )
+                    error.token, error.user_id = minted.token, minted.user_id
+                    raise error
             token = self._encrypt(
                 minted.token,
                 StoredToken(

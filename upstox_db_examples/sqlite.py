@@ -160,6 +160,9 @@ WRITE_NOTE = """
 INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
 """
 OF_ACCOUNT = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
+# Not used any more; somebody may import them.
+GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
+USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
 NEWEST = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
 # Two ranges and not <>, which no index serves.
 OTHER_KEYS = f"""
