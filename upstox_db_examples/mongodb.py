@@ -31,6 +31,8 @@ ATTEMPTS = 10  # at a read or a write while the token is being replaced or a log
 ONLY_ACTIVE = ("ciphertext", "key_id")
 IN_BOTH = ("generation", "created_at", "expires_at", "account", "issued_at")
 NOT_KEPT = ("token_id", "source", "in_doubt")
+GENERATION_KEYS = ("user_id", "generation")  # of the unique index that keeps two writers apart
+NOT_ACTIVE: Document = {"token_id": None, "generation": float("-inf")}  # in place of a document that is not there
 
 
 class MongoUpstoxStorage(TokenStorage):
@@ -193,14 +195,14 @@ class MongoUpstoxStorage(TokenStorage):
     def _newest(self, user_id: str) -> StoredToken | None:
         with self._database() as db:
             # In this order, or a token that becomes active in between would look like one that never did.
-            record = db.tokens.find_one({"user_id": user_id}, {"audit": 0}, sort=[("generation", DESCENDING)])
-            active = db.active_tokens.find_one({"_id": user_id})
+            found = db.tokens.find({"user_id": user_id}, {"audit": 0})
+            records = list(found.sort("generation", DESCENDING).limit(ATTEMPTS))
+            active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
+        whole = next((record for record in records if not _is_cut_off(record, active, self._now())), None)
         # After a restore that was not of one moment the records may be behind.
-        if active and (record is None or active["generation"] > record["generation"]):
+        if active["generation"] > (whole["generation"] if whole else float("-inf")):
             return _token(active)
-        # If it is not the active one it has ended, or whoever wrote its record was cut off before. Its generation is
-        # taken all the same, and Upstox has issued it.
-        return _recorded(record, active or {}, token_id=str(record["_id"])) if record else None
+        return _recorded(whole, active, token_id=str(whole["_id"])) if whole else None
 
     def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> str:
         token_id = ObjectId()
@@ -211,14 +213,20 @@ class MongoUpstoxStorage(TokenStorage):
         try:
             with self._database() as db:
                 # Whether the lease is still held is not asked: this token lives at Upstox, and to refuse it for a
-                # lease that was lost would lose it. Two writers are kept apart by their generation, which is unique
-                # here and only grows on the next line; which of two tokens Upstox issued later, the life cycle knows.
-                # Until the next line has run, nothing leads to this record.
-                db.tokens.insert_one(record)
+                # lease that was lost would lose it. Two writers are kept apart by their generation, which only grows
+                # by the swap; which of two tokens Upstox issued later, the life cycle knows. Until the swap nothing
+                # leads to this record.
+                try:
+                    db.tokens.insert_one(record)
+                except DuplicateKeyError as error:
+                    taken = _take_over(db, record, self._now()) if index_keys(error) == GENERATION_KEYS else None
+                    if taken is None:
+                        raise
+                    token_id = taken
                 before, is_active = _swap(db, token.user_id, _active_of(token, token_id))
         except StorageError as error:
             refused = error.__cause__
-            if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != ("user_id", "generation"):
+            if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
                 raise
             raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
         if not is_active:
@@ -317,8 +325,8 @@ class MongoUpstoxStorage(TokenStorage):
             db.active_tokens.update_one(which, {"$unset": {"login": 1}})
 
     def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
-        others = {"$exists": True, "$ne": process}
-        logins = {"action": "login", "performed_at": {"$gt": moment}, "metadata.process": others}
+        # Also those of earlier programs, which name no process.
+        logins = {"action": "login", "performed_at": {"$gt": moment}, "metadata.process": {"$ne": process}}
         with self._database() as db:
             found = db.token_audit.find(logins, {"performed_at": 1}).sort("performed_at", DESCENDING).limit(100)
             return [entry["performed_at"] for entry in found]
@@ -394,8 +402,8 @@ class MongoUpstoxStorage(TokenStorage):
     def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         changes = [
             UpdateOne(
-                # The account too, which a migration may just have named: the new ciphertext is bound to it.
-                {"_id": old.user_id, "ciphertext": old.ciphertext, "account": old.account},
+                {"_id": old.user_id, "ciphertext": old.ciphertext},
+                # The account as well, to which the new ciphertext is bound: version 1 had none here.
                 {"$set": {"ciphertext": new.ciphertext, "key_id": new.key_id, "account": new.account}},
             )
             for old, new in pairs
@@ -419,13 +427,11 @@ class MongoUpstoxStorage(TokenStorage):
     def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
         with self._database() as db:
             records = list(db.tokens.find({"user_id": user_id}, {"audit": 0}).sort("generation"))
-            active = db.active_tokens.find_one({"_id": user_id}) or {"token_id": None, "generation": float("-inf")}
+            active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
         now, tokens = self._now(), []
         for record in records:
-            # Whoever wrote this record was cut off before it became the active one: nothing leads to it yet.
-            if record["is_active"] and record["generation"] > active["generation"] and record["expires_at"] > now:
-                continue
-            tokens.append(_recorded(record, active))
+            if not _is_cut_off(record, active, now):
+                tokens.append(_recorded(record, active))
         return tokens
 
     def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
@@ -501,12 +507,34 @@ def _token(active: Document, **more: Any) -> StoredToken:
 def _recorded(record: Document, active: Document, **more: Any) -> StoredToken:
     """The token of this record, with a ciphertext if it is the user's active one."""
     known = {name: value for name, value in record.items() if name not in ("_id", "is_active")}
-    held = active if record["_id"] == active.get("token_id") and "ciphertext" in active else {}
-    for name in ONLY_ACTIVE:
-        known[name] = held.get(name, "")
-    # The account to which the ciphertext is bound, whatever the record says. (One of version 1 is bound to none.)
-    known["account"] = held.get("account", known.get("account"))
+    held = active if record["_id"] == active["token_id"] and "ciphertext" in active else {}
+    # What the ciphertext is bound to stands beside it, whatever the record says. (Version 1 bound it to no account.)
+    known |= dict.fromkeys(ONLY_ACTIVE, "") | {name: held[name] for name in (*ONLY_ACTIVE, *IN_BOTH) if name in held}
     return StoredToken(**known, **more, in_doubt="login" in held)
+
+
+def _is_cut_off(record: Document, active: Document, now: datetime) -> bool:
+    """Whether its writer was cut off before it became the active one, or is not there yet. Nothing leads to it."""
+    later = record["generation"] > active["generation"] and record["expires_at"] > now
+    return bool(later and record["is_active"] and not record["usage_count"])
+
+
+def _take_over(db: Database[Document], record: Document, now: datetime) -> ObjectId | None:
+    """Put this record in place of one of the same generation whose writer was cut off; its id. None if it was not.
+
+    The life cycle tries again when a connection was lost, and must not stumble over its own first attempt. If that
+    writer is only slow, one of the two comes first at the swap, and the other one finds that out there.
+    """
+    there = db.tokens.find_one({name: record[name] for name in GENERATION_KEYS}, {"audit": 0})
+    active = db.active_tokens.find_one({"_id": record["user_id"]}) or NOT_ACTIVE
+    if there is None or not _is_cut_off(there, active, now):
+        return None
+    token_id: ObjectId = there["_id"]
+    (created,) = record["audit"]  # behind what that writer has entered: nothing leaves the audit trail
+    values = {name: value for name, value in record.items() if name not in ("_id", "audit")}
+    change = {"$set": values, "$push": {"audit": {**created, "token_id": token_id}}}
+    which = {"_id": token_id, "is_active": True, "usage_count": 0}
+    return token_id if db.tokens.update_one(which, change).matched_count else None
 
 
 def _record_of(token: StoredToken) -> Document:

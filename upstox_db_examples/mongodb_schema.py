@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from pymongo import ASCENDING, DESCENDING, UpdateOne
+from pymongo import ASCENDING, DESCENDING
 from pymongo.database import Database
 from pymongo.errors import OperationFailure
 
@@ -204,27 +204,7 @@ def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> Non
     for name, indexes in INDEXES.items():
         for keys, options in indexes:
             _make_index(db, name, keys, options, where)
-    _name_accounts(db)
     db.schema_version.update_one({"_id": "upstox"}, {"$max": {"version": VERSION}})
-
-
-def _name_accounts(db: Database[dict[str, Any]]) -> None:
-    """Version 1 named the account in the token's record alone. Where it is not found, its next login kills a token.
-
-    Only beside a ciphertext that is bound to no account, as those of version 1 are.
-    """
-    unnamed = {"ciphertext": {"$regex": r"^v1\."}, "account": {"$exists": False}}
-    tokens = {each["token_id"]: each["_id"] for each in db.active_tokens.find(unnamed, {"token_id": 1})}
-    named = db.tokens.find({"_id": {"$in": list(tokens)}, "account": {"$gt": ""}}, {"account": 1})
-    changes = [
-        UpdateOne(
-            {"_id": tokens[record["_id"]], "token_id": record["_id"], **unnamed},
-            {"$set": {"account": record["account"]}},
-        )
-        for record in named
-    ]
-    if changes:
-        db.active_tokens.bulk_write(changes, ordered=False)
 
 
 def _make_collection(db: Database[dict[str, Any]], name: str, validator: dict[str, Any]) -> None:
