@@ -72,19 +72,20 @@ class Leases:
             outer = self._holding.leases
             self._holding.leases = [*outer, lease]
             self._holding.owners[name] = lease.owner
-            released = threading.Event()
-            renewing = threading.Thread(target=self._renew_until, args=(released, lease), daemon=True)
-            answers = True
+            released, unanswered = threading.Event(), threading.Event()
+            renewing = threading.Thread(target=self._renew_until, args=(released, unanswered, lease), daemon=True)
             try:
                 renewing.start()
                 yield
             except (StoreUnavailable, TokenNotStored):
-                answers = False
+                # The server may not answer now either, and this caller has waited long enough. So the other thread
+                # releases the lease. To let it end by itself would be to call a login under way that is over.
+                unanswered.set()
                 raise
             finally:
                 self._holding.leases = outer
                 released.set()  # A renewal that is under way finds another owner, or none.
-                if answers:  # If not, this would only wait once more, and the lease ends by itself.
+                if not unanswered.is_set():
                     self._release(lease)
 
     def owner_of(self, name: str) -> str:
@@ -134,7 +135,7 @@ class Leases:
             renewal = [{"$set": {"until": self._until()}}]
             return db.leases.update_one({"_id": lease.name, "owner": lease.owner}, renewal).matched_count == 1
 
-    def _renew_until(self, released: threading.Event, lease: _Lease) -> None:
+    def _renew_until(self, released: threading.Event, unanswered: threading.Event, lease: _Lease) -> None:
         pause = self._seconds / 3
         while not released.wait(pause):
             try:
@@ -145,7 +146,9 @@ class Leases:
                 pause = self._seconds / 3
             except StorageError as error:
                 logger.warning("The lease of %s is not renewed: %s", lease.name, error)
-                pause = self._seconds / 30  # Soon again, while it can still succeed; if not, the write is refused.
+                pause = self._seconds / 30  # Soon again, while it can still succeed.
+        if unanswered.is_set():
+            self._release(lease)
 
     def _release(self, lease: _Lease) -> None:
         try:
