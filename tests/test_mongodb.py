@@ -620,9 +620,10 @@ class TestMongoDB(StoreContract):
         assert not {"deactivated", "expired"} & set(told)
 
     def test_a_record_without_its_swap_changes_nothing_and_is_taken_over_by_the_next_store(
-        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, clock: Clock
     ) -> None:
         first = store.store_token(USER)["token"]
+        clock.advance(seconds=1)  # so that the second one is issued later
         with pytest.raises(TokenNotStored) as caught, cut_off_before(monkeypatch, "find_one_and_replace"):
             store.store_token(USER)
         with self.mongo.bare() as db:
