@@ -220,7 +220,7 @@ class LoginContract:
 
     def test_ctrl_c_twice_breaks_the_login_off(self, open_store: OpenStore) -> None:
         def login(_: str | None) -> Any:
-            for _ in range(2):
+            for _press in range(2):
                 signal.raise_signal(signal.SIGINT)
             raise AssertionError("it went on")
 
@@ -365,9 +365,10 @@ class LoginContract:
         assert store.renew_token(USER, "eyJ0eXAi" * 9)["user_id"] == USER
         assert store.renew_token(USER, "eyJ0eXAi" * 9)["token"] == held(store)
         assert upstox.logins() == 1
-        for odd in (None, "", 7, {}):
+        odd_ones: list[Any] = [None, "", 7, {}]
+        for odd in odd_ones:
             with pytest.raises(InvalidInput, match="refused_token"):
-                store.renew_token(USER, odd)  # type: ignore[arg-type]
+                store.renew_token(USER, odd)
 
     def test_a_crowd_whose_token_is_refused_makes_one_login(self, store: TokenStorage, upstox: LocalUpstox) -> None:
         refused = store.store_token(USER)["token"]
