@@ -45,10 +45,11 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks $(BENCH_OPTIONS)
 
 # One stamp a set of packages, made again when pyproject.toml changes. `dev` holds all of `all`. Compiling the packages
-# while they are installed takes longer than compiling what is used when it is used.
+# while they are installed takes longer than compiling what is used when it is used. Of pycurl the wheel is wanted, for
+# the library in it: where none fits, one line says so, in place of a compiler's many.
 .venv/dev .venv/all: pyproject.toml | .venv/bin/python
 	@echo "Installing the packages into .venv: about a minute the first time."
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable ".[$(@F)]" || { \
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --only-binary pycurl --editable ".[$(@F)]" || { \
 		echo "The packages could not be installed: see the lines above. With a network or a package index in reach, run make again." >&2; \
 		exit 1; }
 	@touch $@ .venv/all

@@ -105,7 +105,7 @@ class Server(ABC):
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                **self._as_user,
+                **self._started_with,
             )
         self._tell_watchdog(self._process.pid)
         deadline = time.monotonic() + PATIENCE
@@ -150,7 +150,7 @@ class Server(ABC):
             self._watchdog = None
 
     def _make(self) -> None:
-        self._as_user: dict[str, Any] = {}
+        self._started_with: dict[str, Any] = {}  # options of Popen: whom it runs as, its environment
         folder = self._kept or Path(tempfile.mkdtemp(prefix=f"{self.name.lower()}-"))
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()

