@@ -652,12 +652,24 @@ class TestMongoDB(StoreContract):
         assert living(store)["token"] == stored["token"]
         assert [row["token_id"] for row in store.get_token_history(USER)] == [stored["token_id"]]
 
-    def test_a_record_that_was_used_is_not_taken_over(self, store: MongoUpstoxStorage) -> None:
+    @pytest.mark.parametrize("came_by", ["login", "migration"])
+    def test_a_record_that_was_used_or_migrated_is_not_taken_over(
+        self, store: MongoUpstoxStorage, came_by: str
+    ) -> None:
         for generation in (1, 2):
-            store._insert(made_up(store, USER, generation))
-            living(store)
-        with self.mongo.bare() as db:  # as after a restore that was not of one moment
-            db.active_tokens.update_one({}, {"$set": {"generation": 1}})
+            with self.mongo.bare() as db:
+                before = db.active_tokens.find_one()
+            token = made_up(store, USER, generation)
+            if came_by == "login":
+                store._insert(token)
+                living(store)
+            else:
+                store._put_in(USER, [token], [])
+        with self.mongo.bare() as db:  # as after a restore that was not of one moment, or a migration that was killed
+            db.active_tokens.replace_one({}, before)
+        newest = store._newest(USER)
+        assert newest is not None
+        assert newest.generation == 2
         with pytest.raises(LoginSuperseded):
             store._insert(made_up(store, USER, 2))
 
