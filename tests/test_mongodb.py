@@ -461,15 +461,14 @@ class TestMongoDB(StoreContract):
             monkeypatch.setattr(Leases, "lives", ends_before_it_is_looked_for)
             assert self.found(other)
 
-    def test_a_user_who_is_logged_in_twice_at_once_is_in_doubt_whichever_ends_first(
-        self, store: MongoUpstoxStorage
-    ) -> None:
+    @pytest.mark.parametrize("ends", ["-account-x", USER])
+    def test_of_a_users_two_logins_at_once_each_can_leave_a_doubt(self, store: MongoUpstoxStorage, ends: str) -> None:
         store.store_token(USER)
         with store._lock("-account-x"):
             store._begin_login(None, "-account-x", store._now(), {})
             with store._lock(USER):
-                store._begin_login(USER, USER, store._now(), {})  # ... and its process dies.
-            store._end_login("-account-x", in_doubt=False)
+                store._begin_login(USER, USER, store._now(), {})
+                store._end_login(ends, in_doubt=False)  # ... and the other one's process dies.
         assert not self.found(store)
 
     def test_a_caller_who_has_lost_the_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
