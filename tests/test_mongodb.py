@@ -461,15 +461,14 @@ class TestMongoDB(StoreContract):
             monkeypatch.setattr(Leases, "lives", ends_before_it_is_looked_for)
             assert self.found(other)
 
-    def test_a_user_who_is_logged_in_twice_at_once_is_in_doubt_whichever_ends_first(
-        self, store: MongoUpstoxStorage
-    ) -> None:
+    @pytest.mark.parametrize("ends", ["-account-x", USER])
+    def test_of_a_users_two_logins_at_once_each_can_leave_a_doubt(self, store: MongoUpstoxStorage, ends: str) -> None:
         store.store_token(USER)
         with store._lock("-account-x"):
             store._begin_login(None, "-account-x", store._now(), {})
             with store._lock(USER):
-                store._begin_login(USER, USER, store._now(), {})  # ... and its process dies.
-            store._end_login("-account-x", in_doubt=False)
+                store._begin_login(USER, USER, store._now(), {})
+                store._end_login(ends, in_doubt=False)  # ... and the other one's process dies.
         assert not self.found(store)
 
     def test_a_caller_who_has_lost_the_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
@@ -652,12 +651,24 @@ class TestMongoDB(StoreContract):
         assert living(store)["token"] == stored["token"]
         assert [row["token_id"] for row in store.get_token_history(USER)] == [stored["token_id"]]
 
-    def test_a_record_that_was_used_is_not_taken_over(self, store: MongoUpstoxStorage) -> None:
+    @pytest.mark.parametrize("came_by", ["login", "migration"])
+    def test_a_record_that_was_used_or_migrated_is_not_taken_over(
+        self, store: MongoUpstoxStorage, came_by: str
+    ) -> None:
         for generation in (1, 2):
-            store._insert(made_up(store, USER, generation))
-            living(store)
-        with self.mongo.bare() as db:  # as after a restore that was not of one moment
-            db.active_tokens.update_one({}, {"$set": {"generation": 1}})
+            with self.mongo.bare() as db:
+                before = db.active_tokens.find_one()
+            token = made_up(store, USER, generation)
+            if came_by == "login":
+                store._insert(token)
+                living(store)
+            else:
+                store._put_in(USER, [token], [])
+        with self.mongo.bare() as db:  # as after a restore that was not of one moment, or a migration that was killed
+            db.active_tokens.replace_one({}, before)
+        newest = store._newest(USER)
+        assert newest is not None
+        assert newest.generation == 2
         with pytest.raises(LoginSuperseded):
             store._insert(made_up(store, USER, 2))
 

@@ -32,6 +32,7 @@ ONLY_ACTIVE = ("ciphertext", "key_id")
 IN_BOTH = ("generation", "created_at", "expires_at", "account", "issued_at")
 NOT_KEPT = ("token_id", "source", "in_doubt")
 GENERATION_KEYS = ("user_id", "generation")  # of the unique index that keeps two writers apart
+FIRST_ENTRY = {"audit": {"$slice": 1}}  # of a record's audit entries, which may be a hundred
 NOT_ACTIVE: Document = {"token_id": None, "generation": float("-inf")}  # in place of a document that is not there
 
 
@@ -195,10 +196,10 @@ class MongoUpstoxStorage(TokenStorage):
     def _newest(self, user_id: str) -> StoredToken | None:
         with self._database() as db:
             # In this order, or a token that becomes active in between would look like one that never did.
-            found = db.tokens.find({"user_id": user_id}, {"audit": 0})
+            found = db.tokens.find({"user_id": user_id}, FIRST_ENTRY)
             records = list(found.sort("generation", DESCENDING).limit(ATTEMPTS))
             active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
-        whole = next((record for record in records if not _is_cut_off(record, active, self._now())), None)
+        whole = next((record for record in records if not _is_free(record, active, self._now())), None)
         # After a restore that was not of one moment the records may be behind.
         if active["generation"] > (whole["generation"] if whole else float("-inf")):
             return _token(active)
@@ -506,7 +507,7 @@ def _token(active: Document, **more: Any) -> StoredToken:
 
 def _recorded(record: Document, active: Document, **more: Any) -> StoredToken:
     """The token of this record, with a ciphertext if it is the user's active one."""
-    known = {name: value for name, value in record.items() if name not in ("_id", "is_active")}
+    known = {name: value for name, value in record.items() if name not in ("_id", "is_active", "audit")}
     held = active if record["_id"] == active["token_id"] and "ciphertext" in active else {}
     # What the ciphertext is bound to stands beside it, whatever the record says. (Version 1 bound it to no account.)
     known |= dict.fromkeys(ONLY_ACTIVE, "") | {name: held[name] for name in (*ONLY_ACTIVE, *IN_BOTH) if name in held}
@@ -515,8 +516,15 @@ def _recorded(record: Document, active: Document, **more: Any) -> StoredToken:
 
 def _is_cut_off(record: Document, active: Document, now: datetime) -> bool:
     """Whether its writer was cut off before it became the active one, or is not there yet. Nothing leads to it."""
-    later = record["generation"] > active["generation"] and record["expires_at"] > now
-    return bool(later and record["is_active"] and not record["usage_count"])
+    return bool(record["is_active"] and record["generation"] > active["generation"] and record["expires_at"] > now)
+
+
+def _is_free(record: Document, active: Document, now: datetime) -> bool:
+    """Whether another login may have this record, and so its generation: the one that began it was cut off.
+
+    What a migration has put there is not free: it holds no audit entry, and a record that was used has led somewhere.
+    """
+    return _is_cut_off(record, active, now) and bool(record["audit"]) and not record["usage_count"]
 
 
 def _take_over(db: Database[Document], record: Document, now: datetime) -> ObjectId | None:
@@ -525,15 +533,15 @@ def _take_over(db: Database[Document], record: Document, now: datetime) -> Objec
     The life cycle tries again when a connection was lost, and must not stumble over its own first attempt. If that
     writer is only slow, one of the two comes first at the swap, and the other one finds that out there.
     """
-    there = db.tokens.find_one({name: record[name] for name in GENERATION_KEYS}, {"audit": 0})
+    there = db.tokens.find_one({name: record[name] for name in GENERATION_KEYS}, FIRST_ENTRY)
     active = db.active_tokens.find_one({"_id": record["user_id"]}) or NOT_ACTIVE
-    if there is None or not _is_cut_off(there, active, now):
+    if there is None or not _is_free(there, active, now):
         return None
     token_id: ObjectId = there["_id"]
     (created,) = record["audit"]  # behind what that writer has entered: nothing leaves the audit trail
     values = {name: value for name, value in record.items() if name not in ("_id", "audit")}
     change = {"$set": values, "$push": {"audit": {**created, "token_id": token_id}}}
-    which = {"_id": token_id, "is_active": True, "usage_count": 0}
+    which = {"_id": token_id, "is_active": True, "usage_count": 0, "audit.0": {"$exists": True}}
     return token_id if db.tokens.update_one(which, change).matched_count else None
 
 
