@@ -40,7 +40,7 @@ ANY_STEP = (Failure.RATE_LIMIT, Failure.SERVER_ERROR, Failure.HTML, Failure.DROP
 
 @pytest.fixture
 def login(upstox: LocalUpstox, account: Account) -> SdkLogin:
-    return SdkLogin(account.credentials(), base_domain=upstox.base_domain, timeout=0.3)
+    return SdkLogin(account.credentials(), base_domain=upstox.base_domain)
 
 
 def secrets_of(account: Account) -> list[str]:
@@ -138,8 +138,8 @@ def odd_login(request: pytest.FixtureRequest, odd: OddUpstox) -> SdkLogin | Totp
     """Either login at this server: both read an answer in the same way."""
     made = odd.add_account(USER).credentials()
     if request.param == "sdk":
-        return SdkLogin(made, base_domain=odd.base_domain, timeout=2)
-    return TotpLogin({name: made[name] for name in TOTP_FIELDS}, base_domain=odd.base_domain, timeout=2)
+        return SdkLogin(made, base_domain=odd.base_domain)
+    return TotpLogin({name: made[name] for name in TOTP_FIELDS}, base_domain=odd.base_domain)
 
 
 PROFILE = [
@@ -337,6 +337,8 @@ class TestAFailure:
     def test_at_any_step_becomes_an_error_that_says_what_to_do_and_shows_nothing(
         self, login: SdkLogin, upstox: LocalUpstox, account: Account, failure: Failure, step: int
     ) -> None:
+        if failure is Failure.STALL:  # Only here: on a busy machine, any request may take this long.
+            login = SdkLogin(account.credentials(), base_domain=upstox.base_domain, timeout=0.3)
         upstox.fail(failure, step=step)
         with pytest.raises(LoginLimited if failure is Failure.RATE_LIMIT else LoginInterrupted) as caught:
             login()
