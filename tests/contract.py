@@ -42,6 +42,7 @@ from upstox_db_examples.token import IST
 
 from .backend_contract import BackendContract
 from .conftest import YEAR, Clock, shown_with_locals
+from .login_contract import LoginContract
 from .processes import USER, jwt, token_data
 
 OpenStore = Callable[..., TokenStorage]
@@ -57,7 +58,7 @@ def ist(day: int, hour: int, minute: int = 0, second: int = 0) -> datetime:
     return datetime(YEAR, 1, day, hour, minute, second, tzinfo=IST)
 
 
-class StoreContract(BackendContract, ABC):
+class StoreContract(BackendContract, LoginContract, ABC):
     counted: dict[str, Any] = {}
     """The options with which this store counts and audits reads; empty where it always does."""
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from upstox_db_examples import (
     Pace,
     PooledUpstoxStorage,
     SdkLogin,
+    Secret,
     TokenNotStored,
     TokenStorage,
 )
@@ -149,7 +150,9 @@ def test_a_wrong_pin_in_the_middle_stops_nobody_and_is_tried_once(
         assert isinstance(failed.exception, LoginRefused)
         assert (upstox.attempts(IDS[2]), upstox.logins()) == (1, 4)
         again = batch(store, IDS[:5])
-        assert (upstox.attempts(IDS[2]), upstox.logins()) == (2, 4)
+        assert (upstox.attempts(IDS[2]), upstox.logins()) == (1, 4), "the refusal is known in this store"
+        batch(store, IDS[2:3], replace=True)
+        assert upstox.attempts(IDS[2]) == 1, "nor does a batch that replaces all tokens go past it"
         assert [result["success"] for result in again] == [True, True, False, True, True]
 
 
@@ -219,10 +222,10 @@ def test_a_token_that_could_not_be_stored_is_not_lost(
 ) -> None:
     real = type(store)._insert
 
-    def refuse_one(self: Any, token: Any) -> Any:
+    def refuse_one(self: Any, token: Any, *more: Any) -> Any:
         if token.user_id == IDS[1]:
             raise StoreUnavailable("the disk is full")
-        return real(self, token)
+        return real(self, token, *more)
 
     monkeypatch.setattr(type(store), "_insert", refuse_one)
     results = batch(store, IDS[:3])
@@ -238,6 +241,17 @@ def test_a_token_that_could_not_be_stored_is_not_lost(
 @pytest.fixture
 def fake() -> FakeTime:
     return FakeTime()
+
+
+def follow(fake: FakeTime, store: TokenStorage) -> None:
+    """Let the database's clock run on with this time: limits that other programs have to know are timed by it."""
+    told = store._notes
+
+    def notes(names: Sequence[str]) -> tuple[float, dict[str, str]]:
+        now, there = told(names)
+        return now + fake.now, there
+
+    store._notes = notes  # type: ignore[method-assign]
 
 
 def test_logins_keep_to_upstoxs_limits(fake: FakeTime) -> None:
@@ -266,6 +280,7 @@ def test_threads_share_the_limits() -> None:
 def test_after_a_limit_nobody_logs_in_until_it_is_over(
     store: TokenStorage, upstox: LocalUpstox, fake: FakeTime
 ) -> None:
+    follow(fake, store)
     upstox.fail("rate_limit")
     results = batch(store, IDS[:3], pace=fake.pace())
     assert [result["success"] for result in results] == [True] * 3
@@ -300,10 +315,11 @@ def test_a_short_limit_does_not_end_a_longer_one(fake: FakeTime) -> None:
 def test_an_account_whose_one_time_passwords_are_blocked_holds_nobody_else_up(
     store: TokenStorage, upstox: LocalUpstox, fake: FakeTime
 ) -> None:
+    follow(fake, store)
     order: list[tuple[str, float]] = []
     accounts = store._login
 
-    def noted(user_id: str | None) -> AccessTokenData:
+    def noted(user_id: str | None) -> object:
         order.append((str(user_id), fake.now))
         return accounts(user_id)
 
@@ -319,13 +335,14 @@ def test_a_store_that_is_down_says_so_for_all_at_once(
     def down(*_: object) -> None:
         raise StoreUnavailable("the disk is full")
 
-    monkeypatch.setattr(type(store), "_record", down)
+    monkeypatch.setattr(type(store), "_begin_login", down)
     results = batch(store, IDS, replace=True, pace=fake.pace(LIMITS))
     assert {result["error_type"] for result in results} == {"StoreUnavailable"}
     assert (upstox.attempts(), fake.slept) == (0, [])
 
 
 def test_a_limit_that_stays_is_given_up(store: TokenStorage, upstox: LocalUpstox, fake: FakeTime) -> None:
+    follow(fake, store)
     upstox.fail("otp_blocked", times=9)
     (result,) = batch(store, IDS[:1], pace=fake.pace())
     assert isinstance(result.exception, LoginLimited)
@@ -339,17 +356,60 @@ def test_the_others_get_their_turn_while_one_waits_for_his_next_code(
     order: list[str] = []
     accounts = store._login
 
-    def noted(user_id: str | None) -> AccessTokenData:
+    def noted(user_id: str | None) -> object:
         order.append(str(user_id))
         return accounts(user_id)
 
     store._login = noted
-    upstox.fail("drop", step=6)
+    upstox.fail("drop", step=5)
     results = batch(store, IDS[:3], pace=fake.pace())
     assert all(result["success"] for result in results)
     assert order == [*IDS[:3], IDS[0]]
     assert len(fake.slept) == 1
     assert 0 < fake.slept[0] <= 30, "until the next one-time password"
+
+
+def test_an_account_that_may_have_a_token_is_not_logged_in_again(
+    store: TokenStorage, upstox: LocalUpstox, fake: FakeTime
+) -> None:
+    upstox.fail("lost", step=6)
+    results = batch(store, IDS[:2], pace=fake.pace())
+    assert [result["success"] for result in results] == [False, True]
+    assert results[0].exception.token_may_exist
+    assert upstox.logins(IDS[0]) == 1
+    assert batch(store, IDS[:1], pace=fake.pace())[0]["success"], "nobody has that token: the next call logs in"
+
+
+def test_the_logins_of_other_programs_count(tmp_path: Path, fake: FakeTime, clock: Clock) -> None:
+    login = lambda user_id: token_data(user_id or "")  # noqa: E731
+    with (
+        PooledUpstoxStorage(tmp_path / "upstox.db", login=login, keys=KEY, clock=clock) as store,
+        PooledUpstoxStorage(tmp_path / "upstox.db", login=login, keys=KEY, clock=clock) as other,
+    ):
+        for _ in range(10):
+            other._begin_login("XX0001", "XX0001", other._now(), {"process": "of another program"})
+        clock.advance(seconds=20)
+        begun = fake.now
+
+        def sleep(seconds: float) -> None:
+            fake.sleep(seconds)
+            clock.advance(seconds=seconds)
+
+        pace = Pace(LIMITS, clock=fake.clock, sleep=sleep)
+        assert batch(store, IDS[:1], pace=pace)[0]["success"]
+        assert fake.now - begun == 40, "ten a minute, whoever begins them"
+
+
+def test_a_token_that_was_not_stored_counts_as_a_login(fake: FakeTime) -> None:
+    pace = fake.pace([(1, 60.0)])
+    with contextlib.suppress(TokenNotStored), pace.turn("CD0000"):
+        raise TokenNotStored(Secret("eyJ0eXAi"), "CD0000", StoreUnavailable("the disk is full"))
+    with pace.turn("CD0001"):
+        assert fake.now == 60
+    with contextlib.suppress(StoreUnavailable), pace.turn("CD0002"):
+        raise StoreUnavailable("down")
+    with pace.turn("CD0003"):
+        assert fake.now == 120, "no login was begun"
 
 
 def test_a_one_time_password_is_used_once(tmp_path: Path, keys: KeyRing) -> None:

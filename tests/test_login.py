@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import pickle
+import pprint
+from base64 import b64encode
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 
 from upstox_db_examples import (
@@ -18,13 +23,18 @@ from upstox_db_examples import (
     LoginLimited,
     LoginRefused,
     SdkLogin,
+    TotpLogin,
+    sdk_login,
 )
+from upstox_db_examples.local import web
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
-from upstox_db_examples.login import FIELDS, Credentials
+from upstox_db_examples.local.web import Answer, Shown
+from upstox_db_examples.login import FIELDS, TOTP_FIELDS, Credentials, read_answer
 
 from .conftest import shown_with_locals
 
 USER = "AB1234"
+JWT = "eyJ0eXAiOiJKV1QifQ.eyJzdWIiOiJYWTk5OTkifQ.c2lnbmF0dXJl"
 ANY_STEP = (Failure.RATE_LIMIT, Failure.SERVER_ERROR, Failure.HTML, Failure.DROP, Failure.STALL)
 
 
@@ -107,6 +117,220 @@ class TestALogin:
         assert [secret for secret in [*secrets_of(account), token] if secret in caplog.text] == []
 
 
+class OddUpstox(LocalUpstox):
+    """Changes the answer that has the token, and the page that tells whose credentials these are."""
+
+    change: Callable[[dict[str, Any]], Answer] = Answer
+
+    def _answer(self, route: str, shown: Shown) -> Answer:
+        answer = super()._answer(route, shown)
+        return self.change(answer.body) if route.endswith("/token") and isinstance(answer.body, dict) else answer
+
+
+@pytest.fixture
+def odd(clock: Any) -> Iterator[OddUpstox]:
+    with OddUpstox(clock=clock, totp_once=False, limits=False) as server:
+        yield server
+
+
+@pytest.fixture(params=["sdk", "totp"])
+def odd_login(request: pytest.FixtureRequest, odd: OddUpstox) -> SdkLogin | TotpLogin:
+    """Either login at this server: both read an answer in the same way."""
+    made = odd.add_account(USER).credentials()
+    if request.param == "sdk":
+        return SdkLogin(made, base_domain=odd.base_domain, timeout=2)
+    return TotpLogin({name: made[name] for name in TOTP_FIELDS}, base_domain=odd.base_domain, timeout=2)
+
+
+PROFILE = [
+    "email",
+    "user_name",
+    "broker",
+    "user_type",
+    "poa",
+    "ddpi",
+    "is_active",
+    "exchanges",
+    "products",
+    "order_types",
+]
+
+
+class TestAnAnswer:
+    def test_without_the_fields_that_the_sdk_demands_is_a_login(self, login: SdkLogin, upstox: LocalUpstox) -> None:
+        answer = login()
+        assert "poa" not in answer
+        assert answer["ddpi"] is None
+        assert upstox.is_living(answer["access_token"])
+        with pytest.raises(AttributeError):
+            answer.poa  # noqa: B018
+
+    @pytest.mark.parametrize("field", PROFILE)
+    @pytest.mark.parametrize("how", ["missing", "null", "changed"])
+    def test_lacks_no_token_whatever_its_profile_is(
+        self, odd_login: SdkLogin | TotpLogin, odd: OddUpstox, field: str, how: str
+    ) -> None:
+        odd.shape_answers(**{how: {field: {"odd": 1}} if how == "changed" else [field]}, added={"new": 1})  # type: ignore[arg-type]
+        minted = read_answer(odd_login())
+        assert minted.user_id == USER
+        assert odd.is_living(minted.token.reveal())
+        kind = "of_another_type" if how == "changed" else how
+        assert minted.odd_fields == {f"fields_{kind}": [field], "fields_unknown": ["new"]}
+        if field not in ("poa", "ddpi", "is_active", "order_types"):
+            assert minted.profile[field] == ([] if field in ("exchanges", "products") else None)
+        assert minted.profile["metadata"]["is_active_user"] is (None if field == "is_active" else True)
+
+    def test_that_is_as_documented_is_read_as_the_sdk_would_read_it(
+        self, login: SdkLogin, upstox: LocalUpstox, account: Account
+    ) -> None:
+        upstox.shape_answers()
+        minted = read_answer(login())
+        assert minted.profile == {
+            "user_name": account.user_name,
+            "email": account.email,
+            "broker": "UPSTOX",
+            "user_type": "individual",
+            "products": ["D", "CO", "I"],
+            "exchanges": ["NSE", "NFO", "BSE", "CDS", "BFO", "BCD"],
+            "metadata": {"is_active_user": True, "generation_method": "upstox_totp_sdk"},
+        }
+        assert minted.odd_fields == {}
+
+    def test_is_read_without_any_change_for_other_users_of_the_sdk(
+        self, login: SdkLogin, upstox: LocalUpstox, account: Account
+    ) -> None:
+        from upstox_totp import UpstoxTOTP
+        from upstox_totp.models import AccessTokenResponse
+
+        def other_user() -> AccessTokenResponse:
+            with UpstoxTOTP(**account.credentials()) as client:  # type: ignore[arg-type]
+                client.base_domain = upstox.base_domain
+                client.config.sleep_time = 0
+                return client.app_token.get_access_token()
+
+        assert login().user_id == USER
+        with pytest.raises(pydantic.ValidationError):
+            other_user()
+        with pytest.raises(pydantic.ValidationError):
+            AccessTokenResponse.model_validate({"success": True, "data": {"access_token": "x", "user_id": USER}})
+        upstox.shape_answers()
+        assert isinstance(other_user(), AccessTokenResponse)
+
+    @pytest.mark.parametrize("failure", [Failure.ENVELOPE, Failure.PLAIN_TYPE, Failure.NO_USER, Failure.MISSING_FIELD])
+    def test_in_an_unexpected_form_still_gives_its_token(
+        self, odd_login: SdkLogin | TotpLogin, odd: OddUpstox, failure: Failure
+    ) -> None:
+        odd.fail(failure)
+        minted = read_answer(odd_login())
+        assert minted.user_id == USER, "the token itself names its user"
+        assert odd.is_living(minted.token.reveal())
+
+    @pytest.mark.parametrize(
+        ("change", "raises"),
+        [
+            (lambda b: Answer(f"<p>Your token: {b['access_token']}.</p>"), LoginInterrupted),
+            (lambda b: Answer(b["access_token"]), LoginInterrupted),
+            (
+                lambda b: Answer(f"extended_token={b['extended_token']}&access_token={b['access_token']}"),
+                LoginInterrupted,
+            ),
+            (lambda b: Answer({"access_token": [b["access_token"]], "user_id": USER}), LoginInterrupted),
+            (lambda b: Answer({"token": b["access_token"], "extended_token": b["extended_token"]}), LoginInterrupted),
+            (lambda b: Answer({"a": {"b": [b["access_token"]]}}), LoginInterrupted),
+            (lambda b: Answer(b, 500), LoginInterrupted),
+            (lambda b: Answer(b | {"errors": [{"errorCode": "UDAPI100069", "message": "no"}]}, 401), LoginRefused),
+            (lambda b: Answer(f"try {b['access_token']} again", 429), LoginLimited),
+        ],
+    )
+    def test_that_cannot_be_used_carries_its_token_in_the_error_and_shows_nothing(
+        self,
+        odd_login: SdkLogin | TotpLogin,
+        odd: OddUpstox,
+        change: Callable[[dict[str, Any]], Answer],
+        raises: type[LoginError],
+    ) -> None:
+        odd.change = change
+        with pytest.raises(raises, match=r"error\.token\.reveal\(\)") as caught:
+            odd_login()
+        assert caught.value.token is not None
+        assert odd.is_living(caught.value.token.reveal())
+        assert (caught.value.user_id, caught.value.token_may_exist) == (USER, True)
+        assert_shows_nothing(caught.value, odd.add_account(USER))
+
+    def test_with_an_opaque_token_and_no_user_carries_it_in_the_error(
+        self, odd_login: SdkLogin | TotpLogin, odd: OddUpstox
+    ) -> None:
+        odd.change = lambda _: Answer({"access_token": "opaque-token"})
+        with pytest.raises(LoginInterrupted, match="named no usable user id") as caught:
+            odd_login()
+        assert caught.value.token is not None
+        assert caught.value.token.reveal() == "opaque-token"
+        assert "opaque-token" not in shown_with_locals(caught.value)
+
+    def test_shows_and_pickles_no_token(self, login: SdkLogin) -> None:
+        answer = login()
+        for shown in (repr(answer), str(answer), f"{answer.items()}", pprint.pformat(answer), repr([answer])):
+            assert "access_token" in shown
+            assert answer.access_token[4:] not in shown
+            assert answer["extended_token"][4:] not in shown
+        for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match="not pickled"):
+                attempt(answer)
+        with pytest.raises(TypeError):
+            answer["user_id"] = "XY9999"
+        assert dict(answer)["access_token"] == answer.access_token
+
+
+class TestCredentialsOfAnotherUser:
+    @pytest.mark.parametrize("declared", [True, False])
+    def test_are_found_out_before_a_one_time_password_is_asked_for(
+        self, upstox: LocalUpstox, account: Account, declared: bool
+    ) -> None:
+        login = SdkLogin(account.credentials(), user_id="XY9999" if declared else None, base_domain=upstox.base_domain)
+        with pytest.raises(LoginRefused, match=r"asked for XY9999.*these credentials log AB1234 in.*minted") as caught:
+            login(None if declared else "XY9999")
+        assert (upstox.attempts(), caught.value.token_may_exist, caught.value.token) == (0, False, None)
+        assert_shows_nothing(caught.value, account)
+
+    def test_are_not_those_of_the_same_user_in_lower_case(self, upstox: LocalUpstox, account: Account) -> None:
+        login = SdkLogin(account.credentials(), user_id="ab1234", base_domain=upstox.base_domain)
+        assert login("Ab1234").user_id == USER
+
+
+class TestAnInterrupt:
+    def test_is_raised_between_requests_and_shows_nothing(
+        self, login: SdkLogin, upstox: LocalUpstox, account: Account, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls = []
+
+        def pending() -> None:
+            calls.append(upstox.attempts())
+            if len(calls) == 6:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(sdk_login, "raise_pending", pending)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            login()
+        assert (len(calls), upstox.logins()) == (6, 0)
+        assert_shows_nothing(caught.value, account)
+        assert caught.value.token_may_exist is False  # type: ignore[attr-defined]
+
+    def test_that_comes_after_the_answer_carries_the_token(
+        self, login: SdkLogin, upstox: LocalUpstox, account: Account, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from upstox_totp import UpstoxTOTP
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(UpstoxTOTP, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            login()
+        assert upstox.is_living(caught.value.token.reveal())  # type: ignore[attr-defined]
+        assert caught.value.token_may_exist is True  # type: ignore[attr-defined]
+        assert_shows_nothing(caught.value, account)
+
+
 class TestAFailure:
     @pytest.mark.parametrize("step", range(1, 7))
     @pytest.mark.parametrize("failure", ANY_STEP)
@@ -120,13 +344,71 @@ class TestAFailure:
         if failure is not Failure.STALL:  # a request that was given up is still being answered
             assert login().user_id == USER
 
-    def test_in_the_form_of_the_answer_does_not_show_the_token_that_was_in_it(
-        self, login: SdkLogin, upstox: LocalUpstox, account: Account
+    @pytest.mark.parametrize(("step", "may_exist"), [(step, step == 6) for step in range(1, 7)])
+    @pytest.mark.parametrize("failure", [Failure.SERVER_ERROR, Failure.HTML, Failure.DROP])
+    def test_leaves_a_token_in_doubt_only_if_the_last_request_was_sent(
+        self, login: SdkLogin, upstox: LocalUpstox, failure: Failure, step: int, may_exist: bool
     ) -> None:
-        upstox.fail(Failure.MISSING_FIELD)
-        with pytest.raises(LoginInterrupted, match="form that the SDK does not know") as caught:
+        upstox.fail(failure, step=step)
+        with pytest.raises(LoginInterrupted) as caught:
             login()
+        assert (caught.value.token_may_exist, caught.value.token) == (may_exist, None)
+
+    @pytest.mark.parametrize("failure", [Failure.LOST, Failure.NO_TOKEN])
+    def test_that_loses_the_token_says_so_and_does_not_take_the_extended_one(
+        self, login: SdkLogin, upstox: LocalUpstox, account: Account, failure: Failure
+    ) -> None:
+        upstox.fail(failure)
+        with pytest.raises(LoginInterrupted) as caught:
+            login()
+        assert upstox.logins() == 1
+        assert (caught.value.token_may_exist, caught.value.token) == (True, None)
         assert_shows_nothing(caught.value, account)
+
+    def test_that_loses_the_token_is_not_hidden_by_curl_that_sends_the_request_again(
+        self, login: SdkLogin, upstox: LocalUpstox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def without_a_byte(handler: Any) -> None:
+            handler.close_connection = True
+
+        # On a kept connection curl takes this for a connection that was closed long ago, and repeats the request.
+        # The code is used up by then, and a definite refusal would hide the token that was made.
+        monkeypatch.setattr(web._Handler, "_hang_up", without_a_byte)
+        upstox.fail(Failure.LOST, step=6)
+        with pytest.raises(LoginInterrupted, match="broke off") as caught:
+            login()
+        assert (upstox.logins(), caught.value.token_may_exist) == (1, True)
+
+    @pytest.mark.parametrize(("field", "wrong"), [("client_secret", "not-the-secret"), ("pin_code", "000001")])
+    def test_that_is_a_definite_refusal_leaves_no_token_in_doubt(
+        self, upstox: LocalUpstox, account: Account, field: str, wrong: str
+    ) -> None:
+        login = SdkLogin({**account.credentials(), field: wrong}, base_domain=upstox.base_domain)
+        with pytest.raises(LoginRefused) as caught:
+            login()
+        assert not caught.value.token_may_exist
+
+    def test_by_a_limit_in_the_last_step_leaves_no_token_in_doubt(self, login: SdkLogin, upstox: LocalUpstox) -> None:
+        upstox.fail(Failure.RATE_LIMIT, step=6)
+        with pytest.raises(LoginLimited) as caught:
+            login()
+        assert not caught.value.token_may_exist
+
+    def test_by_the_limit_of_one_time_passwords_is_known_by_its_text(
+        self, login: SdkLogin, upstox: LocalUpstox
+    ) -> None:
+        upstox.fail(Failure.OTP_LIMIT)
+        with pytest.raises(LoginLimited, match="Wait 1800 s") as caught:
+            login()
+        assert (caught.value.code, caught.value.retry_after, caught.value.account_only) == ("UDAPI100500", 1800.0, True)
+
+    def test_by_a_code_that_nobody_knows_is_a_refusal_with_its_code(
+        self, upstox: LocalUpstox, account: Account
+    ) -> None:
+        login = SdkLogin({**account.credentials(), "username": "9999999999"}, base_domain=upstox.base_domain)
+        with pytest.raises(LoginRefused) as caught:
+            login()
+        assert caught.value.code == "1017001"
 
     def test_by_a_block_says_how_long_to_wait(self, login: SdkLogin, upstox: LocalUpstox) -> None:
         upstox.fail(Failure.OTP_BLOCKED)
@@ -168,9 +450,24 @@ class TestAFailure:
             login()
         assert_shows_nothing(caught.value, account)
 
-    @pytest.mark.parametrize("oddity", [None, object(), {"access_token": "eyJ0eXAi" * 9}, Exception("eyJ0eXAi" * 9)])
-    def test_of_the_sdk_to_return_what_it_promised_is_explained(
-        self, login: SdkLogin, account: Account, oddity: Any, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("oddity", "carried"),
+        [
+            (None, None),
+            (object(), None),
+            ({"access_token": "eyJ0eXAi" * 9}, "eyJ0eXAi" * 9),
+            ({"token": JWT}, JWT),
+            (JWT, JWT),
+            (Exception("eyJ0eXAi" * 9), None),
+        ],
+    )
+    def test_of_the_sdk_to_return_what_it_promised_is_explained_and_carries_the_token(
+        self,
+        login: SdkLogin,
+        account: Account,
+        oddity: Any,
+        carried: str | None,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         from upstox_totp._api.app_token import AppTokenAPI
 
@@ -182,11 +479,14 @@ class TestAFailure:
         monkeypatch.setattr(AppTokenAPI, "get_access_token", odd)
         with pytest.raises(LoginInterrupted) as caught:
             login()
+        assert (caught.value.token.reveal() if caught.value.token else None) == carried
+        assert caught.value.token_may_exist, "nobody saw which requests were made"
         assert_shows_nothing(caught.value, account)
 
     def test_that_repeats_a_credential_has_it_blacked_out(self, account: Account) -> None:
-        told = Credentials(account.credentials()).redact(f"PIN {account.pin} of {account.mobile}: eyJ0eXAi.abc-_x")
-        assert told == "PIN … of …: …"
+        pin = b64encode(account.pin.encode()).decode()
+        says = f"PIN {account.pin} ({pin}) of {account.mobile}: eyJ0eXAi.abc-_x"
+        assert Credentials(account.credentials()).redact(says) == "PIN … (…) of …: …"
 
 
 class TestCredentials:

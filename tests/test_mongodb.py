@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -15,7 +17,7 @@ from urllib.parse import quote_plus, urlsplit
 
 import pymongo
 import pytest
-from bson import ObjectId
+from bson import ObjectId, json_util
 from bson.codec_options import CodecOptions
 from pymongo.collection import Collection
 from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, PyMongoError, WriteError
@@ -38,15 +40,28 @@ from upstox_db_examples import (
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import MongoDBServer
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.mongodb_lease import Leases
 from upstox_db_examples.mongodb_schema import runtime_role
 
 from . import reliability
+from .backend_contract import made_up
 from .conftest import Clock, shown_with_locals
 from .contract import OpenStore, StoreContract, ist, living
 from .databases import MongoDatabase
 from .faults import ServerContract
-from .processes import USER, Address, made_up_login, token_data, wait_until
+from .processes import KEY, USER, Address, made_up_login, token_data, wait_until
 from .reliability import Counts, ReliabilityContract
+
+VERSION_1 = Path(__file__).parent / "fixtures" / "version_1" / "mongodb.json"
+PASSWORD = "hunter2hunter2"
+RUNTIME_1 = ["the_runtime_role_of_version_1"]
+RUNTIME_ACTIONS_1 = {
+    "active_tokens": ["find", "insert", "update", "remove"],
+    "tokens": ["find", "insert", "update"],
+    "token_audit": ["find", "insert"],
+    "leases": ["find", "insert", "update", "remove"],
+    "schema_version": ["find"],
+}
 
 
 class TestMongoDB(StoreContract):
@@ -65,6 +80,7 @@ class TestMongoDB(StoreContract):
                     "id": record["_id"],
                     "access_token": active.get(record["_id"], {}).get("ciphertext"),
                     "key_id": active.get(record["_id"], {}).get("key_id"),
+                    "account": active.get(record["_id"], {}).get("account"),
                 }
                 for record in db.tokens.find().sort("_id")
             ]
@@ -89,19 +105,42 @@ class TestMongoDB(StoreContract):
         with self.mongo.bare() as db:
             (active,), (record,) = db.active_tokens.find(), db.tokens.find()
         assert active["_id"] == USER
-        assert active["ciphertext"].startswith("v1.")
+        assert active["ciphertext"].startswith("v2.")
         assert str(active["token_id"]) == str(record["_id"]) == stored["token_id"]
-        assert "v1." not in str(record)
+        assert "v2." not in str(record)
         assert record["products"] == ["I", "D", "CO", "MTF"] or record["products"]
 
-    def test_a_read_with_its_count_and_audit_is_two_round_trips(self, store: MongoUpstoxStorage) -> None:
-        store.store_token()
-        with self.mongo.bare() as db:
-            db.command("profile", 2)
+    def test_a_read_with_its_count_and_audit_is_two_round_trips(
+        self, store: MongoUpstoxStorage, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store.store_token(USER)
+        with sent(caplog) as commands:
             living(store)
-            db.command("profile", 0)
-            seen = db.system.profile.find({"appName": "upstox_db_examples"})
-            assert [next(iter(each["command"])) for each in seen] == ["find", "findAndModify"]
+        assert commands == ["find", "findAndModify"]
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            with sent(caplog) as commands:
+                living(store)
+        assert commands == ["find", "find", "findAndModify"], "the lease of the login that is under way"
+
+    def test_notes_and_the_clock_are_two_round_trips(
+        self, store: MongoUpstoxStorage, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store._write_note("one", "text")
+        with sent(caplog) as commands:
+            assert store._notes(["one"])[1] == {"one": "text"}
+        assert commands == ["hello", "find"]
+
+    def test_the_clock_of_the_database_has_no_time_zone(
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TZ", "Asia/Kolkata")
+        time.tzset()
+        try:
+            assert abs(store._notes([])[0] - time.time()) < 60
+        finally:
+            monkeypatch.delenv("TZ")
+            time.tzset()
 
     def test_audit_entries_move_out_of_the_record_and_none_is_lost(self, store: MongoUpstoxStorage) -> None:
         store.store_token()
@@ -156,12 +195,18 @@ class TestMongoDB(StoreContract):
             ("tokens", {"user_id": USER}, [("generation", -1)]),
             ("tokens", {"user_id": USER, "is_active": True, "generation": {"$lt": 9}}, [("generation", 1)]),
             ("tokens", {"created_at": {"$gte": now, "$lte": now}}, [("created_at", -1)]),
-            ("tokens", {"account": "x"}, [("created_at", -1), ("_id", -1)]),
+            ("active_tokens", {"account": "x", "ciphertext": {"$exists": True}}, [("created_at", -1)]),
+            ("active_tokens", {"login.lock": USER, "login.owner": "x"}, []),
             ("tokens", dead, [("expires_at", 1)]),
             ("tokens", {"audit.user_id": USER}, []),
             ("token_audit", {"user_id": USER}, [("performed_at", -1), ("_id", -1)]),
             ("token_audit", {"performed_at": {"$lt": now}}, []),
             ("tokens", {"user_id": USER}, [("generation", 1)]),
+            (
+                "token_audit",
+                {"action": "login", "performed_at": {"$gt": now}, "metadata.process": {"$ne": "x"}},
+                [("performed_at", -1)],
+            ),
             ("token_audit", {"user_id": USER, "performed_at": {"$gte": now}}, [("performed_at", 1), ("_id", 1)]),
         ]
         with self.mongo.bare() as db:
@@ -171,6 +216,17 @@ class TestMongoDB(StoreContract):
                 assert "COLLSCAN" not in str(plan), (collection, query, plan)
                 assert "IXSCAN" in str(plan) or "IDHACK" in str(plan), (collection, query, plan)
                 assert "'SORT'" not in str(plan), (collection, query, plan)
+
+    def test_logins_are_looked_for_among_logins_alone(self, store: MongoUpstoxStorage) -> None:
+        begin = store._now() - timedelta(seconds=1)
+        store._record(USER, "login", store._now(), {"process": "another"})
+        for _ in range(20):
+            store._record(USER, "used", store._now())
+        assert len(store._logins_since(begin, "mine")) == 1
+        query = {"action": "login", "performed_at": {"$gt": begin}, "metadata.process": {"$ne": "mine"}}
+        with self.mongo.bare() as db:
+            stats = db.token_audit.find(query).sort("performed_at", -1).limit(100).explain()["executionStats"]
+        assert stats["totalKeysExamined"] == 1
 
     def test_an_ended_record_leaves_the_index_of_those_that_hold_audit_entries(self, store: MongoUpstoxStorage) -> None:
         for _ in range(5):
@@ -251,14 +307,206 @@ class TestMongoDB(StoreContract):
         open_store()
         with self.mongo.bare() as db:
             assert "created_at_-1" in db.tokens.index_information()
-            db.schema_version.update_one({}, {"$set": {"version": 2}})
-        with pytest.raises(ConfigurationError, match="schema version 2"):
+            db.schema_version.update_one({}, {"$set": {"version": 3}})
+        with pytest.raises(ConfigurationError, match=r"schema version 3; this package knows 2\. Upgrade it"):
             self.connect()
 
     def test_many_can_make_the_collections_at_once(self, open_store: OpenStore) -> None:
         with ThreadPoolExecutor(8) as threads:
             stores = list(threads.map(lambda _: open_store(), range(8)))
         assert stores[0].store_token()["token"] == living(stores[7])["token"]
+
+    # What version 1 has made
+
+    @pytest.fixture
+    def version_1(self) -> None:
+        """A database as version 1 has left it: three users, one of whom has revoked his token."""
+        collections = json_util.loads(VERSION_1.read_text())
+        with self.mongo.bare() as db:
+            for name, made in collections.items():
+                db.create_collection(name, **made["options"])
+                for index in made["indexes"]:
+                    options = {key: value for key, value in index.items() if key not in ("v", "key")}
+                    if index["name"] != "_id_":
+                        db[name].create_index(list(index["key"].items()), **options)
+                if made["documents"]:
+                    db[name].insert_many(made["documents"])
+
+    @pytest.mark.usefixtures("version_1")
+    def test_a_database_of_version_1_is_brought_forward_and_its_token_read(
+        self, open_store: OpenStore, clock: Clock
+    ) -> None:
+        with self.mongo.bare() as db:
+            before = {name: sorted(map(str, db[name].find())) for name in ("active_tokens", "tokens", "token_audit")}
+            indexes = {name: set(db[name].index_information()) for name in before}
+        clock.set(6, 10)
+        with ThreadPoolExecutor(4) as threads:
+            store, *others = threads.map(lambda _: open_store(keys=KEY, login=made_up_login), range(4))
+        with self.mongo.bare() as db:
+            assert {name: sorted(map(str, db[name].find())) for name in before} == before
+            assert all(indexes[name] <= set(db[name].index_information()) for name in before), "steps only add"
+            assert db.schema_version.find_one()["version"] == 2
+        (active,) = [token for token in store._tokens_of(USER) if token.ciphertext]
+        assert active.ciphertext.startswith("v1.")
+        assert living(store)["token"] == store._decrypt(active).reveal()
+        assert store.get_valid_token("CD5678") is None
+        second = others[0].store_token(USER)
+        assert living(store)["token"] == second["token"]
+        with self.mongo.bare() as db:
+            assert db.active_tokens.find_one({"_id": USER})["ciphertext"].startswith("v2.")
+            with pytest.raises(WriteError):
+                db.active_tokens.update_one({"_id": USER}, {"$set": {"ciphertext": "eyJ0eXAi" * 9}})
+
+    @pytest.mark.usefixtures("version_1")
+    def test_a_token_of_version_1_is_rotated_to_the_new_kind_of_ciphertext(
+        self, open_store: OpenStore, clock: Clock
+    ) -> None:
+        clock.set(6, 10)
+        token = living(open_store(keys=KEY))["token"]
+        new = KeyRing.new_key()
+        assert open_store(keys=KeyRing(new, b"the same key for all processes..")).rotate_keys() == 2
+        after = open_store(keys=KeyRing(new))
+        assert living(after)["token"] == token
+        assert after._tokens_of(USER)[-1].ciphertext.startswith("v2.")
+        assert after._decrypt(after._tokens_of(USER)[-1]).reveal() == token
+
+    @pytest.mark.usefixtures("version_1")
+    @pytest.mark.parametrize("rights", [RUNTIME_1, ["readWrite"]])
+    def test_a_user_who_may_not_bring_version_1_forward_is_told_who_may(
+        self, rights: list[str], mongo: MongoDatabase
+    ) -> None:
+        self.mongo = another_user(mongo, rights)
+        with pytest.raises(
+            ConfigurationError,
+            match=r"has schema version 1, this package needs 2, .* run: upstox-db init --runtime-role ROLE",
+        ) as caught:
+            self.connect()
+        assert PASSWORD not in shown_with_locals(caught.value)
+        with mongo.bare() as db:
+            assert db.schema_version.find_one()["version"] == 1
+
+    @pytest.mark.usefixtures("version_1")
+    def test_an_owner_brings_version_1_forward_and_a_role_with_it(
+        self, mongo: MongoDatabase, open_store: OpenStore, clock: Clock
+    ) -> None:
+        clock.set(6, 10)
+        runtime = another_user(mongo, RUNTIME_1)
+        self.mongo = another_user(mongo, ["dbOwner"])
+        owner = open_store(keys=KEY)
+        self.mongo = runtime
+        behind = open_store(keys=KEY, login=made_up_login)
+        with pytest.raises(ConfigurationError, match="upstox-db init --runtime-role ROLE"):
+            behind.store_token(USER)
+        assert isinstance(owner, MongoUpstoxStorage)
+        owner.init_database(runtime_role=RUNTIME_1[0])
+        owner.init_database(runtime_role=RUNTIME_1[0])
+        stored = behind.store_token(USER)
+        assert living(behind)["token"] == stored["token"]
+        with self.mongo.bare() as db, pytest.raises(OperationFailure, match="not authorized"):
+            db.token_audit.delete_many({})
+
+    @pytest.mark.parametrize("name", ["readWrite", "", "a\0b"])
+    def test_a_name_that_no_role_can_have_is_refused(self, store: MongoUpstoxStorage, name: str) -> None:
+        with pytest.raises(ConfigurationError, match="is no name for a role"):
+            store.init_database(runtime_role=name)
+
+    def test_a_user_who_may_not_make_a_role_is_told_who_may(
+        self, store: MongoUpstoxStorage, mongo: MongoDatabase
+    ) -> None:
+        store.store_token(USER)
+        self.mongo = another_user(mongo, ["readWrite"])
+        with MongoUpstoxStorage(*self.mongo) as one, pytest.raises(ConfigurationError, match="with dbOwner"):
+            one.init_database(runtime_role="upstox_app")
+
+    # Marks
+
+    def found(self, store: TokenStorage, user_id: str = USER, *, locked: bool = False) -> bool:
+        return store._find(user_id, store._now(), store._now(), locked=locked) is not None
+
+    def test_a_lease_that_ends_turns_its_mark_into_doubt(
+        self, store: MongoUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        other = open_store()
+        store.store_token(USER)
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            with self.mongo.bare() as db:
+                (lease,) = db.leases.find()
+                for change, is_found in [
+                    ({"until": datetime.now(UTC) - timedelta(hours=9)}, False),
+                    ({"until": lease["until"]}, True),
+                    ({"owner": "somebody else"}, False),
+                    ({"owner": lease["owner"]}, True),
+                ]:
+                    db.leases.update_one({}, {"$set": change})
+                    assert self.found(other) is is_found, change
+                db.leases.delete_many({})
+                assert not self.found(other)
+        assert store._in_doubt(USER) is not None
+        assert store.get_user_statistics(USER)["total_usage"] == 2, "what is not found is not counted"
+
+    def test_a_login_that_comes_to_its_end_while_its_token_is_read_is_no_doubt(
+        self, store: MongoUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other, ask = open_store(), Leases.lives
+        store.store_token(USER)
+
+        def ends_before_it_is_looked_for(*arguments: Any) -> bool:
+            db.active_tokens.update_one({"_id": USER}, {"$unset": {"login": 1}})
+            db.leases.delete_many({})
+            return ask(*arguments)
+
+        with self.mongo.bare() as db, store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            monkeypatch.setattr(Leases, "lives", ends_before_it_is_looked_for)
+            assert self.found(other)
+
+    def test_a_user_who_is_logged_in_twice_at_once_is_in_doubt_whichever_ends_first(
+        self, store: MongoUpstoxStorage
+    ) -> None:
+        store.store_token(USER)
+        with store._lock("-account-x"):
+            store._begin_login(None, "-account-x", store._now(), {})
+            with store._lock(USER):
+                store._begin_login(USER, USER, store._now(), {})  # ... and its process dies.
+            store._end_login("-account-x", in_doubt=False)
+        assert not self.found(store)
+
+    def test_a_caller_who_has_lost_the_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
+        store.store_token(USER)
+        with store._lock(USER), self.mongo.bare() as db:
+            db.leases.update_many({}, {"$set": {"owner": "somebody else"}})
+            with pytest.raises(StoreUnavailable, match="another caller took over"):
+                store._begin_login(USER, USER, store._now(), {})
+        assert self.found(store)
+        assert [entry["action"] for entry in store.get_audit_trail(USER)].count("login") == 1
+
+    def test_a_login_that_is_cut_off_before_it_begins_leaves_no_doubt(
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, upstox: LocalUpstox
+    ) -> None:
+        stored = store.store_token(USER)
+        with pytest.raises(StoreUnavailable), cut_off_before(monkeypatch, "bulk_write", "active_tokens"):
+            store.store_token(USER)
+        assert upstox.logins() == 1
+        assert living(store)["token"] == stored["token"]
+        assert [entry["action"] for entry in store.get_audit_trail(USER)].count("login") == 2
+
+    @pytest.mark.parametrize(("collection", "key"), [("tokens", "email"), ("active_tokens", "key_id")])
+    def test_a_unique_index_of_somebody_else_is_named_and_no_newer_login(
+        self, open_store: OpenStore, collection: str, key: str
+    ) -> None:
+        store = open_store(login=made_up_login)
+        with self.mongo.bare() as db:
+            db[collection].drop_indexes() if collection == "active_tokens" else None
+            db[collection].create_index(key, unique=True)
+        store.store_token("CD0001")
+        with pytest.raises(TokenNotStored) as caught:
+            store.store_token("CD0002")
+        reason = caught.value.__cause__
+        assert isinstance(reason, ConfigurationError)
+        assert f"a unique index on {key} that this package did not make" in str(reason)
+        assert isinstance(reason.__cause__, DuplicateKeyError)
+        assert store.get_valid_token("CD0002") is None
 
     # The lease and its fence
 
@@ -276,7 +524,7 @@ class TestMongoDB(StoreContract):
         assert living(store)["token"] != token_data(USER).access_token
 
     @pytest.mark.parametrize("user_id", [USER, None])
-    def test_a_login_whose_lease_was_taken_over_is_refused(
+    def test_a_login_whose_lease_was_lost_stores_its_token_all_the_same(
         self, open_store: OpenStore, user_id: str | None, caplog: pytest.LogCaptureFixture
     ) -> None:
         def login_while_the_lease_goes(_: str | None) -> AccessTokenData:
@@ -285,12 +533,13 @@ class TestMongoDB(StoreContract):
             wait_until(
                 lambda: f"Another caller has taken the lease of {user_id or '-account-default'} over" in caplog.text
             )
+            with self.mongo.bare() as db:  # ... who does nothing with it
+                db.leases.delete_many({})
             return token_data(USER)
 
         late = open_store(login=login_while_the_lease_goes, lease=0.3)
-        with pytest.raises(LoginSuperseded, match="took over"):
-            late.store_token(user_id)
-        assert self.raw_rows() == []
+        late.store_token(user_id)
+        assert living(late)["token"] == token_data(USER).access_token
 
     def test_an_older_token_cannot_come_back_after_a_revocation(self, store: MongoUpstoxStorage) -> None:
         store.store_token()
@@ -370,26 +619,53 @@ class TestMongoDB(StoreContract):
         assert told.count("revoked") == 1
         assert not {"deactivated", "expired"} & set(told)
 
-    def test_a_record_without_its_swap_changes_nothing_and_is_ended_by_the_next_store(
-        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
+    def test_a_record_without_its_swap_changes_nothing_and_is_taken_over_by_the_next_store(
+        self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, clock: Clock
     ) -> None:
         first = store.store_token(USER)["token"]
-        with pytest.raises(TokenNotStored), cut_off_before(monkeypatch, "find_one_and_replace"):
+        clock.advance(seconds=1)  # so that the second one is issued later
+        with pytest.raises(TokenNotStored) as caught, cut_off_before(monkeypatch, "find_one_and_replace"):
             store.store_token(USER)
-        assert living(store)["token"] == first
+        with self.mongo.bare() as db:
+            assert db.active_tokens.find_one({"_id": USER})["generation"] == 1
+            assert db.tokens.count_documents({}) == 2, "both attempts have one record"
+        newest = store._newest(USER)
+        assert newest is not None
+        assert store._decrypt(newest).reveal() == first, "the token that never became active hides no other"
+        assert newest.in_doubt
         assert [row["is_active"] for row in store.get_token_history(USER)] == [False, True]
+        # Upstox has killed the first one, and nobody waits for the lease to end by itself.
+        wait_until(lambda: store.get_valid_token(USER) is None, seconds=3)
+        assert store.save_token(token_data(USER, caught.value.token.reveal()))["token"] == living(store)["token"]
+        assert store._tokens_of(USER)[-1].generation == 2
         third = store.store_token(USER)["token"]
         assert living(store)["token"] == third
         with self.mongo.bare() as db:
             assert db.tokens.count_documents({"is_active": True}) == 1
-        ended = [e["action"] for e in store.get_audit_trail(USER) if e["action"] in ("created", "deactivated")]
-        assert sorted(ended) == ["created"] * 3 + ["deactivated"] * 2
+
+    def test_a_save_that_is_cut_off_once_is_done_at_the_second_attempt(
+        self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = open_store(login=lambda _: token_data(USER, "opaque-" * 9))
+        with cut_off_before(monkeypatch, "find_one_and_replace", times=1):
+            stored = store.store_token(USER)
+        assert living(store)["token"] == stored["token"]
+        assert [row["token_id"] for row in store.get_token_history(USER)] == [stored["token_id"]]
+
+    def test_a_record_that_was_used_is_not_taken_over(self, store: MongoUpstoxStorage) -> None:
+        for generation in (1, 2):
+            store._insert(made_up(store, USER, generation))
+            living(store)
+        with self.mongo.bare() as db:  # as after a restore that was not of one moment
+            db.active_tokens.update_one({}, {"$set": {"generation": 1}})
+        with pytest.raises(LoginSuperseded):
+            store._insert(made_up(store, USER, 2))
 
     def test_a_swap_whose_tidying_up_fails_is_stored_all_the_same(
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         store.store_token(USER)
-        with cut_off_before(monkeypatch, "bulk_write"):
+        with cut_off_before(monkeypatch, "bulk_write", "tokens"):
             second = store.store_token(USER)["token"]
         assert f"The record of the earlier token of {USER} is still called active" in caplog.text
         assert living(store)["token"] == second
@@ -435,7 +711,7 @@ class TestMongoDB(StoreContract):
         }
         assert board["recent_activity"][0]["action"] == "used"
         told = json.dumps(board)
-        assert "v1." not in told
+        assert "v2." not in told
         assert "eyJ" not in told
 
     def test_the_dashboard_of_an_unknown_user_has_the_same_keys(self, store: MongoUpstoxStorage) -> None:
@@ -455,7 +731,7 @@ class TestMongoDB(StoreContract):
         assert store.get_user_dashboard(USER)["active_token"]["exists"] is False
 
     def test_tokens_by_timeframe(self, open_store: OpenStore, clock: Clock) -> None:
-        store = open_store(login=lambda user_id: token_data(user_id or USER))
+        store = open_store(login=made_up_login)
         assert isinstance(store, MongoUpstoxStorage)
         for user_id in ("CD0001", "CD0002", "CD0001"):
             store.store_token(user_id)
@@ -469,7 +745,7 @@ class TestMongoDB(StoreContract):
         assert len(store.get_tokens_by_timeframe(ist(6, 21), ist(6, 21))) == 1
         assert store.get_tokens_by_timeframe(ist(7, 21), ist(8, 21)) == []
         told = json.dumps(found)
-        assert "v1." not in told
+        assert "v2." not in told
         assert {"token_id", "user_id", "user_name", "created_at", "expires_at", "usage_count", "metadata"} <= set(
             found[0]
         )
@@ -484,13 +760,19 @@ class TestMongoDB(StoreContract):
 
     # Connections
 
+    @pytest.mark.parametrize("made_by", ["the command", "init_database"])
     def test_a_role_with_the_least_rights_can_do_all_that_is_due_and_nothing_else(
-        self, mongo: MongoDatabase, open_store: OpenStore, clock: Clock
+        self, mongo: MongoDatabase, open_store: OpenStore, clock: Clock, made_by: str
     ) -> None:
         name = f"runtime_{mongo.name}"
-        open_store().store_token()
+        owner = open_store()
+        assert isinstance(owner, MongoUpstoxStorage)
+        owner.store_token()
         with pymongo.MongoClient[Any](mongo.url) as client:
-            client[mongo.name].command(runtime_role(name, mongo.name))
+            if made_by == "the command":
+                client[mongo.name].command(runtime_role(name, mongo.name))
+            else:
+                owner.init_database(runtime_role=name)
             client[mongo.name].command("createUser", name, pwd="secret", roles=[name])
         parts = urlsplit(mongo.url)
         host = f"{name}:secret@{parts.hostname}:{parts.port}"
@@ -500,6 +782,11 @@ class TestMongoDB(StoreContract):
         for _ in range(101):
             living(runtime)
         runtime.revoke_token(USER)
+        with pytest.raises(ZeroDivisionError):
+            open_store(login=lambda _: 1 // 0).store_token(USER)
+        assert runtime._other_logins(60) == []
+        runtime._write_note("one", "text")
+        runtime._erase_note("one")
         runtime.store_token()
         assert runtime.rotate_keys() == 0
         clock.set(7, 3, 30)
@@ -593,15 +880,17 @@ class TestTheTTL:
         with MongoUpstoxStorage(server.url, login=login, keys=keys, policy=FewSeconds()) as store:
             stored = store.store_token(USER)
             assert living(store)["usage_count"] == 1
+            with store._lock(USER):
+                store._begin_login(USER, USER, store._now(), {})  # A marked document goes as any other does.
             with pymongo.MongoClient[Any](server.url) as client:
                 db = client.upstox_db
                 assert db.active_tokens.count_documents({}) == 1
                 wait_until(lambda: db.active_tokens.count_documents({}) == 0)
-                assert "v1." not in "".join(map(str, [*db.tokens.find(), *db.token_audit.find()]))
+                assert "v2." not in "".join(map(str, [*db.tokens.find(), *db.token_audit.find()]))
             assert store.get_valid_token(USER) is None
             assert store.get_token_history(USER)[0]["token_id"] == stored["token_id"]
             assert store.get_user_statistics(USER)["total_usage"] == 1
-            assert [entry["action"] for entry in store.get_audit_trail(USER)] == ["used", "created", "login"]
+            assert [entry["action"] for entry in store.get_audit_trail(USER)] == ["login", "used", "created", "login"]
             assert store.cleanup_expired_tokens() == 1
             assert store.get_audit_trail(USER)[0]["action"] == "expired"
 
@@ -647,12 +936,47 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(
 
 
 @contextmanager
-def cut_off_before(patch: pytest.MonkeyPatch, method: str) -> Iterator[None]:
-    """Where pymongo's collection would do this, the connection is lost."""
+def cut_off_before(
+    patch: pytest.MonkeyPatch, method: str, collection: str | None = None, times: float = float("inf")
+) -> Iterator[None]:
+    """Where pymongo's collection would do this, the connection is lost; in this collection alone, so many times."""
+    original, lost = getattr(Collection, method), 0
 
-    def lost(*_: object, **__: object) -> None:
-        raise AutoReconnect("connection closed")
+    def lose(self: Collection[Any], *arguments: Any, **options: Any) -> Any:
+        nonlocal lost
+        if collection in (None, self.name) and lost < times:
+            lost += 1
+            raise AutoReconnect("connection closed")
+        return original(self, *arguments, **options)
 
     with patch.context() as patched:
-        patched.setattr(Collection, method, lost)
+        patched.setattr(Collection, method, lose)
         yield
+
+
+@contextmanager
+def sent(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    """The commands that the driver sends in here, by name; they are there at the end."""
+    commands: list[str] = []
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, "pymongo.command"):
+        yield commands
+    told = [record.getMessage() for record in caplog.records if record.name == "pymongo.command"]
+    begun = "".join(text for text in told if "Command started" in text)
+    commands += re.findall('"commandName": "(.+?)"', begun)
+
+
+def another_user(mongo: MongoDatabase, rights: list[str]) -> MongoDatabase:
+    """The same database, opened by a user with these rights; a role that is not there has those of version 1."""
+    name = f"user_{uuid.uuid4().hex}"
+    with mongo.bare() as db:
+        if rights == RUNTIME_1:
+            privileges = [
+                {"resource": {"db": mongo.name, "collection": collection}, "actions": actions}
+                for collection, actions in RUNTIME_ACTIONS_1.items()
+            ]
+            db.command("createRole", RUNTIME_1[0], privileges=privileges, roles=[])
+        db.command("createUser", name, pwd=PASSWORD, roles=rights)
+    host = urlsplit(mongo.url).netloc.rpartition("@")[2]
+    options = f"authSource={mongo.name}&directConnection=true"
+    return MongoDatabase(f"mongodb://{name}:{PASSWORD}@{host}/?{options}", mongo.name)

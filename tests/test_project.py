@@ -224,7 +224,10 @@ def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> No
     loggers = {name: getattr(module, "logger", None) for name, module in modules.items()}
     silent = {name.partition(".")[2] for name, logger in loggers.items() if logger is None}
     # Values, promises, the files that others tell of, the command, which prints, and what runs for learning and tests.
-    assert silent == {"backend", "checks", "cli", "errors", "files", "local", "token", "transfer_file"}
+    assert silent == {
+        *("answer", "backend", "checks", "cli", "credentials", "errors", "files", "interrupts", "local", "login"),
+        *("refusals", "token", "transfer_file"),
+    }
     assert all(logger.name == name for name, logger in loggers.items() if logger)
 
 

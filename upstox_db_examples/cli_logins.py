@@ -58,7 +58,7 @@ def login(store: OpenStore, user: str | None, keep: bool) -> None:
 @click.argument("user")
 @click.pass_obj
 def renew(store: OpenStore, user: str) -> None:
-    """Print another token than the one that Upstox has refused.
+    """Print another token than the refused one.
 
     Give the refused token (401, UDAPI100050) on standard input. If a newer one is stored, that is printed; otherwise
     this logs in. USER is an Upstox user id such as AB1234.
@@ -77,9 +77,9 @@ def renew(store: OpenStore, user: str) -> None:
 @click.option("--verify", is_flag=True, help="Ask Upstox first whether the token lives.")
 @click.pass_obj
 def save(store: OpenStore, file: Path, verify: bool) -> None:
-    """Store the token of a FILE that upstox-db login has written, and remove the file.
+    """Store the token that login left in a FILE.
 
-    A token that Upstox issued later stays, whatever comes first.
+    The file is removed then. A token that Upstox issued later stays, whatever comes first.
     """
     opened = store(new=True)
     click.echo(shown(opened.save_token(read_token_file(file, opened._ring), verify=verify)))
@@ -90,7 +90,9 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
 @click.argument("user")
 @click.pass_obj
 def logout(store: OpenStore, user: str) -> None:
-    """End a user's token, at Upstox and here: for a token that has leaked.
+    """End a user's token, at Upstox and here.
+
+    For a token that has leaked.
 
     USER is an Upstox user id such as AB1234.
     """

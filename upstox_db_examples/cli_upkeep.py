@@ -31,7 +31,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for 
 )
 @click.pass_obj
 def init(store: OpenStore, runtime_role: str | None) -> None:
-    """Make the tables, or bring those of an older version forward.
+    """Make the tables, or update older ones.
 
     Run it as their owner. Programs that run as a runtime role cannot do it themselves.
     """

@@ -204,7 +204,7 @@ class LifeCycle(Backend):
         self, error: BaseException, user_id: str | None, lock: str, applicant: Applicant, put_off: PutOff
     ) -> None:
         """Write down that a login gave no token, or that nobody knows."""
-        may_exist = not put_off.before_a_token
+        may_exist: bool = getattr(error, "token_may_exist", not put_off.before_a_token)
         if isinstance(error, StorageError):
             may_exist = isinstance(error, LoginError) and error.token_may_exist
         logger.info("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
@@ -333,6 +333,8 @@ class LifeCycle(Backend):
             other = None  # Nobody but a forger writes such a time, and it would keep every later token out.
         if mine is None or other is None:
             return before is None  # A login that has lost its lock is behind; all others came later.
+        if mine == other and newest.in_doubt:
+            return True  # A login began after that one was stored.
         owner_of = getattr(self._login, "owner_of", None)
         if mine != other or owner_of is None or action == "adopted":
             return mine > other

@@ -168,7 +168,7 @@ class Accounts:
         own = getattr(self._find(subject(token)), "log_out", None)
         return bool(own(token)) if own else upstox_api.log_out(token, self._base_domain or "")
 
-    def __call__(self, user_id: str | None = None, /) -> object:
+    def __call__(self, user_id: str | None = None, /) -> Any:
         """Log this user in; raises like `SdkLogin`."""
         name, login = self._known(user_id)
         return login(name)

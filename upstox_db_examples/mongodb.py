@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Unpack
 
 from bson import ObjectId
@@ -17,24 +17,31 @@ from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from .checks import require_aware, require_positive
 from .errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
-from .mongodb_connection import Document, MongoDBConnection
+from .mongodb_connection import Document, MongoDBConnection, index_keys
 from .mongodb_lease import LONG_AGO, Leases
-from .mongodb_schema import make_collections
+from .mongodb_schema import make_collections, make_runtime_role
 from .storage import Options, TokenStorage
 from .token import AuditEntry, Secret, StoredToken
 
 logger = logging.getLogger(__name__)
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
-ATTEMPTS = 5  # at a read while the token is being replaced
+ATTEMPTS = 10  # at a read or a write while the token is being replaced or a login comes to its end
+# What stands in `active_tokens` and not in the token's record, and what stands in both.
+ONLY_ACTIVE = ("ciphertext", "key_id")
+IN_BOTH = ("generation", "created_at", "expires_at", "account", "issued_at")
+NOT_KEPT = ("token_id", "source", "in_doubt")
+GENERATION_KEYS = ("user_id", "generation")  # of the unique index that keeps two writers apart
+NOT_ACTIVE: Document = {"token_id": None, "generation": float("-inf")}  # in place of a document that is not there
 
 
 class MongoUpstoxStorage(TokenStorage):
     """Tokens in MongoDB 6.0 or newer, a replica set or a single server.
 
-    Three collections. `active_tokens` has one document a user, whose `_id` is the user's id: the ciphertext. A TTL
-    index removes it when the token dies. `tokens` has one record a token, without the ciphertext, and inside it the
-    audit entries of its last uses; older entries are in `token_audit`.
+    Three collections. `active_tokens` has one document a user, whose `_id` is the user's id: the ciphertext, and while
+    a login may have replaced the token at Upstox, that login's mark. A TTL index removes it when the token dies.
+    `tokens` has one record a token, without the ciphertext, and inside it the audit entries of its last uses; older
+    entries are in `token_audit`. (Beside them are `leases`, `login_notes` and `schema_version`.)
 
     The token changes by one atomic change of the one document in `active_tokens`. What stands around it is written
     before or can be made up for later, so a client or a server that dies between two writes leaves nothing wrong, and
@@ -78,10 +85,22 @@ class MongoUpstoxStorage(TokenStorage):
         weakref.finalize(self, self._connection.close)
         self.init_database()
 
-    def init_database(self) -> None:
-        """Make the collections, their validators and indexes. Safe to repeat and to run at once."""
+    def init_database(self, runtime_role: str | None = None) -> None:
+        """Make the collections, their validators and indexes, or bring those of an earlier version forward.
+
+        Safe to repeat and to run at once.
+
+        Args:
+            runtime_role: a role to be made in this database, or to be given what it has not yet: what storing and
+                reading needs and nothing more. Run this as the owner of the database, with `dbOwner` on it.
+
+        Raises:
+            ConfigurationError: the database is not usable, or this user has no right to change it.
+        """
         with self._database() as db:
             make_collections(db, self._connection.where)
+            if runtime_role is not None:
+                make_runtime_role(db, runtime_role, self._connection.where)
 
     def get_user_dashboard(self, user_id: str) -> dict[str, Any]:
         """All about a user in one JSON-friendly dict, without the token.
@@ -136,16 +155,24 @@ class MongoUpstoxStorage(TokenStorage):
 
     # Reading and writing
 
-    def _find(self, user_id: str, alive_after: datetime, now: datetime) -> StoredToken | None:
+    def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         entry = self._entry(user_id, "used", now)
         use = {"$inc": {"usage_count": 1}, "$set": {"last_used_at": now}, "$push": {"audit": entry}}
         shown = {"user_name": 1, "email": 1, "usage_count": 1}
+        over: Document | None = None
         with self._database() as db:
             for _ in range(ATTEMPTS):
                 # The TTL runs once a minute: until then, only this filter keeps a dead token back.
                 active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": alive_after}, **_held()})
                 if active is None:
                     return None
+                if (mark := active.get("login")) is not None:
+                    if locked or not mark or mark == over:
+                        return None
+                    if not self._leases.lives(db, mark["lock"], mark["owner"]):
+                        # That login's end may have come between the two: only a mark that is still there is a doubt.
+                        over = mark
+                        continue
                 entry["token_id"] = active["token_id"]
                 record = db.tokens.find_one_and_update(
                     {"_id": active["token_id"], "is_active": True}, use, shown, return_document=ReturnDocument.AFTER
@@ -157,32 +184,53 @@ class MongoUpstoxStorage(TokenStorage):
                         except PyMongoError as error:  # They are as good inside the record; the next one tries.
                             logger.warning("Audit entries stay in their record (%s)", type(error).__name__)
                     return _token(active, **{name: record.get(name) for name in shown})
-                # Between the two it was replaced or revoked: look again.
+                # In between it was replaced or revoked: look again.
         raise StoreUnavailable(f"{self._connection.where} has no record in which to count this use. Store a new token.")
 
-    def _insert(self, token: StoredToken) -> str:
-        record = asdict(token)
-        ciphertext, key_id = record.pop("ciphertext"), record.pop("key_id")
-        token_id = record["_id"] = ObjectId()
-        del record["token_id"], record["source"]
+    def _in_doubt(self, user_id: str) -> StoredToken | None:
+        with self._database() as db:
+            active = db.active_tokens.find_one({"_id": user_id, "login": {"$exists": True}, **_held()})
+        return _token(active) if active else None
+
+    def _newest(self, user_id: str) -> StoredToken | None:
+        with self._database() as db:
+            # In this order, or a token that becomes active in between would look like one that never did.
+            found = db.tokens.find({"user_id": user_id}, {"audit": 0})
+            records = list(found.sort("generation", DESCENDING).limit(ATTEMPTS))
+            active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
+        whole = next((record for record in records if not _is_cut_off(record, active, self._now())), None)
+        # After a restore that was not of one moment the records may be behind.
+        if active["generation"] > (whole["generation"] if whole else float("-inf")):
+            return _token(active)
+        return _recorded(whole, active, token_id=str(whole["_id"])) if whole else None
+
+    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> str:
+        token_id = ObjectId()
         reason = {"reason": "new_token_generated"}
         ended = self._entry(token.user_id, "deactivated", token.created_at, metadata=reason)
-        created = self._entry(token.user_id, "created", token.created_at, token_id)
-        active = {"token_id": token_id, "ciphertext": ciphertext, "key_id": key_id}
-        active |= {name: record[name] for name in ("generation", "created_at", "expires_at")}
+        created = self._entry(token.user_id, action, token.created_at, token_id, metadata)
+        record = {**_record_of(token), "_id": token_id, "is_active": True, "last_used_at": None, "audit": [created]}
         try:
             with self._database() as db:
-                self._leases.prove_held()
-                # Until the next line has run, nothing leads to this record. Its generation is unique: whoever lost
-                # the lease comes to an end here, or on the next line after a stop between the two.
-                db.tokens.insert_one({**record, "is_active": True, "last_used_at": None, "audit": [created]})
-                before = db.active_tokens.find_one_and_replace(
-                    {"_id": token.user_id, "generation": {"$lt": token.generation}}, active, upsert=True
-                )
-        except StoreUnavailable as error:
-            if isinstance(error.__cause__, DuplicateKeyError):
-                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
-            raise
+                # Whether the lease is still held is not asked: this token lives at Upstox, and to refuse it for a
+                # lease that was lost would lose it. Two writers are kept apart by their generation, which only grows
+                # by the swap; which of two tokens Upstox issued later, the life cycle knows. Until the swap nothing
+                # leads to this record.
+                try:
+                    db.tokens.insert_one(record)
+                except DuplicateKeyError as error:
+                    taken = _take_over(db, record, self._now()) if index_keys(error) == GENERATION_KEYS else None
+                    if taken is None:
+                        raise
+                    token_id = taken
+                before, is_active = _swap(db, token.user_id, _active_of(token, token_id))
+        except StorageError as error:
+            refused = error.__cause__
+            if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
+                raise
+            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+        if not is_active:
+            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.")
         try:
             with self._database() as db:
                 earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
@@ -200,7 +248,7 @@ class MongoUpstoxStorage(TokenStorage):
             # The document stays, empty, until its expiry: a login that was under way cannot slip in an older token.
             erased = db.active_tokens.find_one_and_update(
                 {"_id": user_id, **_held()},
-                {"$unset": {"ciphertext": 1, "key_id": 1}, "$set": {"ended": entry}},
+                {"$unset": dict.fromkeys((*ONLY_ACTIVE, "login"), 1), "$set": {"ended": entry}},
             )
             # Or by one who was cut off here.
             held = erased or db.active_tokens.find_one({"_id": user_id, "ended": {"$exists": True}})
@@ -211,13 +259,13 @@ class MongoUpstoxStorage(TokenStorage):
     def _expire(self, now: datetime, limit: int) -> int:
         with self._database() as db:
             while records := _dead(db, now, limit):
-                # Usually the TTL was here before. Else a revocation may have been cut off, and is told now.
+                # Usually the TTL was here before. If not, a revocation may have been cut off, and is told now.
                 still_there = {"_id": {"$in": list(records.values())}, "token_id": {"$in": list(records)}}
                 told = {each["token_id"]: each.get("ended", {}) for each in db.active_tokens.find(still_there)}
                 db.active_tokens.delete_many(still_there)
                 entries = {one: self._entry(user_id, "expired", now) for one, user_id in records.items()}
                 if ended := _end(db, [{**e, **told.get(one, {}), "token_id": one} for one, e in entries.items()]):
-                    return ended  # Else another cleanup was faster.
+                    return ended  # If not, another cleanup was faster.
         return 0
 
     def _forget_entries(self, before: datetime, limit: int) -> int:
@@ -249,18 +297,59 @@ class MongoUpstoxStorage(TokenStorage):
     def _lock(self, name: str) -> AbstractContextManager[None]:
         return self._leases.held(name, self._login_wait)
 
-    def _generation(self, user_id: str) -> int:
+    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        mark = {"lock": lock, "owner": self._leases.owner_of(lock)}
+        # A mark that is there is of a login whose outcome nobody knows. (If a user is named, it may be of a login that
+        # is under way under another lock: then there are two, and one mark cannot tell of both.)
+        marked: Document = {"$cond": [{"$eq": [{"$type": "$login"}, "missing"]}, {"$literal": mark}, {"$literal": {}}]}
+        anybody: Document = {"$or": [{"login": {"$exists": False}}, {"login.lock": lock}]}
+        # A caller who was stopped, and lost the lease meanwhile, would kill the token that another login has made.
+        self._leases.prove_held()
         with self._database() as db:
-            newest = db.tokens.find_one({"user_id": user_id}, {"generation": 1}, sort=[("generation", DESCENDING)])
-            # After a restore that was not of one moment the records may be behind.
-            active = db.active_tokens.find_one({"_id": user_id}, {"generation": 1})
-        return max(int(each["generation"]) if each else 0 for each in (newest, active))
+            # First the entry, then the mark. They cannot be one transaction: a single server has none. Cut off in
+            # between, an entry tells of a login that never began, which loses nothing. The other way round a living
+            # token would be in a doubt that nobody has caused. Both are durable before the login can begin.
+            db.token_audit.insert_one(self._entry(user_id, "login", now, metadata=metadata))
+            _mark(db, {**(anybody if user_id is None else {"_id": user_id}), **_held()}, [{"$set": {"login": marked}}])
 
-    def _user_of_account(self, account: str) -> str | None:
+    def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+        mine = {"login.lock": lock, "login.owner": self._leases.owner_of(lock)}
+        # With no owner, a mark stays whoever holds the lock.
+        change: Document = {"$set": {"login": {}}} if in_doubt else {"$unset": {"login": 1}}
         with self._database() as db:
-            newest = [("created_at", DESCENDING), ("_id", DESCENDING)]
-            record = db.tokens.find_one({"account": account}, {"user_id": 1}, sort=newest)
-        return record["user_id"] if record else None
+            _mark(db, mine if user_id is None else {"_id": user_id, **mine}, change)
+
+    def _clear_doubt(self, token: StoredToken) -> None:
+        with self._database() as db:
+            which = {"_id": token.user_id, "generation": token.generation}
+            db.active_tokens.update_one(which, {"$unset": {"login": 1}})
+
+    def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
+        # Also those of earlier programs, which name no process.
+        logins = {"action": "login", "performed_at": {"$gt": moment}, "metadata.process": {"$ne": process}}
+        with self._database() as db:
+            found = db.token_audit.find(logins, {"performed_at": 1}).sort("performed_at", DESCENDING).limit(100)
+            return [entry["performed_at"] for entry in found]
+
+    def _notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
+        with self._database() as db:
+            # In two steps: an aggregation could do both in one, but $documents needs the right to read all collections.
+            now: datetime = db.command("hello")["localTime"]  # without a time zone, whatever the client is set to
+            notes = db.login_notes.find({"_id": {"$in": list(names)}}) if names else ()
+            return now.replace(tzinfo=UTC).timestamp(), {note["_id"]: note["sealed"] for note in notes}
+
+    def _write_note(self, name: str, text: str) -> None:
+        with self._database() as db:
+            db.login_notes.replace_one({"_id": name}, {"sealed": text}, upsert=True)
+
+    def _erase_note(self, name: str) -> None:
+        with self._database() as db:
+            db.login_notes.delete_one({"_id": name})
+
+    def _tokens_of_account(self, account: str) -> list[StoredToken]:
+        with self._database() as db:
+            found = db.active_tokens.find({"account": account, **_held()}).sort("created_at", DESCENDING)
+            return [_token(active) for active in found.limit(100)]
 
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
         names = ("created_at", "expires_at", "user_name", "email", "broker", "usage_count", "last_used_at")
@@ -314,7 +403,8 @@ class MongoUpstoxStorage(TokenStorage):
         changes = [
             UpdateOne(
                 {"_id": old.user_id, "ciphertext": old.ciphertext},
-                {"$set": {"ciphertext": new.ciphertext, "key_id": new.key_id}},
+                # The account as well, to which the new ciphertext is bound: version 1 had none here.
+                {"$set": {"ciphertext": new.ciphertext, "key_id": new.key_id, "account": new.account}},
             )
             for old, new in pairs
         ]
@@ -337,15 +427,11 @@ class MongoUpstoxStorage(TokenStorage):
     def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
         with self._database() as db:
             records = list(db.tokens.find({"user_id": user_id}, {"audit": 0}).sort("generation"))
-            active = db.active_tokens.find_one({"_id": user_id}) or {"token_id": None, "generation": float("-inf")}
+            active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
         now, tokens = self._now(), []
         for record in records:
-            token_id, unended = record.pop("_id"), record.pop("is_active")
-            # Whoever wrote this record was cut off before it became the active one: nothing leads to it yet.
-            if unended and record["generation"] > active["generation"] and record["expires_at"] > now:
-                continue
-            held = active if token_id == active["token_id"] else {}
-            tokens.append(StoredToken(**record, **{name: held.get(name, "") for name in ("ciphertext", "key_id")}))
+            if not _is_cut_off(record, active, now):
+                tokens.append(_recorded(record, active))
         return tokens
 
     def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
@@ -379,7 +465,7 @@ class MongoUpstoxStorage(TokenStorage):
                 _make_active(db, token)
             which = {"_id": user_id, "generation": {"$in": [token.generation for token in ended]}}
             if ended:
-                db.active_tokens.update_one(which, {"$unset": {"ciphertext": 1, "key_id": 1}})
+                db.active_tokens.update_one(which, {"$unset": dict.fromkeys((*ONLY_ACTIVE, "login"), 1)})
             _put_in_records(db, ended)
             if entries:
                 ids = {
@@ -409,10 +495,90 @@ def _held() -> Document:
 
 
 def _token(active: Document, **more: Any) -> StoredToken:
-    names = ("token_id", "ciphertext", "key_id", "generation", "created_at", "expires_at")
+    """The token of this document, with an empty ciphertext if it was revoked."""
+    known = {name: active.get(name, "") for name in ONLY_ACTIVE}
+    # Version 1 had not all of these here, and bound no ciphertext to an account.
+    known |= {name: active.get(name) for name in IN_BOTH}
     return StoredToken(
-        user_id=active["_id"], **{name: active[name] for name in names} | {"token_id": str(active["token_id"])}, **more
+        user_id=active["_id"], token_id=str(active["token_id"]), in_doubt="login" in active, **known, **more
     )
+
+
+def _recorded(record: Document, active: Document, **more: Any) -> StoredToken:
+    """The token of this record, with a ciphertext if it is the user's active one."""
+    known = {name: value for name, value in record.items() if name not in ("_id", "is_active")}
+    held = active if record["_id"] == active["token_id"] and "ciphertext" in active else {}
+    # What the ciphertext is bound to stands beside it, whatever the record says. (Version 1 bound it to no account.)
+    known |= dict.fromkeys(ONLY_ACTIVE, "") | {name: held[name] for name in (*ONLY_ACTIVE, *IN_BOTH) if name in held}
+    return StoredToken(**known, **more, in_doubt="login" in held)
+
+
+def _is_cut_off(record: Document, active: Document, now: datetime) -> bool:
+    """Whether its writer was cut off before it became the active one, or is not there yet. Nothing leads to it."""
+    later = record["generation"] > active["generation"] and record["expires_at"] > now
+    return bool(later and record["is_active"] and not record["usage_count"])
+
+
+def _take_over(db: Database[Document], record: Document, now: datetime) -> ObjectId | None:
+    """Put this record in place of one of the same generation whose writer was cut off; its id. None if it was not.
+
+    The life cycle tries again when a connection was lost, and must not stumble over its own first attempt. If that
+    writer is only slow, one of the two comes first at the swap, and the other one finds that out there.
+    """
+    there = db.tokens.find_one({name: record[name] for name in GENERATION_KEYS}, {"audit": 0})
+    active = db.active_tokens.find_one({"_id": record["user_id"]}) or NOT_ACTIVE
+    if there is None or not _is_cut_off(there, active, now):
+        return None
+    token_id: ObjectId = there["_id"]
+    (created,) = record["audit"]  # behind what that writer has entered: nothing leaves the audit trail
+    values = {name: value for name, value in record.items() if name not in ("_id", "audit")}
+    change = {"$set": values, "$push": {"audit": {**created, "token_id": token_id}}}
+    which = {"_id": token_id, "is_active": True, "usage_count": 0}
+    return token_id if db.tokens.update_one(which, change).matched_count else None
+
+
+def _record_of(token: StoredToken) -> Document:
+    """What its record keeps of a token."""
+    return {name: value for name, value in asdict(token).items() if name not in (*ONLY_ACTIVE, *NOT_KEPT)}
+
+
+def _active_of(token: StoredToken, token_id: ObjectId) -> Document:
+    """The document that makes it the user's active token."""
+    return {"token_id": token_id, **{name: getattr(token, name) for name in (*ONLY_ACTIVE, *IN_BOTH)}}
+
+
+def _swap(db: Database[Document], user_id: str, active: Document) -> tuple[Document | None, bool]:
+    """Make this the user's active token; what was there before, and whether it is done.
+
+    It is not if a token of this generation or a later one is there.
+    """
+    earlier = {"_id": user_id, "generation": {"$lt": active["generation"]}}
+    for _ in range(ATTEMPTS):
+        try:
+            return db.active_tokens.find_one_and_replace(earlier, active, upsert=True), True
+        except DuplicateKeyError as error:
+            if index_keys(error) != ("_id",):
+                raise
+        # No earlier one was there, and the user's document was: of a later token, or of an earlier one that another
+        # writer has put there, or the TTL taken away, just now.
+        there = db.active_tokens.find_one({"_id": user_id}, {"generation": 1})
+        if there and there["generation"] >= active["generation"]:
+            return None, False
+    raise StoreUnavailable(
+        f"The token of {user_id} was replaced {ATTEMPTS} times while this one was stored. Try again."
+    )
+
+
+def _mark(db: Database[Document], which: Document, change: Any) -> None:
+    """Change the marks of these tokens.
+
+    Each by itself and not by `update_many`, which the driver does not send again when a connection was lost: a login
+    takes so long that a firewall may have cut it.
+    """
+    users = [active["_id"] for active in db.active_tokens.find(which, {"_id": 1})]
+    changes = [UpdateOne({**which, "_id": user_id}, change) for user_id in users]
+    if changes:
+        db.active_tokens.bulk_write(changes, ordered=False)
 
 
 def _dead(db: Database[Document], now: datetime, limit: int) -> dict[ObjectId, str]:
@@ -425,9 +591,7 @@ def _put_in_records(db: Database[Document], tokens: list[StoredToken]) -> None:
     """Without ciphertexts. Of one that is there, the uses only grow, and once it has ended it stays so."""
     changes = []
     for token in tokens:
-        record = asdict(token)
-        for name in ("ciphertext", "key_id", "token_id", "source"):
-            del record[name]
+        record = _record_of(token)
         which = {name: record.pop(name) for name in ("user_id", "generation")}
         uses = {name: record.pop(name) for name in ("usage_count", "last_used_at")}
         grown = {"$max": uses, "$min": {"is_active": bool(token.ciphertext)}}
@@ -440,10 +604,9 @@ def _make_active(db: Database[Document], token: StoredToken) -> None:
     if db.active_tokens.find_one({"_id": token.user_id, "generation": token.generation}, {"_id": 1}):
         return  # It is, or was until it was revoked.
     record = db.tokens.find_one({"user_id": token.user_id, "generation": token.generation}, {"_id": 1}) or {}
-    active = {"token_id": record["_id"]}
-    active |= {
-        name: getattr(token, name) for name in ("ciphertext", "key_id", "generation", "created_at", "expires_at")
-    }
+    active = _active_of(token, record["_id"])
+    if token.in_doubt:
+        active["login"] = {}
     db.active_tokens.replace_one({"_id": token.user_id, "generation": {"$lt": token.generation}}, active, upsert=True)
 
 

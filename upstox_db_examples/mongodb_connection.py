@@ -13,7 +13,7 @@ import pymongo
 from bson.errors import BSONError
 from pymongo import MongoClient
 from pymongo.database import Database
-from pymongo.errors import OperationFailure, PyMongoError
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
 from pymongo.read_preferences import ReadPreference
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
@@ -64,6 +64,9 @@ class MongoDBConnection:
         except (PyMongoError, BSONError) as error:
             _forget_frames(error)
             raise _explained(error, self.where, self._timeout) from error
+        except StorageError as error:
+            _forget_frames(error.__cause__)
+            raise
 
     def close(self) -> None:
         self._closed = True
@@ -116,11 +119,20 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 _EXPLANATIONS: dict[int, tuple[type[StorageError], str]] = {
-    13: (ConfigurationError, "does not allow this user to do that. Grant it readWrite on the database."),
+    13: (
+        ConfigurationError,
+        "does not allow this user to do that. Grant it readWrite on the database; or if it has a role with the least "
+        "rights, let the owner of the database bring that up to date: upstox-db init --runtime-role ROLE",
+    ),
     18: (ConfigurationError, "refused the user or its password. Check both."),
     121: (StoreUnavailable, "refused the document by its validator. Was it changed by hand?"),
     14031: (StoreUnavailable, "has a full disk. Make room and try again."),
 }
+
+
+def index_keys(error: DuplicateKeyError) -> tuple[str, ...]:
+    """On what the unique index is that refused a document."""
+    return tuple((error.details or {}).get("keyPattern", {}))
 
 
 def _explained(error: Exception, where: str, timeout: float) -> StorageError:
@@ -128,6 +140,11 @@ def _explained(error: Exception, where: str, timeout: float) -> StorageError:
     if code in _EXPLANATIONS:
         kind, what = _EXPLANATIONS[code]
         return kind(f"MongoDB at {where} {what}")
+    if isinstance(error, DuplicateKeyError):
+        return ConfigurationError(
+            f"MongoDB at {where} has a unique index on {', '.join(index_keys(error))} that this package did not make "
+            "and that refuses this document. Drop it."
+        )
     if "certificate" in str(error):
         return ConfigurationError(
             f"MongoDB at {where} did not pass the check of TLS: its certificate, its host name, or the authority in "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import threading
 import time
@@ -16,8 +15,8 @@ from typing import Any, NamedTuple
 from pymongo import ReturnDocument
 from pymongo.database import Database
 
-from .backend import lock_not_had
-from .errors import LoginSuperseded, StorageError, StoreUnavailable, TokenNotStored
+from .backend import LocalLocks, lock_not_had
+from .errors import StorageError, StoreUnavailable, TokenNotStored
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +28,20 @@ class _Lease(NamedTuple):
     owner: str
 
 
+class _Holding(threading.local):
+    """What this thread holds: its leases, the outer one first; and by name the owner it was last."""
+
+    def __init__(self) -> None:
+        self.leases: list[_Lease] = []
+        self.owners: dict[str, str] = {}
+
+
 class Leases:
     """Leases in the collection `leases`. Only the server's clock counts, for those of two machines differ.
 
     A holder renews its lease as long as it lives. One that was stopped, or cut off from the server, for longer than
-    the lease may lose it without knowing; so what it writes must be refused by what it writes to: see `prove_held`.
+    the lease may lose it without knowing. So a login is kept apart from another by the generation that it writes, and
+    what has none to write proves first that the lease is still held: see `prove_held`.
 
     Args:
         database: gives the database.
@@ -45,8 +53,8 @@ class Leases:
     ) -> None:
         self._database = database
         self._seconds = seconds
-        self._local_locks: dict[tuple[int, str], threading.Lock] = {}
-        self._holding = threading.local()
+        self._local_locks = LocalLocks()
+        self._holding = _Holding()
 
     @contextmanager
     def held(self, name: str, wait: float) -> Iterator[None]:
@@ -55,50 +63,51 @@ class Leases:
             StoreUnavailable: not had within `wait` seconds.
         """
         deadline = time.monotonic() + wait
-        waited = lock_not_had(name, wait)
-        # Of the threads of a process only one asks the server.
-        # (By process, for a forked child may inherit a lock that its parent's thread holds.)
-        local = self._local_locks.setdefault((os.getpid(), name), threading.Lock())
-        if not local.acquire(timeout=wait):
-            raise waited
-        try:
+        with self._local_locks.hold(name, wait):
             lease = _Lease(name, uuid.uuid4().hex)
             while not self._take(lease):
                 if time.monotonic() >= deadline:
-                    raise waited
+                    raise lock_not_had(name, wait)
                 time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - so that a crowd does not ask all at once
-            outer: list[_Lease] = getattr(self._holding, "leases", [])
+            outer = self._holding.leases
             self._holding.leases = [*outer, lease]
-            released = threading.Event()
-            renewing = threading.Thread(target=self._renew_until, args=(released, lease), daemon=True)
-            answers = True
+            self._holding.owners[name] = lease.owner
+            released, unanswered = threading.Event(), threading.Event()
+            renewing = threading.Thread(target=self._renew_until, args=(released, unanswered, lease), daemon=True)
             try:
                 renewing.start()
                 yield
             except (StoreUnavailable, TokenNotStored):
-                answers = False
+                # The server may not answer now either, and this caller has waited long enough. So the other thread
+                # releases the lease. To let it end by itself would be to call a login under way that is over.
+                unanswered.set()
                 raise
             finally:
                 self._holding.leases = outer
                 released.set()  # A renewal that is under way finds another owner, or none.
-                if answers:  # Else this would only wait once more, and the lease ends by itself.
+                if not unanswered.is_set():
                     self._release(lease)
-        finally:
-            local.release()
+
+    def owner_of(self, name: str) -> str:
+        """The owner of the lease of this name that this thread holds or held last; "", which owns none, if it had none.
+
+        Also after its end, so that a login that outlived its lease takes its own marks away and nobody else's.
+        """
+        return self._holding.owners.get(name, "")
+
+    def lives(self, db: Database[dict[str, Any]], name: str, owner: str) -> bool:
+        """Whether this owner holds the lease of this name, by the server's clock."""
+        alive = {"$expr": {"$gt": ["$until", "$$NOW"]}}
+        return db.leases.find_one({"_id": name, "owner": owner, **alive}, {"_id": 1}) is not None
 
     def prove_held(self) -> None:
-        """To be called just before a write whose generation was read under the lease.
-
-        Whoever took the lease over before this call had not written yet when that generation was read, or is found
-        out here; whoever takes it over afterwards writes a later generation.
+        """To be called just before what must not happen twice: a login, or a write of what was read under the lease.
 
         Raises:
-            LoginSuperseded: another caller has taken a lease of this thread over.
+            StoreUnavailable: another caller has taken a lease of this thread over.
         """
-        if not all(self._renew(lease) for lease in getattr(self._holding, "leases", [])):
-            raise LoginSuperseded(
-                "This login took so long that another caller took over. Read the token that it stored."
-            )
+        if not all(self._renew(lease) for lease in self._holding.leases):
+            raise StoreUnavailable("This took so long that another caller took over. Nothing was changed; try again.")
 
     def _take(self, lease: _Lease) -> bool:
         """The lease, if it is free. One atomic change, by the server's clock ($$NOW)."""
@@ -126,7 +135,7 @@ class Leases:
             renewal = [{"$set": {"until": self._until()}}]
             return db.leases.update_one({"_id": lease.name, "owner": lease.owner}, renewal).matched_count == 1
 
-    def _renew_until(self, released: threading.Event, lease: _Lease) -> None:
+    def _renew_until(self, released: threading.Event, unanswered: threading.Event, lease: _Lease) -> None:
         pause = self._seconds / 3
         while not released.wait(pause):
             try:
@@ -137,7 +146,9 @@ class Leases:
                 pause = self._seconds / 3
             except StorageError as error:
                 logger.warning("The lease of %s is not renewed: %s", lease.name, error)
-                pause = self._seconds / 30  # Soon again, while it can still succeed; if not, the write is refused.
+                pause = self._seconds / 30  # Soon again, while it can still succeed.
+        if unanswered.is_set():
+            self._release(lease)
 
     def _release(self, lease: _Lease) -> None:
         try:

@@ -15,13 +15,18 @@ __all__ = ["runtime_role"]  # what a reader calls; the rest is the MongoDB store
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+# Never change what a released version made: a later one only adds, for programs of an earlier version may still run.
+VERSION = 2
+UNAUTHORIZED = 13
 ALREADY_THERE = 48
+ROLE_ALREADY_THERE = 51002
+BAD_ROLE_NAMES = (2, 73)
 OTHER_OPTIONS = (85, 86)
 
 _TEXT_OR_NONE = {"bsonType": ["string", "null"]}
 _NUMBER = {"bsonType": ["int", "long"], "minimum": 0}
 _DATE = {"bsonType": "date"}
+_DATE_OR_NONE = {"bsonType": ["date", "null"]}
 
 
 def _only(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
@@ -41,9 +46,17 @@ VALIDATORS: dict[str, dict[str, Any]] = {
             "created_at": _DATE,
             "expires_at": _DATE,
         },
-        ciphertext={"bsonType": "string", "pattern": r"^v1\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+={0,2}$"},
+        ciphertext={"bsonType": "string", "pattern": r"^v[12]\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+={0,2}$"},
         key_id={"bsonType": "string"},
         ended={"bsonType": "object"},
+        account=_TEXT_OR_NONE,
+        issued_at=_DATE_OR_NONE,
+        # The mark of a login: which lease it holds. Empty if nobody will ever say how that login ended.
+        login={
+            "bsonType": "object",
+            "properties": {"lock": {"bsonType": "string"}, "owner": {"bsonType": "string"}},
+            "additionalProperties": False,
+        },
     ),
     # No field here is meant for a token.
     "tokens": _only(
@@ -55,7 +68,7 @@ VALIDATORS: dict[str, dict[str, Any]] = {
             "created_at": _DATE,
             "expires_at": _DATE,
             "usage_count": _NUMBER,
-            "last_used_at": {"bsonType": ["date", "null"]},
+            "last_used_at": _DATE_OR_NONE,
             "audit": {"bsonType": "array", "items": {"bsonType": "object"}},
         },
         user_name=_TEXT_OR_NONE,
@@ -63,10 +76,12 @@ VALIDATORS: dict[str, dict[str, Any]] = {
         broker=_TEXT_OR_NONE,
         user_type=_TEXT_OR_NONE,
         account=_TEXT_OR_NONE,
+        issued_at=_DATE_OR_NONE,
         products={"bsonType": "array"},
         exchanges={"bsonType": "array"},
         metadata={"bsonType": "object"},
     ),
+    "login_notes": _only({"_id": {"bsonType": "string"}, "sealed": {"bsonType": "string"}}),
 }
 
 INDEXES: dict[str, list[tuple[list[tuple[str, int]], dict[str, Any]]]] = {
@@ -74,11 +89,12 @@ INDEXES: dict[str, list[tuple[list[tuple[str, int]], dict[str, Any]]]] = {
         # The only index on this key. A plain one beside it is what made the guide's program fail with code 85.
         ([("expires_at", ASCENDING)], {"expireAfterSeconds": 0}),
         ([("key_id", ASCENDING)], {"sparse": True}),
+        ([("account", ASCENDING), ("created_at", DESCENDING)], {}),
+        ([("login.lock", ASCENDING)], {"sparse": True}),
     ],
     "tokens": [
         ([("user_id", ASCENDING), ("generation", DESCENDING)], {"unique": True}),
         ([("created_at", DESCENDING)], {}),
-        ([("account", ASCENDING), ("created_at", DESCENDING), ("_id", DESCENDING)], {"sparse": True}),
         ([("is_active", ASCENDING), ("expires_at", ASCENDING)], {"partialFilterExpression": {"is_active": True}}),
         # Of the few records that hold audit entries. A further entry of the same user changes no index.
         ([("audit.user_id", ASCENDING)], {"sparse": True}),
@@ -86,6 +102,8 @@ INDEXES: dict[str, list[tuple[list[tuple[str, int]], dict[str, Any]]]] = {
     "token_audit": [
         ([("user_id", ASCENDING), ("performed_at", DESCENDING), ("_id", DESCENDING)], {}),
         ([("performed_at", ASCENDING)], {}),
+        # Of logins alone: between two of them there may be a million uses.
+        ([("performed_at", DESCENDING)], {"partialFilterExpression": {"action": "login"}}),
     ],
 }
 
@@ -95,6 +113,7 @@ RUNTIME_ACTIONS = {
     "tokens": ["find", "insert", "update"],
     "token_audit": ["find", "insert"],
     "leases": ["find", "insert", "update", "remove"],
+    "login_notes": ["find", "insert", "update", "remove"],
     "schema_version": ["find"],
 }
 
@@ -102,9 +121,10 @@ RUNTIME_ACTIONS = {
 def runtime_role(name: str, database_name: str = "upstox_db") -> dict[str, Any]:
     """The command that makes a role for such a program: `client[database_name].command(runtime_role("upstox_app"))`.
 
-    Run it as an administrator, and open the store once as the owner, who makes the collections. Its audit entries can
-    then only be added to, but for the last hundred uses of a token, which are inside its record: MongoDB knows no right
-    to change one field and not another.
+    Run it as an administrator, and open the store once as the owner, who makes the collections. Or let the store's
+    `init_database(runtime_role="upstox_app")` do both. The role's audit entries can then only be added to, but for the
+    last hundred uses of a token, which are inside its record: MongoDB knows no right to change one field and not
+    another.
     """
     privileges = [
         {"resource": {"db": database_name, "collection": collection}, "actions": actions}
@@ -113,11 +133,41 @@ def runtime_role(name: str, database_name: str = "upstox_db") -> dict[str, Any]:
     return {"createRole": name, "privileges": privileges, "roles": []}
 
 
-def make_collections(db: Database[dict[str, Any]], where: str) -> None:
-    """Make what is missing. Safe to repeat, to run at once, and to be cut off.
+def make_runtime_role(db: Database[dict[str, Any]], name: str, where: str) -> None:
+    """Make the role, or give it what it has not yet.
 
     Raises:
-        ConfigurationError: the database holds another program's tokens, or a later version of this one's.
+        ConfigurationError: that is no name for a role, or this user may not grant it.
+    """
+    making = runtime_role(name, db.name)
+    try:
+        try:
+            db.command(making)
+        except OperationFailure as error:
+            if error.code != ROLE_ALREADY_THERE:
+                raise
+            # Not updateRole: only a user who can revoke roles in all databases may call it.
+            db.command("grantPrivilegesToRole", name, privileges=making["privileges"])
+    except OperationFailure as error:
+        if error.code in BAD_ROLE_NAMES:
+            raise ConfigurationError(f"{name!r} is no name for a role at {where}. Take another one.") from error
+        if error.code == UNAUTHORIZED:
+            raise ConfigurationError(
+                f"{where} does not allow this user to make the role {name}. Run it as the owner, with dbOwner on the "
+                "database."
+            ) from error
+        raise
+    logger.info("The role %s may store and read tokens in %s", name, where)
+
+
+def make_collections(db: Database[dict[str, Any]], where: str) -> None:
+    """Make what is missing, and bring what an earlier version made forward.
+
+    Safe to repeat, to run at once, and to be cut off.
+
+    Raises:
+        ConfigurationError: the database holds another program's tokens, or a later version of this one's; or this
+            user may not change it.
     """
     found = db.schema_version.find_one({"_id": "upstox"})
     version = found["version"] if found else 0
@@ -125,7 +175,20 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
         return
     if version > VERSION:
         raise ConfigurationError(f"{where} has schema version {version}; this package knows {VERSION}. Upgrade it.")
-    foreign = found is None and (db.tokens.find_one({}, {"_id": 1}) or db.token_audit.find_one({}, {"_id": 1}))
+    try:
+        _make_all(db, where, is_ours=found is not None)
+    except OperationFailure as error:
+        if error.code != UNAUTHORIZED:
+            raise
+        raise ConfigurationError(
+            f"{where} has schema version {version}, this package needs {VERSION}, and this user has no right to bring "
+            "it there. Let the owner of the database, with dbOwner on it, run: upstox-db init --runtime-role ROLE"
+        ) from error
+    logger.info("%s has schema version %s now", where, VERSION)
+
+
+def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> None:
+    foreign = not is_ours and (db.tokens.find_one({}, {"_id": 1}) or db.token_audit.find_one({}, {"_id": 1}))
     if foreign and not db.schema_version.find_one({"_id": "upstox"}):  # Another opener may have made it meanwhile.
         raise ConfigurationError(
             f"{where} has a collection tokens that was made by another program and may hold plaintext tokens. Name "
@@ -142,7 +205,6 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
         for keys, options in indexes:
             _make_index(db, name, keys, options, where)
     db.schema_version.update_one({"_id": "upstox"}, {"$max": {"version": VERSION}})
-    logger.info("%s has schema version %s now", where, VERSION)
 
 
 def _make_collection(db: Database[dict[str, Any]], name: str, validator: dict[str, Any]) -> None:
@@ -151,7 +213,9 @@ def _make_collection(db: Database[dict[str, Any]], name: str, validator: dict[st
     except OperationFailure as error:
         if error.code != ALREADY_THERE:
             raise
-        db.command("collMod", name, validator=validator)
+        # Of several that begin at once all but one come here, and maybe with a right to make and none to change.
+        if db[name].options().get("validator") != validator:
+            db.command("collMod", name, validator=validator)
 
 
 def _make_index(

@@ -143,4 +143,4 @@ class Notes:
 def _left(note: dict[str, Any], now: float) -> float:
     """Seconds until this note's time is over; never more than it began with, also if the database's clock goes back."""
     seconds: float = note["seconds"] or 0.0
-    return min(seconds, note["at"] + seconds - now)
+    return min(seconds, float(note["at"]) + seconds - now)

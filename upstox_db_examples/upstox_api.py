@@ -6,6 +6,7 @@ closed, and a login that is sent twice kills its own first token.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from .credentials import as_secret
 from .errors import LoginInterrupted, LoginRefused
 from .refusals import Reply, explain
 from .token import Secret
+
+logger = logging.getLogger(__name__)
 
 REAL = "https://{stage}.upstox.com"
 # What curl calls the failures that come before a request is sent on a new connection.
@@ -94,16 +97,18 @@ def ask(
 
 def lost_reply(error: Exception) -> Reply:
     """What an error of curl_cffi says of a request, and as much of the body as came before it."""
+    from curl_cffi import CurlECode
     from curl_cffi.requests.exceptions import RequestException
 
     if not isinstance(error, RequestException):
         return Reply(lost=type(error).__name__)
-    code, response = getattr(error.code, "name", ""), error.response
+    response = error.response
     return Reply(
         getattr(response, "status_code", 0),
         getattr(response, "content", None) or b"",
         lost=type(error).__name__,
-        sent=code not in NOT_SENT,
+        # curl_cffi gives a plain number, whatever its annotation says.
+        sent=error.code not in [getattr(CurlECode, name, None) for name in NOT_SENT],
     )
 
 
@@ -152,7 +157,9 @@ def _ask_with(token: Secret, method: str, path: str, base_domain: str, timeout: 
         return None
     headers: dict[str, str | Secret] = {"Accept": "application/json"}
     headers |= {"Authorization": Secret(f"Bearer {token.reveal()}")}
-    return ask(method, base_domain, path, headers=headers, timeout=timeout)
+    reply = ask(method, base_domain, path, headers=headers, timeout=timeout)
+    logger.info("%s %s: %s", method, path, reply.lost or reply.status)
+    return reply
 
 
 def _not_told(what: str, reply: Reply) -> LoginInterrupted:
