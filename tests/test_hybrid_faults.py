@@ -114,6 +114,41 @@ class TestServersThatFail:
         redis.start()
         assert living(other)["token"] == old
 
+    def test_a_login_without_redis_waits_once(self, redis: RedisServer, open_store: OpenHybrid) -> None:
+        store = open_store(believed=2)
+        store.store_token(USER)
+        redis.kill()
+        for user_id in (USER, "CD0001", None):
+            begin = time.monotonic()
+            store.store_token(user_id)
+            assert 2 <= time.monotonic() - begin < 4
+
+    def test_a_token_in_doubt_is_not_handed_out_without_postgresql(
+        self, postgresql: PostgreSQLServer, store: HybridUpstoxStorage, open_store: OpenHybrid
+    ) -> None:
+        other = open_store()
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            assert living(other)["source"] == "postgresql"
+        postgresql.kill()
+        for reader in (store, other):
+            with pytest.raises(StoreUnavailable):
+                reader.get_valid_token(USER)
+
+    def test_nor_by_a_redis_that_was_away_when_its_login_began(
+        self, postgresql: PostgreSQLServer, redis: RedisServer, store: HybridUpstoxStorage, open_store: OpenHybrid
+    ) -> None:
+        others = [open_store() for _ in range(3)]
+        redis.kill()
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+            redis.start()
+            assert living(others[0])["source"] == "postgresql"
+        assert others[1].get_valid_token(USER) is None
+        postgresql.kill()
+        with pytest.raises(StoreUnavailable):
+            others[2].get_valid_token(USER)
+
     @pytest.mark.parametrize("change", ["store_token", "revoke_token"])
     def test_without_the_replicas_that_were_asked_for_it_waits(self, open_store: OpenHybrid, change: str) -> None:
         store = open_store(replicas=1)  # This Redis has none.

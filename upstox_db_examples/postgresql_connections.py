@@ -81,7 +81,7 @@ class PostgreSQLConnections:
         self._local_locks = LocalLocks()
         self._holding = _Holding()
 
-    def run(self, sql: str, **values: object) -> list[dict[str, Any]]:
+    def run(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         """The rows of one message. Several statements in it are one transaction; the last one's rows come back."""
         with self.session() as conn:
             return self.answer(conn, sql, **values)

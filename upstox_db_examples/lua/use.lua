@@ -7,8 +7,12 @@
 local clock = redis.call('TIME')
 local time = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local kept = redis.call('GET', KEYS[1])
-if not kept or string.match(kept, '^vacant %d+$') then  -- see dig_up.lua
+if not kept then
   return {'nothing', time}
+end
+local vacant_since = string.match(kept, '^vacant (%d+)$')  -- see dig_up.lua
+if vacant_since then
+  return {'nothing', math.max(time, tonumber(vacant_since) + 1)}  -- whoever sees it comes after it
 end
 local fresh_until, expires_at, token_id, token = string.match(kept, '^(%d+) %d+ (%d+) (%S+) (.+)$')
 if not token then
