@@ -145,19 +145,21 @@ WITH dead AS (
 RECORD = f"{_AUDIT} VALUES (NULL, %(user_id)s, %(action)s, %(actor)s, %(now)s, %(metadata)s)"
 # A mark that is there already may be that of a login which died: two in one column cannot be told apart, so it stays
 # for good. The rows are locked first, because an UPDATE that had to wait for a writer would miss the row which that one
-# has made; in the order of their ids, because two logins that mark everybody would otherwise wait for each other.
+# has made. In the order of their ids, and those with a mark too, which may be gone in a moment: two logins that mark
+# everybody would otherwise wait for each other.
 _MARK = f"""
 {RECORD};
-SELECT id FROM upstox_tokens WHERE is_active AND {{condition}} ORDER BY id FOR NO KEY UPDATE;
+SELECT id FROM upstox_tokens WHERE is_active AND {{whose}} ORDER BY id FOR NO KEY UPDATE;
 UPDATE upstox_tokens SET login_lock = CASE WHEN login_lock IS NULL THEN %(key)s ELSE 0 END
-WHERE is_active AND {{condition}} RETURNING user_id
+WHERE is_active AND {{marked}} RETURNING user_id
 """
-MARK = _MARK.format(condition="user_id = %(user_id)s")
-MARK_ALL = _MARK.format(condition="login_lock IS NULL")
+MARK = _MARK.format(whose="user_id = %(user_id)s", marked="user_id = %(user_id)s")
+MARK_ALL = _MARK.format(whose="true", marked="login_lock IS NULL")
 # Of the condition on the user the planner drops the half that does not apply.
-UNMARK = """
-UPDATE upstox_tokens SET login_lock = %(mark)s
-WHERE is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s) RETURNING user_id
+_MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
+UNMARK = f"""
+SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
+UPDATE upstox_tokens SET login_lock = %(mark)s WHERE {_MARKED} RETURNING user_id
 """
 # A login that is under way may kill the token yet, whatever Upstox has said of it: its mark stays.
 CLEAR_DOUBT = """
