@@ -15,8 +15,9 @@ from upstox_db_examples.storage import TokenStorage
 READ = {"_find": "found in the database", "_decrypt": "decrypted"}
 STORE = {
     "_lock": "lock taken and given back",
-    "_generation": "generation read",
-    "_record": "login audited",
+    "_newest": "newest token looked up",
+    "_notes": "refusals looked up",
+    "_begin_login": "login audited and token marked",
     "_make_room": "room on the disk made sure of",
     "_encrypt": "encrypted",
     "_insert": "token stored",
@@ -66,9 +67,9 @@ class Stopwatch:
         return Steps(store, operation, statistics.median(micros), {**shares, REST: 1 - sum(shares.values())})
 
     def _step(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any) -> Any:
+        def timed(*arguments: Any, **options: Any) -> Any:
             with self._running(name):
-                return method(*arguments)
+                return method(*arguments, **options)
 
         return timed
 

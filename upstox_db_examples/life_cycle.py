@@ -102,7 +102,6 @@ class LifeCycle(Backend):
         self._key_ring: KeyRing | None = None
         self._seen_user: str | None = None
         self._user_of: dict[str, str] = {}  # an account is always the same user's
-        self._login_notes = Notes(self, lambda: self._ring, self._kind)
 
     def _log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
         user_id = user_id or self._known_user(guess=not wish.deliberate)
@@ -129,7 +128,12 @@ class LifeCycle(Backend):
             self._refuse_to_renew_again(newest.user_id)
         before = (newest.generation if newest else 0) if user_id else None
         with PutOff() as put_off:
-            self._begin_login(user_id, lock, now, {"process": PROCESS})
+            try:
+                self._begin_login(user_id, lock, now, {"process": PROCESS})
+            except BaseException as error:
+                if not isinstance(error, StorageError):  # Ctrl-C: no login was made, so no mark may stay.
+                    self._end_quietly(lock)
+                raise
             logger.info("Logging %s in", user_id or "the default account")
             try:
                 minted = read_answer(self._login(user_id))
@@ -288,24 +292,24 @@ class LifeCycle(Backend):
                 known.
         """
         issued = issued_at(minted.token)
+        latest, looked = before, before is not None  # Under the lock nobody else has stored one, as a rule.
         for _ in range(5):
-            newest = self._newest(minted.user_id)
-            if newest is not None and newest.generation != before:
-                if self._holds(newest, minted.token):
-                    return result_of(minted.token, newest)
-                if not self._is_later(minted, newest, before, action):
-                    error = LoginSuperseded(
-                        f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
-                    )
-                    error.token, error.user_id = minted.token, minted.user_id
-                    raise error
+            if not looked:
+                newest = self._newest(minted.user_id)
+                if newest is not None and newest.generation != before:
+                    if self._holds(newest, minted.token):
+                        return result_of(minted.token, newest)
+                    if not self._is_later(minted, newest, before, action):
+                        raise _superseded(minted)
+                latest = newest.generation if newest else 0
+            looked = False
             token = self._encrypt(
                 minted.token,
                 StoredToken(
                     user_id=minted.user_id,
                     ciphertext="",
                     key_id="",
-                    generation=newest.generation + 1 if newest else 1,
+                    generation=(latest or 0) + 1,
                     created_at=now,
                     expires_at=self._policy.expires_at(minted.token, now),
                     account=_account_of(self._login, minted.user_id) if action == "created" else None,
@@ -389,6 +393,12 @@ class LifeCycle(Backend):
             found = self._find(user_id.upper(), alive_after, now, locked=locked)
         return found
 
+    @property
+    def _login_notes(self) -> Notes:
+        # Made anew each time: kept, it would refer back to the store, and a store that nobody uses any more would not
+        # be closed before the garbage collector comes.
+        return Notes(self, lambda: self._ring, self._kind)
+
     def _applicant(self, user_id: str | None) -> Applicant:
         account = _account_of(self._login, user_id)
         return Applicant(
@@ -450,6 +460,14 @@ class LifeCycle(Backend):
     @property
     def _actor(self) -> str:
         return self._named_actor or f"{_user_and_host()}:{os.getpid()}"
+
+
+def _superseded(minted: Minted) -> LoginSuperseded:
+    error = LoginSuperseded(
+        f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
+    )
+    error.token, error.user_id = minted.token, minted.user_id
+    return error
 
 
 def _account_of(login: Login, user_id: str | None) -> str | None:

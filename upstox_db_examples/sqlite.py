@@ -434,10 +434,10 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         values = {"user_id": user_id, "lock": lock, "mark": f"{lock} {uuid.uuid4().hex}"}
+        self._make_room()  # First: a mark that stays because the disk is full would put a living token in doubt.
         with self._transaction() as conn:
             self._audit_entry(conn, None, user_id, "login", now, metadata)
             conn.execute(MARK if user_id else MARK_ALL, values)
-        self._make_room()
 
     def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         with self._transaction() as conn:
