@@ -105,7 +105,7 @@ class BarePostgreSQL:
             cursor.execute(USE, {"user_id": user_id, "alive_after": now, "now": now, "actor": ACTOR, "metadata": "{}"})
             row = cursor.fetchone()
         self._connections.give_back(conn)
-        return row[2] if row else None
+        return row[-1] if row else None  # The token is its last column.
 
     def store(self, user_id: str) -> str:
         data, now = self._login(user_id), datetime.now(UTC)

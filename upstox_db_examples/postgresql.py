@@ -214,6 +214,9 @@ ORDER BY generation DESC LIMIT 1
 OF_ACCOUNT = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE account = %(account)s AND is_active ORDER BY id DESC LIMIT 100
 """
+# Not used any more; somebody may import them.
+GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
+USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
 # Two ranges and not <>, which no index serves.
 OTHER_KEYS = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < %(key_id)s UNION ALL
