@@ -1,8 +1,8 @@
 """Signals that wait: Ctrl-C between Upstox's answer and its token in the database would lose the token.
 
 Python runs a signal's handler in the main thread, between any two instructions, and most handlers raise an exception
-there. So while a login is under way in the main thread, each signal that has a Python handler is put off, and its
-handler runs when the token is stored. In other threads no handler ever runs.
+there. So while a login is under way in the main thread, a signal that has a Python handler is put off, and its handler
+runs when the token is stored. In other threads no handler ever runs.
 
 Rejected: to run the login in a thread of its own, which no signal reaches. A login of somebody's own may belong to the
 thread that made it, as a browser's does.
@@ -20,6 +20,13 @@ from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
+# Those whose handlers raise in some program: at Ctrl-C, at its end, or when a time is over. (To ask for the handlers of
+# all 64 signals takes longer than all else that a login does here.)
+RAISING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
 Handler = Callable[[int, FrameType | None], Any]
 _innermost: PutOff | None = None  # There is one main thread, so one login at the most puts signals off.
 
@@ -43,7 +50,7 @@ class PutOff:
         global _innermost
         if threading.current_thread() is threading.main_thread() and _innermost is None:
             try:
-                for number in signal.valid_signals():
+                for number in RAISING:
                     handler = signal.getsignal(number)
                     if callable(handler):
                         signal.signal(number, self._put_off)

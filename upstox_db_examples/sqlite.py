@@ -9,7 +9,7 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Unpack
@@ -88,10 +88,11 @@ FROM pragma_user_version
 
 _HANDED_OUT = (
     "id AS token_id, user_id, access_token AS ciphertext, key_id, generation, created_at, expires_at, user_name, "
-    "email, usage_count, account, issued_at, login_mark"
+    "email, usage_count, account, login_mark"
 )
+_KNOWN = f"{_HANDED_OUT}, issued_at"
 FIND = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? AND is_active AND expires_at > ?"
-IN_DOUBT = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? AND is_active AND login_mark IS NOT NULL"
+IN_DOUBT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? AND is_active AND login_mark IS NOT NULL"
 USE = f"""
 UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = ?
 WHERE user_id = ? AND is_active AND expires_at > ? RETURNING {_HANDED_OUT}
@@ -159,11 +160,11 @@ ON name IN (SELECT value FROM json_each(?))
 WRITE_NOTE = """
 INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
 """
-OF_ACCOUNT = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
+OF_ACCOUNT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
 # Not used any more; somebody may import them.
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
-NEWEST = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
+NEWEST = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
 # Two ranges and not <>, which no index serves.
 OTHER_KEYS = f"""
 SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < ? UNION ALL
@@ -344,22 +345,7 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         if not self._audit_reads:
-            for _ in range(3):
-                found = self._one(FIND, user_id, _seconds(alive_after))
-                if found is None or found["login_mark"] is None:
-                    return _token(found) if found else None
-                if locked:
-                    return None
-                if self._is_held(found["login_mark"]):
-                    return _token(found)
-                # The login is over. If the mark stayed, nobody knows how it ended; if not, there is something new.
-                again = self._one(FIND, user_id, _seconds(alive_after))
-                if again is not None and (again["token_id"], again["login_mark"]) == (
-                    found["token_id"],
-                    found["login_mark"],
-                ):
-                    return None
-            return None
+            return self._find_unaudited(user_id, _seconds(alive_after), locked)
         with self._transaction() as conn:
             # Nobody else can write meanwhile, so what the mark says and who holds its lock belong together.
             found = conn.execute(FIND, (user_id, _seconds(alive_after))).fetchone()
@@ -368,6 +354,19 @@ class SQLiteUpstoxStorage(TokenStorage):
             row = conn.execute(USE, (_seconds(now), user_id, _seconds(alive_after))).fetchone()
             self._audit_entry(conn, row["token_id"], user_id, "used", now, {"usage_count": row["usage_count"]})
         return _token(row)
+
+    def _find_unaudited(self, user_id: str, alive_after: int, locked: bool) -> StoredToken | None:
+        rows = self._rows(FIND, user_id, alive_after)
+        while rows and (mark := rows[0]["login_mark"]) is not None:
+            if locked:
+                return None
+            if self._is_held(mark):
+                break
+            # The login is over. If its mark stayed, nobody knows how it ended; if not, there is something new.
+            rows = self._rows(FIND, user_id, alive_after)
+            if rows and rows[0]["login_mark"] == mark:
+                return None
+        return _token(rows[0]) if rows else None
 
     def _counts(self, mark: str | None, locked: bool) -> bool:
         return mark is None or (not locked and self._is_held(mark))
@@ -388,14 +387,14 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def _in_doubt(self, user_id: str) -> StoredToken | None:
         row = self._one(IN_DOUBT, user_id)
-        return _token(row) if row else None
+        return _known(row) if row else None
 
     def _newest(self, user_id: str) -> StoredToken | None:
         row = self._one(NEWEST, user_id)
-        return _token(row) if row else None
+        return _known(row) if row else None
 
     def _tokens_of_account(self, account: str) -> list[StoredToken]:
-        return [_token(row) for row in self._rows(OF_ACCOUNT, account)]
+        return [_known(row) for row in self._rows(OF_ACCOUNT, account)]
 
     def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int:
         with self._transaction() as conn:
@@ -528,7 +527,8 @@ class SQLiteUpstoxStorage(TokenStorage):
             conn.executemany(PUT_IN_AUDIT, rows)
 
     def _one(self, sql: str, *values: object) -> sqlite3.Row | None:
-        return next(iter(self._rows(sql, *values)), None)
+        rows = self._rows(sql, *values)
+        return rows[0] if rows else None
 
     def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
         with self.get_connection() as conn:
@@ -558,10 +558,22 @@ def _columns(token: StoredToken) -> dict[str, object]:
     return columns
 
 
-def _token(row: sqlite3.Row) -> StoredToken:
+def _token(row: Iterable[Any]) -> StoredToken:
     # In the order of _HANDED_OUT, for every read comes by here and looking columns up by name takes twice as long.
-    token_id, user_id, ciphertext, key_id, generation, created_at, expires_at, user_name, email, used, *more = row
-    account, issued_at, mark = more
+    (
+        token_id,
+        user_id,
+        ciphertext,
+        key_id,
+        generation,
+        created_at,
+        expires_at,
+        user_name,
+        email,
+        used,
+        account,
+        mark,
+    ) = row
     return StoredToken(
         user_id,
         ciphertext or "",
@@ -574,9 +586,14 @@ def _token(row: sqlite3.Row) -> StoredToken:
         account=account,
         token_id=token_id,
         usage_count=used,
-        issued_at=None if issued_at is None else _moment(issued_at),
         in_doubt=mark is not None,
     )
+
+
+def _known(row: sqlite3.Row) -> StoredToken:
+    """A token with what is known of it beside what a reader needs."""
+    *handed_out, issued_at = row
+    return replace(_token(handed_out), issued_at=None if issued_at is None else _moment(issued_at))
 
 
 def _whole(row: sqlite3.Row) -> StoredToken:
