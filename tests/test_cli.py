@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
+import psycopg2
 import pytest
 
-from upstox_db_examples import KeyRing, SQLiteUpstoxStorage
+from upstox_db_examples import KeyRing, Secret, SQLiteUpstoxStorage
 from upstox_db_examples.cli import main
 from upstox_db_examples.local.upstox import Account, LocalUpstox
+from upstox_db_examples.token_file import write_token_file
 
 from .databases import MongoDatabase
 
@@ -45,7 +48,7 @@ def execute(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
     """Runs any command as one with this account, and with keys, does."""
     KeyRing.from_file(tmp_path / "keys")
 
-    def execute_one(*command: str, **environment: str) -> Done:
+    def execute_one(*command: str, stdin: str = "", **environment: str) -> Done:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
         mine = {**account.environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain, "UPSTOX_USER_ID": USER}
         mine |= {"UPSTOX_DB_KEY_FILE": str(tmp_path / "keys"), "no_proxy": "127.0.0.1", "PYTHONWARNINGS": "error"}
@@ -53,6 +56,7 @@ def execute(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
             command,
             cwd=tmp_path,
             env=clean | mine | environment,
+            input=stdin,
             text=True,
             capture_output=True,
             check=False,
@@ -205,25 +209,168 @@ def test_what_cannot_be_read_ends_with_3_and_stays(run: Run, tmp_path: Path, ups
     assert upstox.logins() == 1
 
 
-def test_a_token_that_could_not_be_stored_is_printed_all_the_same(
-    run: Run, tmp_path: Path, upstox: LocalUpstox
-) -> None:
-    SQLiteUpstoxStorage(tmp_path / "upstox.db").close()
+def run_on_a_store_that_breaks(run: Run, store: Path, upstox: LocalUpstox, *command: str) -> Done:
+    """Run it; its table is away from the moment that the token is made. `rename_table` brings it back."""
+    SQLiteUpstoxStorage(store).close()
     upstox.login_seconds = 1
 
     def break_the_store() -> None:
         while not upstox.logins():  # It is made, and its answer waits.
             time.sleep(0.01)
-        with closing(sqlite3.connect(tmp_path / "upstox.db")) as conn:
-            conn.execute("DROP TABLE upstox_tokens")
+        rename_table(store, "upstox_tokens", "away")
 
     with ThreadPoolExecutor(1) as thread:
         broken = thread.submit(break_the_store)
-        done = run("token")
+        done = run(*command)
         broken.result()
+    return done
+
+
+def rename_table(store: Path, old: str, new: str) -> None:
+    with closing(sqlite3.connect(store)) as conn:
+        conn.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+
+def test_a_token_that_could_not_be_stored_is_printed_all_the_same(
+    run: Run, tmp_path: Path, upstox: LocalUpstox
+) -> None:
+    done = run_on_a_store_that_breaks(run, tmp_path / "upstox.db", upstox, "token")
     assert upstox.is_living(done.stdout.removesuffix("\n"))
     assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
     assert done.stderr.startswith("Not stored, so the next call logs in again: ")
+
+
+@pytest.mark.parametrize("command", [["login"], ["login", "--keep"], ["token", "--masked"]], ids=" ".join)
+def test_a_token_that_login_could_not_store_is_in_an_encrypted_file_and_can_be_saved(
+    run: Run, tmp_path: Path, upstox: LocalUpstox, command: list[str]
+) -> None:
+    failed = run_on_a_store_that_breaks(run, tmp_path / "upstox.db", upstox, *command)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    (file,) = tmp_path.glob("unsaved-AB1234-*.token")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert failed.stderr.endswith(f"When that is mended, run: upstox-db save {file}\n")
+    for text in (failed.stderr, file.read_text()):
+        assert "eyJ" not in text
+    other_keys = run("save", str(file), UPSTOX_DB_KEY_FILE=str(tmp_path / "other keys"))
+    assert (other_keys.returncode, other_keys.stdout, file.exists()) == (3, "", True)
+    assert run("save", str(file)).returncode == 3, "it is still broken"
+    assert file.exists()
+    rename_table(tmp_path / "upstox.db", "away", "upstox_tokens")
+    saved = good(run("save", str(file)))
+    assert saved.startswith("AB1234: eyJ0…(")
+    assert not file.exists()
+    assert upstox.is_living(good(run("token")).strip())
+    assert upstox.logins() == 1
+
+
+def test_save_takes_no_other_file_and_no_dead_token(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
+    (tmp_path / "other").write_text("eyJ" + "a" * 30)
+    for name, words in (("other", "is not a file that 'upstox-db login' wrote"), ("none", "cannot be read")):
+        done = run("save", name)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert words in done.stderr
+        assert "eyJ" not in done.stderr
+    file = unsaved_file(tmp_path, upstox.notify(USER)["access_token"])
+    upstox.kill_token(USER)
+    done = run("save", "--verify", str(file))
+    assert (done.returncode, done.stdout, file.exists()) == (3, "", True)
+    assert done.stderr == f"InvalidInput: Upstox does not take this as a living token of {USER}.\n"
+
+
+def unsaved_file(folder: Path, token: str) -> Path:
+    """A file as `upstox-db login` leaves it, beside the keys in this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UPSTOX_DB_KEY_FILE", str(folder / "keys"))
+        return write_token_file(Secret(token), USER, KeyRing.from_file(folder / "keys"))
+
+
+def test_without_credentials_no_database_and_no_key_is_left(execute: Run, tmp_path: Path) -> None:
+    (tmp_path / "keys").unlink()
+    program = (sys.executable, "-m", "upstox_db_examples")
+    for arguments in (["token"], ["token", USER], ["login"], ["login", "--keep"], ["--one-call", "token"]):
+        done = execute(*program, *arguments, UPSTOX_PIN_CODE="", UPSTOX_TOTP_SECRET="")
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr.startswith("LoginRefused: ")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_renew_gives_another_token_than_the_refused_one(run: Run, upstox: LocalUpstox) -> None:
+    refused = good(run("token"))
+    upstox.kill_token(USER)
+    assert good(run("token")) == refused, "nobody has told the store"
+    renewed = good(run("renew", USER, stdin=refused))
+    assert upstox.is_living(renewed.removesuffix("\n"))
+    assert good(run("renew", USER, stdin=refused)) == renewed == good(run("token"))
+    assert upstox.logins() == 2
+    again = run("renew", USER, stdin=renewed)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr.startswith("LoginLimited: The token of AB1234 was renewed less than 600 s ago")
+    nothing = run("renew", USER)
+    assert (nothing.returncode, nothing.stdout) == (3, "")
+    assert "on standard input" in nothing.stderr
+    assert upstox.logins() == 2
+
+
+def test_a_refusal_holds_for_all_runs_until_a_person_logs_in(run: Run, upstox: LocalUpstox) -> None:
+    for _ in range(3):
+        done = run("token", UPSTOX_PIN_CODE="000000")
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr.startswith("LoginRefused: ")
+    assert run("login", "--keep", UPSTOX_PIN_CODE="000000").returncode == 3
+    assert upstox.attempts(USER) == 1
+    assert run("login", UPSTOX_PIN_CODE="000000").returncode == 3
+    assert upstox.attempts(USER) == 2, "a person has asked for it"
+    assert upstox.is_living(good(run("token")).removesuffix("\n")), "other credentials are another attempt"
+
+
+def test_logout_ends_the_token_at_upstox_and_here(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
+    token = good(run("token")).strip()
+    assert good(run("logout", USER)) == "AB1234: logged out at Upstox.\n"
+    assert not upstox.is_living(token)
+    with SQLiteUpstoxStorage(tmp_path / "upstox.db", keys=KeyRing.from_file(tmp_path / "keys")) as storage:
+        assert storage.get_valid_token(USER) is None
+    assert good(run("logout", USER)) == "AB1234: Upstox knew no such token, or none was stored.\n"
+
+
+def test_the_one_call_login_needs_three_credentials(run: Run, upstox: LocalUpstox) -> None:
+    others = dict.fromkeys(("USERNAME", "PASSWORD", "CLIENT_SECRET", "REDIRECT_URI"), "")
+    environment = {f"UPSTOX_{name}": value for name, value in others.items()}
+    assert run("login", **environment).returncode == 3
+    token = good(run("--one-call", "token", **environment)).strip()
+    assert upstox.is_living(token)
+    assert good(run("token", UPSTOX_DB_ONE_CALL="1", **environment)).strip() == token
+    assert upstox.logins() == 1
+
+
+def test_init_makes_the_tables_and_can_be_repeated(run: Run, postgres_url: str) -> None:
+    for store, shown in (("new.db", "SQLiteUpstoxStorage"), (postgres_url, "PostgreSQLUpstoxStorage")):
+        for _ in range(2):
+            told = good(run("--store", store, "init"))
+            assert shown in told
+            assert told.endswith(" is up to date.\n")
+    assert "healthy" in good(run("--store", "new.db", "status"))
+    done = run("--store", "new.db", "init", "--runtime-role", "trader")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("InvalidInput: SQLite has no roles")
+    done = run("--store", postgres_url, "init", "--runtime-role", "nobody_of_that_name")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.endswith(" does not know that role.\n")
+    assert urlsplit(postgres_url).password not in told + done.stderr
+
+
+@pytest.fixture
+def runtime_role(postgres_url: str) -> Iterator[str]:
+    """The role of the examples. It belongs to the whole server, so it is not made where there is one."""
+    role = "upstox_app"
+    with closing(psycopg2.connect(postgres_url)) as conn, conn.cursor() as cursor:
+        conn.autocommit = True
+        cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", (role,))
+        if made := cursor.fetchone() is None:
+            cursor.execute(f"CREATE ROLE {role}")
+        yield role
+        cursor.execute(f"DROP OWNED BY {role}")
+        if made:
+            cursor.execute(f"DROP ROLE {role}")
 
 
 def test_a_wrong_command_ends_with_2_and_help_has_examples(run: Run) -> None:
@@ -249,20 +396,31 @@ def test_help_explains_every_option_and_argument(run: Run, name: str) -> None:
     assert max(map(len, told.splitlines())) <= 80
 
 
+@pytest.mark.usefixtures("runtime_role")
 def test_every_example_runs_as_it_stands_but_for_the_url(
-    execute: Run, account: Account, tmp_path: Path, postgres_url: str
+    execute: Run, account: Account, tmp_path: Path, postgres_url: str, upstox: LocalUpstox
 ) -> None:
     lines = [f'{name.removeprefix("UPSTOX_").lower()} = "{value}"' for name, value in account.environ().items()]
     (tmp_path / "accounts.toml").touch(mode=0o600)
     (tmp_path / "accounts.toml").write_text("\n".join([f"[{USER}]", *lines]))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    config = tmp_path / ".config/upstox_db_examples"
+    config.mkdir(parents=True)
     for name, command in main.commands.items():
         examples = str(command.epilog).partition("Examples\n")[2].splitlines()
         assert examples, name
         for example in examples:
             line = example.replace("postgresql://user:password@host/name", postgres_url)
             assert f" {name}" in line
-            good(execute("sh", "-c", line, PATH=path))
+            environment = {"PATH": path, "HOME": str(tmp_path)}
+            if name == "renew":
+                environment["TOKEN"] = good(execute("upstox-db", "token", PATH=path)).strip()
+                upstox.kill_token(USER)
+            elif name == "save":
+                unsaved_file(tmp_path, upstox.notify(USER)["access_token"]).rename(config / line.rpartition("/")[2])
+            elif "--runtime-role" in line:
+                environment["UPSTOX_DB_STORE"] = postgres_url
+            good(execute("sh", "-c", line, **environment))
     assert "created" in good(execute("upstox-db", "--store", postgres_url, "audit", USER, PATH=path))
 
 

@@ -225,8 +225,8 @@ def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> No
     silent = {name.partition(".")[2] for name, logger in loggers.items() if logger is None}
     # Values, promises, the files that others tell of, the command, which prints, and what runs for learning and tests.
     assert silent == {
-        *("answer", "backend", "checks", "cli", "credentials", "errors", "files", "interrupts", "local", "login"),
-        *("refusals", "token", "transfer_file"),
+        *("answer", "backend", "checks", "cli", "cli_logins", "cli_upkeep", "credentials", "errors", "files", "local"),
+        *("login", "notes", "refusals", "token", "token_file", "transfer_file"),
     }
     assert all(logger.name == name for name, logger in loggers.items() if logger)
 

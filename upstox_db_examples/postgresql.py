@@ -83,9 +83,10 @@ GRANT SELECT, INSERT ON upstox_token_audit TO {role};
 GRANT SELECT, INSERT, UPDATE, DELETE ON upstox_login_notes TO {role};
 """
 
-_KNOWN = """id AS token_id, user_id, key_id, generation, created_at, expires_at, user_name, email, account,
-              usage_count, issued_at, login_lock IS NOT NULL AS in_doubt"""
-HANDED_OUT = f"{_KNOWN}, access_token AS ciphertext"
+_KNOWN = """id AS token_id, user_id, key_id, generation, created_at, expires_at, user_name, email,
+              account, usage_count, issued_at, login_lock IS NOT NULL AS in_doubt"""
+HANDED_OUT = f"""{_KNOWN},
+              access_token AS ciphertext"""
 # A shared lock is had exactly when the login that holds the exclusive one is over. A CASE and not an OR, whose sides
 # PostgreSQL may take in any order: for a token without a mark no lock is looked at.
 NO_DOUBT = """CASE WHEN login_lock IS NULL THEN true WHEN login_lock = 0 THEN false
@@ -95,7 +96,8 @@ _AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, perf
 _USE = f"""
 WITH used AS (
     UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = %(now)s
-    WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s AND {{condition}}
+    WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
+          AND {{condition}}
     RETURNING {HANDED_OUT}
 ), audited AS (
     {_AUDIT}
