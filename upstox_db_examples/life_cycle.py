@@ -114,12 +114,11 @@ class LifeCycle(Backend):
                 user_id = self._known_user(guess=not wish.deliberate)
                 if user_id is None:
                     return self._log_in_locked(None, lock, wish)
-        user_id = self._known_as(user_id)
         # In upper case, because two spellings of one user must not be two locks.
         with self._lock(user_id.upper()):
-            return self._log_in_locked(user_id, user_id.upper(), wish)
+            return self._log_in_locked(self._as_stored(user_id), user_id.upper(), wish, asked=user_id)
 
-    def _log_in_locked(self, user_id: str | None, lock: str, wish: Wish) -> TokenResult:
+    def _log_in_locked(self, user_id: str | None, lock: str, wish: Wish, asked: str | None = None) -> TokenResult:
         if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, wish)):
             return living
         now, newest = self._now(), self._newest(user_id) if user_id else None
@@ -132,7 +131,7 @@ class LifeCycle(Backend):
             self._begin_login(user_id, lock, now, {"process": PROCESS})
             logger.info("Logging %s in", user_id or "the default account")
             try:
-                minted = read_answer(self._login(user_id))
+                minted = read_answer(self._login(asked))
                 self._refuse_a_dead_one(minted, now)
             except BaseException as error:
                 self._failed(error, user_id, lock, applicant, put_off)
@@ -228,6 +227,8 @@ class LifeCycle(Backend):
     ) -> TokenResult:
         """Store the token that Upstox has made, whatever happens: nobody else has it, and the earlier one is dead."""
         as_asked = user_id is not None and same_user(user_id, minted.user_id)
+        if user_id and as_asked:
+            minted = minted._replace(user_id=user_id)
         interrupt: BaseException | None = None
         for last in (False, True):
             try:
@@ -246,6 +247,7 @@ class LifeCycle(Backend):
                     raise TokenNotStored(minted.token, minted.user_id, reason) from (interrupt or error)
                 if not isinstance(error, Exception):
                     interrupt = error
+        minted = minted._replace(user_id=result["user_id"])
         self._tidy_up(minted, as_asked, lock, wish, refusal)
         if interrupt is not None:
             raise interrupt
@@ -274,8 +276,8 @@ class LifeCycle(Backend):
     def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
         """The marks of this login are taken away, but for that of a user whose token is in doubt."""
         try:
-            if doubted:
-                self._end_login(lock, in_doubt=True, user_id=doubted)
+            for spelling in spellings(doubted) if doubted else ():
+                self._end_login(lock, in_doubt=True, user_id=spelling)
             self._end_login(lock, in_doubt=False)
         except StorageError as error:  # The marks stay, and the lock is free in a moment: that is doubt as well.
             logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
@@ -288,6 +290,8 @@ class LifeCycle(Backend):
                 known.
         """
         issued = issued_at(minted.token)
+        if before is None:
+            minted = minted._replace(user_id=self._as_stored(minted.user_id))
         for _ in range(5):
             newest = self._newest(minted.user_id)
             if newest is not None and newest.generation != before:
@@ -381,6 +385,13 @@ class LifeCycle(Backend):
             return upper
         return user_id
 
+    def _as_stored(self, user_id: str) -> str:
+        """The spelling under which the store keeps this user; in upper case, as Upstox writes ids, if it has none yet.
+
+        Two spellings would be two rows of one user, and the token in one of them is dead.
+        """
+        return next((spelling for spelling in spellings(user_id) if self._newest(spelling)), user_id.upper())
+
     def _find_as_written(
         self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False
     ) -> StoredToken | None:
@@ -457,6 +468,11 @@ def _account_of(login: Login, user_id: str | None) -> str | None:
     tells = getattr(login, "account_of", None)
     account: str | None = tells(user_id) if tells else getattr(login, "account", None)
     return account
+
+
+def spellings(user_id: str) -> list[str]:
+    """How a store may have written this id: an earlier version kept each as the login's answer had it."""
+    return list(dict.fromkeys((user_id, user_id.upper(), user_id.lower())))
 
 
 def same_user(one: str, other: str) -> bool:

@@ -131,7 +131,7 @@ class TokenStorage(LifeCycle):
             try:
                 return self._save(minted, None, now, "adopted")
             except LoginSuperseded:
-                if living := self.get_valid_token(minted.user_id):
+                if living := self.get_valid_token(self._as_stored(minted.user_id)):
                     return living
                 raise
 
@@ -196,7 +196,7 @@ class TokenStorage(LifeCycle):
         Returns:
             whether there was one.
         """
-        user_id = self._known_as(require_user_id(user_id))
+        user_id = self._as_stored(require_user_id(user_id))
         revoked = self._revoke(user_id, self._now())
         logger.info("Revoked the token of %s" if revoked else "%s had no token to revoke", user_id)
         return revoked
@@ -210,7 +210,7 @@ class TokenStorage(LifeCycle):
         Raises:
             LoginInterrupted: Upstox could not be told. The token is still stored, so that this can be repeated.
         """
-        user_id = self._known_as(require_user_id(user_id))
+        user_id = self._as_stored(require_user_id(user_id))
         with self._lock(user_id.upper()):
             newest = self._newest(user_id)
             if newest is None or not newest.ciphertext:
