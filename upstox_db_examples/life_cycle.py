@@ -24,7 +24,7 @@ from typing import NamedTuple, TypedDict, Unpack
 from .answer import Minted, read_answer
 from .backend import ACCOUNT_LOCK, Backend
 from .checks import require_aware, require_positive
-from .cipher import Binding, KeyRing, KeySource
+from .cipher import READABLE, VERSION, Binding, KeyRing, KeySource
 from .errors import (
     KeyUnavailable,
     LoginError,
@@ -432,8 +432,11 @@ class LifeCycle(Backend):
         ]
 
     def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
+        """The token with this ciphertext; one that has a ciphertext of an earlier version keeps that version."""
+        earlier = token.ciphertext.partition(".")[0]
+        version = earlier if earlier in READABLE else VERSION
         binding = Binding(token.user_id, token.expires_at, token.generation, self._kind, token.account)
-        ciphertext = self._ring.encrypt(secret, binding)
+        ciphertext = self._ring.encrypt(secret, binding, version)
         return replace(token, ciphertext=ciphertext, key_id=self._ring.key_ids[0])
 
     def _decrypt(self, token: StoredToken, kind: str | None = None) -> Secret:
