@@ -400,6 +400,30 @@ class LoginContract:
         assert store.revoke_token("ab1234")
         assert upstox.logins() == 2
 
+    @pytest.mark.parametrize("named", ["ab1234", "AB1234", None, "save_token"])
+    def test_a_user_in_two_spellings_has_one_token(
+        self, open_store: OpenStore, clock: Clock, named: str | None
+    ) -> None:
+        """A login may name its user as the caller did; the token under the other spelling would be a dead one."""
+        answers = [response("ab1234", "eyJ0eXAi" + "a" * 60), response("AB1234", jwt("AB1234", clock.now))]
+        asked: list[str | None] = []
+
+        def login(user_id: str | None) -> Any:
+            asked.append(user_id)
+            return answers[len(asked) - 1]
+
+        store = open_store(login=login)
+        assert store.store_token("ab1234")["user_id"] == USER
+        if named == "save_token":
+            store.save_token(answers[1])
+        else:
+            store.store_token(named)
+            assert asked == ["ab1234", named], "a login is asked as the caller asked"
+        assert held(store) == held(store, "ab1234") == answers[1]["access_token"]
+        assert [token.generation for token in store._tokens_of(USER)] == [1, 2]
+        assert store._tokens_of("ab1234") == []
+        assert store.get_audit_trail("ab1234") == store.get_audit_trail(USER) != []
+
     def test_a_row_that_only_names_the_account_is_passed_over(
         self, store: TokenStorage, open_store: OpenStore, clock: Clock, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -163,13 +163,12 @@ def store_batch(
 def _store_one(store: Store, user_id: str, replace: bool, several: bool, pace: Pace) -> BatchResult:
     try:
         if not replace and (living := store.get_valid_token(user_id)):
-            return _success(living, kept=True)
+            return _success(user_id, living, kept=True)
         _refuse_a_guess(store, user_id, several)
         # The turn is waited for here and not in the login, which holds the user's lock.
         with pace.turn(user_id, store._other_logins):
-            return _success(
-                store._replace_token(user_id) if replace else store.get_or_create_token(user_id), kept=False
-            )
+            token = store._replace_token(user_id) if replace else store.get_or_create_token(user_id)
+        return _success(user_id, token, kept=False)
     except Exception as error:
         return _failure(user_id, error)
 
@@ -190,8 +189,8 @@ def _refuse_a_guess(store: Store, user_id: str, several: bool) -> None:
         raise LoginRefused(f"The store's login knows the account of {known}, not {user_id}. Use Accounts for several.")
 
 
-def _success(token: TokenResult, *, kept: bool) -> BatchResult:
-    whose = {"user_id": token["user_id"], "token_id": token["token_id"], "success": True}
+def _success(user_id: str, token: TokenResult, *, kept: bool) -> BatchResult:
+    whose = {"user_id": user_id, "token_id": token["token_id"], "success": True}
     return BatchResult(whose, expires_at=token["expires_at"], kept=kept)
 
 

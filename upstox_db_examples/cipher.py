@@ -90,12 +90,17 @@ class KeyRing:
         """32 bytes from the operating system's random source."""
         return os.urandom(KEY_BYTES)
 
-    def encrypt(self, token: Secret, binding: Binding) -> str:
-        """The token as it may lie in a database."""
+    def encrypt(self, token: Secret, binding: Binding, version: str = VERSION) -> str:
+        """The token as it may lie in a database.
+
+        Args:
+            version: an earlier one for a token that was read from a ciphertext of that version. Its account was not
+                authenticated, and must not come to look as if it had been.
+        """
         key_id, cipher = next(iter(self._ciphers.items()))
         nonce = os.urandom(NONCE_BYTES)
-        sealed = nonce + cipher.encrypt(nonce, token.reveal().encode(), binding.encoded(key_id))
-        return f"{VERSION}.{key_id}.{base64.urlsafe_b64encode(sealed).decode()}"
+        sealed = nonce + cipher.encrypt(nonce, token.reveal().encode(), binding.encoded(key_id, version))
+        return f"{version}.{key_id}.{base64.urlsafe_b64encode(sealed).decode()}"
 
     def decrypt(self, ciphertext: str, binding: Binding) -> Secret:
         """The token.

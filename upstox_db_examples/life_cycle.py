@@ -24,7 +24,7 @@ from typing import NamedTuple, TypedDict, Unpack
 from .answer import Minted, read_answer
 from .backend import ACCOUNT_LOCK, Backend
 from .checks import require_aware, require_positive
-from .cipher import Binding, KeyRing, KeySource
+from .cipher import READABLE, VERSION, Binding, KeyRing, KeySource
 from .errors import (
     KeyUnavailable,
     LoginError,
@@ -113,15 +113,15 @@ class LifeCycle(Backend):
                 user_id = self._known_user(guess=not wish.deliberate)
                 if user_id is None:
                     return self._log_in_locked(None, lock, wish)
-        user_id = self._known_as(user_id)
         # In upper case, because two spellings of one user must not be two locks.
         with self._lock(user_id.upper()):
             return self._log_in_locked(user_id, user_id.upper(), wish)
 
-    def _log_in_locked(self, user_id: str | None, lock: str, wish: Wish) -> TokenResult:
-        if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, wish)):
+    def _log_in_locked(self, asked: str | None, lock: str, wish: Wish) -> TokenResult:
+        user_id, newest = self._look_up(asked) if asked else (None, None)
+        if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, newest, wish)):
             return living
-        now, newest = self._now(), self._newest(user_id) if user_id else None
+        now = self._now()
         applicant = self._applicant(user_id)
         refusal = self._refuse_before_a_request(user_id, wish, applicant)
         if wish.refused and newest and newest.ciphertext and newest.expires_at > now:
@@ -136,16 +136,16 @@ class LifeCycle(Backend):
                 raise
             logger.info("Logging %s in", user_id or "the default account")
             try:
-                minted = read_answer(self._login(user_id))
+                minted = read_answer(self._login(asked))
                 self._refuse_a_dead_one(minted, now)
             except BaseException as error:
                 self._failed(error, user_id, lock, applicant, put_off)
                 raise
             return self._keep(minted, user_id, before, lock, now, wish, refusal)
 
-    def _living(self, user_id: str, wish: Wish) -> TokenResult | None:
+    def _living(self, user_id: str, newest: StoredToken | None, wish: Wish) -> TokenResult | None:
         """The user's token if no login is due. The caller holds the user's lock."""
-        if wish.refused and self._is_stored(user_id, wish.refused):
+        if wish.refused and newest and self._holds(newest, wish.refused):
             return None
         now = self._now()
         alive_after = self._policy.worth_keeping(now)
@@ -232,6 +232,8 @@ class LifeCycle(Backend):
     ) -> TokenResult:
         """Store the token that Upstox has made, whatever happens: nobody else has it, and the earlier one is dead."""
         as_asked = user_id is not None and same_user(user_id, minted.user_id)
+        if user_id and as_asked:
+            minted = minted._replace(user_id=user_id)
         interrupt: BaseException | None = None
         for last in (False, True):
             try:
@@ -250,6 +252,7 @@ class LifeCycle(Backend):
                     raise TokenNotStored(minted.token, minted.user_id, reason) from (interrupt or error)
                 if not isinstance(error, Exception):
                     interrupt = error
+        minted = minted._replace(user_id=result["user_id"])
         self._tidy_up(minted, as_asked, lock, wish, refusal)
         if interrupt is not None:
             raise interrupt
@@ -278,8 +281,8 @@ class LifeCycle(Backend):
     def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
         """The marks of this login are taken away, but for that of a user whose token is in doubt."""
         try:
-            if doubted:
-                self._end_login(lock, in_doubt=True, user_id=doubted)
+            for spelling in spellings(doubted) if doubted else ():
+                self._end_login(lock, in_doubt=True, user_id=spelling)
             self._end_login(lock, in_doubt=False)
         except StorageError as error:  # The marks stay, and the lock is free in a moment: that is doubt as well.
             logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
@@ -292,6 +295,8 @@ class LifeCycle(Backend):
                 known.
         """
         issued = issued_at(minted.token)
+        if before is None:
+            minted = minted._replace(user_id=self._as_stored(minted.user_id))
         latest, looked = before, before is not None  # Under the lock nobody else has stored one, as a rule.
         for _ in range(5):
             if not looked:
@@ -378,12 +383,19 @@ class LifeCycle(Backend):
                 logger.warning("A row of %s names this account and is not its own: it is passed over", token.user_id)
         return None
 
-    def _known_as(self, user_id: str) -> str:
-        """The id as given if the store knows it, else in upper case if that is known: Upstox writes ids so."""
-        upper = user_id.upper()
-        if upper != user_id and self._newest(user_id) is None and self._newest(upper) is not None:
-            return upper
-        return user_id
+    def _look_up(self, user_id: str) -> tuple[str, StoredToken | None]:
+        """The spelling under which the store keeps this user, and the latest token.
+
+        In upper case, as Upstox writes ids, if there is none yet. Two spellings would be two rows of one user, and the
+        token in one of them is dead.
+        """
+        for spelling in spellings(user_id):
+            if newest := self._newest(spelling):
+                return spelling, newest
+        return user_id.upper(), None
+
+    def _as_stored(self, user_id: str) -> str:
+        return self._look_up(user_id)[0]
 
     def _find_as_written(
         self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False
@@ -406,10 +418,6 @@ class LifeCycle(Backend):
             tells(user_id) if (tells := getattr(self._login, "credentials_digest", None)) else None,
         )
 
-    def _is_stored(self, user_id: str, token: Secret) -> bool:
-        newest = self._newest(user_id)
-        return newest is not None and self._holds(newest, token)
-
     def _holds(self, stored: StoredToken, token: Secret) -> bool:
         """Whether that is the stored token, compared in constant time."""
         if not stored.ciphertext:
@@ -431,8 +439,11 @@ class LifeCycle(Backend):
         ]
 
     def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
+        """The token with this ciphertext; one that has a ciphertext of an earlier version keeps that version."""
+        earlier = token.ciphertext.partition(".")[0]
+        version = earlier if earlier in READABLE else VERSION
         binding = Binding(token.user_id, token.expires_at, token.generation, self._kind, token.account)
-        ciphertext = self._ring.encrypt(secret, binding)
+        ciphertext = self._ring.encrypt(secret, binding, version)
         return replace(token, ciphertext=ciphertext, key_id=self._ring.key_ids[0])
 
     def _decrypt(self, token: StoredToken, kind: str | None = None) -> Secret:
@@ -475,6 +486,11 @@ def _account_of(login: Login, user_id: str | None) -> str | None:
     tells = getattr(login, "account_of", None)
     account: str | None = tells(user_id) if tells else getattr(login, "account", None)
     return account
+
+
+def spellings(user_id: str) -> list[str]:
+    """How a store may have written this id: an earlier version kept each as the login's answer had it."""
+    return list(dict.fromkeys((user_id, user_id.upper(), user_id.lower())))
 
 
 def same_user(one: str, other: str) -> bool:

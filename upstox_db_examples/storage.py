@@ -87,10 +87,9 @@ class TokenStorage(LifeCycle):
         """
         user_id, refused = require_user_id(user_id), _refused(refused_token)
         del refused_token  # A traceback that prints local variables must not show it.
-        known = self._known_as(user_id)
-        if not self._is_stored(known, refused) and (living := self.get_valid_token(known)):
-            return living
-        return self._log_in(known, Wish(refused=refused))
+        known, newest = self._look_up(user_id)
+        still_stored = newest is not None and self._holds(newest, refused)
+        return (None if still_stored else self.get_valid_token(known)) or self._log_in(known, Wish(refused=refused))
 
     def save_token(self, response: object, *, verify: bool = False) -> TokenResult:
         """Keep a token that another login has made: a notifier webhook, an OAuth code, a dashboard.
@@ -131,7 +130,7 @@ class TokenStorage(LifeCycle):
             try:
                 return self._save(minted, None, now, "adopted")
             except LoginSuperseded:
-                if living := self.get_valid_token(minted.user_id):
+                if living := self.get_valid_token(self._as_stored(minted.user_id)):
                     return living
                 raise
 
@@ -176,7 +175,7 @@ class TokenStorage(LifeCycle):
 
         An unknown user has zeros, and None for the two times.
         """
-        return self._statistics(self._known_as(require_user_id(user_id)), self._now())
+        return self._statistics(self._as_stored(require_user_id(user_id)), self._now())
 
     def get_audit_trail(self, user_id: str, limit: int = 50) -> list[dict[str, Any]]:
         """What was done to the user's tokens, by whom and when, newest first. Needs no key.
@@ -196,7 +195,7 @@ class TokenStorage(LifeCycle):
         Returns:
             whether there was one.
         """
-        user_id = self._known_as(require_user_id(user_id))
+        user_id = self._as_stored(require_user_id(user_id))
         revoked = self._revoke(user_id, self._now())
         logger.info("Revoked the token of %s" if revoked else "%s had no token to revoke", user_id)
         return revoked
@@ -210,7 +209,7 @@ class TokenStorage(LifeCycle):
         Raises:
             LoginInterrupted: Upstox could not be told. The token is still stored, so that this can be repeated.
         """
-        user_id = self._known_as(require_user_id(user_id))
+        user_id = self._as_stored(require_user_id(user_id))
         with self._lock(user_id.upper()):
             newest = self._newest(user_id)
             if newest is None or not newest.ciphertext:
