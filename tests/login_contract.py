@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -31,6 +32,7 @@ from upstox_db_examples import (
     TotpLogin,
 )
 from upstox_db_examples.cipher import Binding
+from upstox_db_examples.interrupts import raise_pending
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.notes import EPOCH, LONGEST_LIMIT, UNKNOWN_REFUSAL
 
@@ -214,6 +216,54 @@ class LoginContract:
             store.store_token(USER)
         assert [held(store)] == minted
         assert signal.getsignal(signal.SIGINT) is before
+
+    def test_ctrl_c_before_a_token_can_exist_leaves_the_earlier_one_in_use(self, open_store: OpenStore) -> None:
+        def login(_: str | None) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            raise_pending()
+            raise AssertionError("it went on")
+
+        store = open_store(login=login)
+        store._insert(made_up(store, USER))
+        with pytest.raises(KeyboardInterrupt):
+            store.store_token(USER)
+        assert held(store)
+
+    def test_a_login_inside_a_login_does_not_speak_for_the_outer_one(self, open_store: OpenStore) -> None:
+        """The inner one has no token yet and lets Ctrl-C through; the outer one may have minted its own."""
+
+        def inner(user_id: str | None) -> Any:
+            raise_pending()
+            return made_up_login(user_id)
+
+        def outer(user_id: str | None) -> Any:
+            minted.append(made_up_login(user_id).access_token)
+            signal.raise_signal(signal.SIGINT)
+            another.store_token("CD0001")
+            return response(USER, minted[-1])
+
+        minted: list[str] = []
+        another, store = open_store(login=inner), open_store(login=outer)
+        store._insert(made_up(store, USER))
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            store.store_token(USER)
+        assert [held(store)] == minted
+        assert held(another, "CD0001")
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_a_login_that_went_on_after_ctrl_c_may_have_made_a_token(self, open_store: OpenStore) -> None:
+        def login(_: str | None) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            with contextlib.suppress(KeyboardInterrupt):
+                raise_pending()
+            raise ValueError("after a second try")
+
+        store = open_store(login=login)
+        store._insert(made_up(store, USER))
+        with pytest.raises(ValueError, match="second try"):
+            store.store_token(USER)
+        assert held(store) is None
 
     def test_ctrl_c_twice_breaks_the_login_off(self, open_store: OpenStore) -> None:
         def login(_: str | None) -> Any:

@@ -203,7 +203,7 @@ class LifeCycle(Backend):
         self, error: BaseException, user_id: str | None, lock: str, applicant: Applicant, put_off: PutOff
     ) -> None:
         """Write down that a login gave no token, or that nobody knows."""
-        may_exist: bool = getattr(error, "token_may_exist", not put_off.before_a_token)
+        may_exist: bool = getattr(error, "token_may_exist", error is not put_off.raised_before_a_token)
         if isinstance(error, StorageError):
             may_exist = isinstance(error, LoginError) and error.token_may_exist
         logger.info("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
