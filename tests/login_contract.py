@@ -416,6 +416,14 @@ class LoginContract:
         for odd in odd_ones:
             with pytest.raises(InvalidInput, match="refused_token"):
                 store.renew_token(USER, odd)
+        secret = "eyJ0eXAi" + "s" * 60
+        for user_id, shown in [("-", secret), *((USER, it) for it in ([secret], secret.encode(), secret + "\ud800"))]:
+            with pytest.raises(InvalidInput) as caught:
+                store.renew_token(user_id, shown)  # type: ignore[arg-type]
+            assert secret not in shown_with_locals(caught.value)
+        with pytest.raises(InvalidInput, match="half a character") as caught:
+            store.save_token(response(USER, secret + "\ud800"))
+        assert secret not in shown_with_locals(caught.value)
 
     def test_a_crowd_whose_token_is_refused_makes_one_login(self, store: TokenStorage, upstox: LocalUpstox) -> None:
         refused = store.store_token(USER)["token"]
