@@ -263,9 +263,12 @@ class TokenStorage(LifeCycle):
         Raises:
             KeyUnavailable, TokenRefused: some tokens cannot be read; it names the users. All others were done.
         """
-        newest, rotated = self._ring.key_ids[0], 0
+        rotated = 0
         refused: dict[str, StorageError] = {}
-        while batch := self._under_other_keys(newest, BATCH):
+        self._key_ring = None  # This program may run since before the newest key was made.
+        # The ring is asked for again also when a token's key is not in it. A batch under the key that was the first
+        # one before would then be encrypted again for ever.
+        while batch := self._under_other_keys(newest := self._ring.key_ids[0], BATCH):
             pairs = []
             for old in batch:
                 try:
