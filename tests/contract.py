@@ -489,6 +489,23 @@ class StoreContract(BackendContract, LoginContract, ABC):
             assert read is not None
             assert read["token"] == token
 
+    def test_a_program_that_runs_since_before_the_new_key_rotates_to_it(self, open_store: OpenStore) -> None:
+        old, new = KeyRing.new_key(), KeyRing.new_key()
+        vault = [old]
+
+        def keys() -> KeyRing:
+            return KeyRing(*vault)
+
+        def login(user_id: str | None) -> AccessTokenData:
+            return token_data(user_id or USER)
+
+        running = open_store(keys=keys, login=login)
+        running.store_token(USER)
+        vault[:] = [new, old]
+        open_store(keys=keys, login=login).store_token("CD5678")
+        assert running.rotate_keys() == 1
+        assert running.keys_in_use() == {KeyRing(new).key_ids[0]: 2}
+
     def test_a_token_that_cannot_be_read_does_not_stop_a_rotation(self, open_store: OpenStore) -> None:
         lost, old, new = (KeyRing.new_key() for _ in range(3))
         login = lambda user_id: token_data(user_id or USER)  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -31,6 +32,7 @@ from upstox_db_examples import (
     TotpLogin,
 )
 from upstox_db_examples.cipher import Binding
+from upstox_db_examples.interrupts import raise_pending
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.notes import EPOCH, LONGEST_LIMIT, UNKNOWN_REFUSAL
 
@@ -215,6 +217,54 @@ class LoginContract:
         assert [held(store)] == minted
         assert signal.getsignal(signal.SIGINT) is before
 
+    def test_ctrl_c_before_a_token_can_exist_leaves_the_earlier_one_in_use(self, open_store: OpenStore) -> None:
+        def login(_: str | None) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            raise_pending()
+            raise AssertionError("it went on")
+
+        store = open_store(login=login)
+        store._insert(made_up(store, USER))
+        with pytest.raises(KeyboardInterrupt):
+            store.store_token(USER)
+        assert held(store)
+
+    def test_a_login_inside_a_login_does_not_speak_for_the_outer_one(self, open_store: OpenStore) -> None:
+        """The inner one has no token yet and lets Ctrl-C through; the outer one may have minted its own."""
+
+        def inner(user_id: str | None) -> Any:
+            raise_pending()
+            return made_up_login(user_id)
+
+        def outer(user_id: str | None) -> Any:
+            minted.append(made_up_login(user_id).access_token)
+            signal.raise_signal(signal.SIGINT)
+            another.store_token("CD0001")
+            return response(USER, minted[-1])
+
+        minted: list[str] = []
+        another, store = open_store(login=inner), open_store(login=outer)
+        store._insert(made_up(store, USER))
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            store.store_token(USER)
+        assert [held(store)] == minted
+        assert held(another, "CD0001")
+        assert signal.getsignal(signal.SIGINT) is before
+
+    def test_a_login_that_went_on_after_ctrl_c_may_have_made_a_token(self, open_store: OpenStore) -> None:
+        def login(_: str | None) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            with contextlib.suppress(KeyboardInterrupt):
+                raise_pending()
+            raise ValueError("after a second try")
+
+        store = open_store(login=login)
+        store._insert(made_up(store, USER))
+        with pytest.raises(ValueError, match="second try"):
+            store.store_token(USER)
+        assert held(store) is None
+
     def test_ctrl_c_twice_breaks_the_login_off(self, open_store: OpenStore) -> None:
         def login(_: str | None) -> Any:
             for _press in range(2):
@@ -366,6 +416,14 @@ class LoginContract:
         for odd in odd_ones:
             with pytest.raises(InvalidInput, match="refused_token"):
                 store.renew_token(USER, odd)
+        secret = "eyJ0eXAi" + "s" * 60
+        for user_id, shown in [("-", secret), *((USER, it) for it in ([secret], secret.encode(), secret + "\ud800"))]:
+            with pytest.raises(InvalidInput) as caught:
+                store.renew_token(user_id, shown)  # type: ignore[arg-type]
+            assert secret not in shown_with_locals(caught.value)
+        with pytest.raises(InvalidInput, match="half a character") as caught:
+            store.save_token(response(USER, secret + "\ud800"))
+        assert secret not in shown_with_locals(caught.value)
 
     def test_a_crowd_whose_token_is_refused_makes_one_login(self, store: TokenStorage, upstox: LocalUpstox) -> None:
         refused = store.store_token(USER)["token"]

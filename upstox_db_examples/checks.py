@@ -23,6 +23,15 @@ def require_user_id(user_id: object) -> str:
     return user_id
 
 
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can express it: half of a surrogate pair, which JSON can, it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def require_limit(limit: object) -> int:
     if type(limit) is not int or not 1 <= limit < 2**31:
         raise InvalidInput("limit must be a whole number from 1 up.")

@@ -11,6 +11,7 @@ thread that made it, as a browser's does.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -28,7 +29,7 @@ RAISING = tuple(
     if hasattr(signal, name)
 )
 Handler = Callable[[int, FrameType | None], Any]
-_innermost: PutOff | None = None  # There is one main thread, so one login at the most puts signals off.
+_outermost: PutOff | None = None  # There is one main thread, so one login at the most puts signals off.
 
 
 class PutOff:
@@ -37,18 +38,28 @@ class PutOff:
     At its end their handlers run, in the order in which the signals came. A second signal of the same kind is not put
     off: whoever presses Ctrl-C twice does not want to wait for the login.
 
+    A login may itself use a store, and log in there. Then the outer one alone puts signals off, until its own end.
+
     Attributes:
-        before_a_token: a handler has raised at a moment when no token could exist yet (`raise_pending`).
+        raised_before_a_token: what a handler has raised at a moment when no token could exist yet (`raise_pending`).
     """
 
     def __init__(self) -> None:
-        self.before_a_token = False
+        self.raised_before_a_token: BaseException | None = None
+        self._process = os.getpid()
+        self._inner = 0  # how many logins are under way inside this one
+        self._is_inside: PutOff | None = None
         self._handlers: dict[int, Handler] = {}
         self._pending: list[int] = []
 
     def __enter__(self) -> Self:
-        global _innermost
-        if threading.current_thread() is threading.main_thread() and _innermost is None:
+        global _outermost
+        if threading.current_thread() is threading.main_thread():
+            # A child that was forked during a login has its parent's state, and no part in that login.
+            if _outermost is not None and _outermost._process == self._process:
+                self._is_inside = _outermost
+                _outermost._inner += 1
+                return self
             try:
                 for number in RAISING:
                     handler = signal.getsignal(number)
@@ -57,16 +68,19 @@ class PutOff:
                         self._handlers[number] = handler
             except ValueError:  # A subinterpreter has a main thread as well, but no signals.
                 return self
-            _innermost = self
+            _outermost = self
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: TracebackType | None) -> None:
-        global _innermost
-        if _innermost is not self:
+        global _outermost
+        if self._is_inside is not None:
+            self._is_inside._inner -= 1
+        if _outermost is not self:
             return
-        _innermost = None
+        _outermost = None
         for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._put_off:  # and not one that the login has set for good
+                signal.signal(number, handler)
         try:
             self._run_handlers()
         except BaseException as interrupt:
@@ -75,6 +89,9 @@ class PutOff:
             raise
 
     def _put_off(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            self._handlers[number](number, frame)
+            return
         if number in self._pending:
             self._pending.remove(number)
             self._handlers[number](number, frame)
@@ -93,8 +110,13 @@ class PutOff:
 
 def raise_pending() -> None:
     """Run the handlers of signals that were put off. A login calls this while no token can exist yet."""
-    current = _innermost
-    if current is not None and threading.current_thread() is threading.main_thread():
-        current.before_a_token = True
+    current = _outermost
+    if current is None or threading.current_thread() is not threading.main_thread():
+        return
+    if current._inner or current._process != os.getpid():
+        return  # Only the inner login knows that it has no token yet. The outer one may have its own.
+    try:
         current._run_handlers()
-        current.before_a_token = False
+    except BaseException as interrupt:
+        current.raised_before_a_token = interrupt
+        raise

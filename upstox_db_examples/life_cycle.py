@@ -40,7 +40,7 @@ from .errors import (
 from .interrupts import PutOff
 from .login import FIX_CODES, Login, SdkLogin
 from .notes import Applicant, Notes
-from .token import ExpiryPolicy, Secret, StoredToken, TokenResult, issued_at
+from .token import ExpiryPolicy, Secret, StoredToken, TokenResult, issued_at, subject
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class LifeCycle(Backend):
         self, error: BaseException, user_id: str | None, lock: str, applicant: Applicant, put_off: PutOff
     ) -> None:
         """Write down that a login gave no token, or that nobody knows."""
-        may_exist: bool = getattr(error, "token_may_exist", not put_off.before_a_token)
+        may_exist: bool = getattr(error, "token_may_exist", error is not put_off.raised_before_a_token)
         if isinstance(error, StorageError):
             may_exist = isinstance(error, LoginError) and error.token_may_exist
         logger.info("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
@@ -265,7 +265,7 @@ class LifeCycle(Backend):
 
     def _tidy_up(self, minted: Minted, as_asked: bool, lock: str, wish: Wish, refusal: str | None) -> None:
         """What follows on a token that is stored. Nothing that fails here may hide it."""
-        if account := _account_of(self._login, minted.user_id):
+        if account := self._account_that_made(minted):
             self._user_of[account] = minted.user_id
         self._seen_user = minted.user_id
         if not as_asked:  # Other users' tokens were marked, because nobody knew whose would be replaced.
@@ -277,6 +277,14 @@ class LifeCycle(Backend):
                 self._login_notes.renewed(minted.user_id)
         except StorageError as error:
             logger.warning("The token of %s is stored; the notes on its login are not: %s", minted.user_id, error)
+
+    def _account_that_made(self, minted: Minted) -> str | None:
+        """The account to be bound to this token; None where the token itself names another user than the answer did.
+
+        Such an answer would bind the account to a user whom it cannot log in.
+        """
+        whose = subject(minted.token)
+        return None if whose and not same_user(whose, minted.user_id) else _account_of(self._login, minted.user_id)
 
     def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
         """The marks of this login are taken away, but for that of a user whose token is in doubt."""
@@ -317,7 +325,7 @@ class LifeCycle(Backend):
                     generation=(latest or 0) + 1,
                     created_at=now,
                     expires_at=self._policy.expires_at(minted.token, now),
-                    account=_account_of(self._login, minted.user_id) if action == "created" else None,
+                    account=self._account_that_made(minted) if action == "created" else None,
                     issued_at=issued,
                     **minted.profile,
                 ),

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from .answer import Minted, read_answer
 from .batch import PACE, BatchResult, Pace, store_batch
-from .checks import check_user_id, require_limit, require_user_id
+from .checks import check_user_id, is_unicode, require_limit, require_user_id
 from .errors import InvalidInput, KeyUnavailable, LoginError, LoginSuperseded, StorageError, TokenRefused
 from .life_cycle import LifeCycle, Options, Wish, same_user
 from .login import log_out, owner_of
@@ -85,8 +85,10 @@ class TokenStorage(LifeCycle):
                 this will be so. `store_token` goes past it.
             otherwise as `get_or_create_token`.
         """
-        user_id, refused = require_user_id(user_id), _refused(refused_token)
-        del refused_token  # A traceback that prints local variables must not show it.
+        try:
+            user_id, refused = require_user_id(user_id), _refused(refused_token)
+        finally:
+            del refused_token  # A traceback that prints local variables must not show it.
         known, newest = self._look_up(user_id)
         still_stored = newest is not None and self._holds(newest, refused)
         return (None if still_stored else self.get_valid_token(known)) or self._log_in(known, Wish(refused=refused))
@@ -260,9 +262,12 @@ class TokenStorage(LifeCycle):
         Raises:
             KeyUnavailable, TokenRefused: some tokens cannot be read; it names the users. All others were done.
         """
-        newest, rotated = self._ring.key_ids[0], 0
+        rotated = 0
         refused: dict[str, StorageError] = {}
-        while batch := self._under_other_keys(newest, BATCH):
+        self._key_ring = None  # This program may run since before the newest key was made.
+        # The ring is asked for again also when a token's key is not in it. A batch under the key that was the first
+        # one before would then be encrypted again for ever.
+        while batch := self._under_other_keys(newest := self._ring.key_ids[0], BATCH):
             pairs = []
             for old in batch:
                 try:
@@ -298,6 +303,8 @@ class TokenStorage(LifeCycle):
 
     def _refuse_another_kind(self, minted: Minted, now: datetime) -> None:
         """Refuse what is not a living access token of that user, as far as the token itself tells."""
+        if not is_unicode(minted.token.reveal()):
+            raise InvalidInput(f"What is given as a token of {minted.user_id} holds half a character: it is no token.")
         dies, issued, whose = jwt_expiry(minted.token), issued_at(minted.token), subject(minted.token)
         if dies and dies <= now:
             raise InvalidInput(f"This token of {minted.user_id} died at {dies.isoformat()}.")
@@ -328,6 +335,7 @@ def _refused(token: str | Secret | Mapping[str, Any]) -> Secret:
         return token
     text, kind = (token.strip(), "") if isinstance(token, str) else ("", type(token).__name__)
     del token
-    if not text:
+    if not text or not is_unicode(text):
+        del text
         raise InvalidInput(f"refused_token is the text of the token that was refused, or a result. {kind}".strip())
     return Secret(text)
