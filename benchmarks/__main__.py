@@ -24,7 +24,7 @@ from benchmarks.stores import CROWD, STORES, Servers, opened
 from upstox_db_examples.local import servers as local
 
 HERE = Path(__file__).parent
-LIBRARIES = ("psycopg2-binary", "pymongo", "redis", "sqlalchemy", "cryptography", "py-key-value-aio")
+LIBRARIES = ("psycopg2-binary", "pymongo", "redis", "cryptography", "py-key-value-aio")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -232,23 +232,24 @@ def store_batch(_: Connection, address: Address, upstox: str, credentials: dict[
 
 
 def fork_and_compare(connection: Connection, address: Address) -> None:
-    """Use a pool, fork, use it in the child; sends whether the child has the parent's pool or connection."""
+    """Use a pool, fork, use it in the child; sends whether the child's pool has, or lends, the parent's connection."""
     store = address.open(login=made_up_login)
     with store.get_connection() as conn:
-        parents = (id(store._connections.pool), conn)
+        parents = conn
     reading, writing = os.pipe()
     if os.fork() == 0:
         try:
+            idle = store._connections.pool.counts()[1]
             with store.get_connection() as conn:
-                same = f"{int(id(store._connections.pool) == parents[0])}{int(conn is parents[1])}"
+                same = f"{idle}{int(conn is parents)}"
             os.write(writing, same.encode())
         finally:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as opened:
-        pool, connected = (bool(int(digit)) for digit in opened.read())
+        idle, connected = map(int, opened.read())
     os.wait()
-    connection.send({"the same pool": pool, "the same connection": connected})
+    connection.send({"idle in the child": idle, "the same connection": bool(connected)})
 
 
 def made_up_login(user_id: str | None) -> AccessTokenData:

@@ -144,7 +144,7 @@ class TestPooled(SQLiteContract):
     def test_a_forked_child_shares_no_connection(self, path: Path) -> None:
         ours = Address("upstox_db_examples:PooledUpstoxStorage", (str(path), 1))
         process, connection = processes.start(processes.fork_and_compare, ours)
-        assert connection.recv() == {"the same pool": False, "the same connection": False}
+        assert connection.recv() == {"idle in the child": 0, "the same connection": False}
         process.join()
 
 

@@ -22,7 +22,6 @@ from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.login import FIELDS
 from upstox_db_examples.mongodb import MongoUpstoxStorage
-from upstox_db_examples.pooled import PooledUpstoxStorage
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
 from .databases import ENGINES, MongoDatabase
@@ -49,10 +48,11 @@ def test_the_conda_environment_installs_what_pyproject_says() -> None:
     assert packages == ["conda-forge", f"python{PYPROJECT['project']['requires-python']}", "pip", "pip:", "--editable"]
 
 
-def test_sqlite_needs_no_other_databases_driver(tmp_path: Path) -> None:
+def test_sqlite_needs_no_driver(tmp_path: Path) -> None:
     code = (
         "import sys; import upstox_db_examples as u; u.SQLiteUpstoxStorage('x.db').get_valid_token('AB1234')\n"
-        "drivers = ('psycopg2', 'sqlalchemy', 'tqdm', 'pymongo', 'redis', 'upstox_totp')\n"
+        "u.PooledUpstoxStorage('x.db').get_valid_token('AB1234')\n"
+        "drivers = ('psycopg2', 'tqdm', 'pymongo', 'redis', 'upstox_totp')\n"
         "print([name for name in drivers if name in sys.modules])"
     )
     done = run(code, tmp_path)
@@ -65,7 +65,6 @@ def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
         assert_type(upstox_db_examples.PostgreSQLUpstoxStorage, type[PostgreSQLUpstoxStorage]),
         assert_type(upstox_db_examples.MongoUpstoxStorage, type[MongoUpstoxStorage]),
         assert_type(upstox_db_examples.HybridUpstoxStorage, type[HybridUpstoxStorage]),
-        assert_type(upstox_db_examples.PooledUpstoxStorage, type[PooledUpstoxStorage]),
     )
     assert {each.__name__ for each in lazy} == set(upstox_db_examples._NEED_A_DRIVER) < set(upstox_db_examples.__all__)
 
@@ -74,12 +73,10 @@ def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
     ("name", "missing", "package", "extra"),
     [
         ("PostgreSQLUpstoxStorage", ["psycopg2"], "psycopg2-binary", "postgresql"),
-        ("PostgreSQLUpstoxStorage", ["sqlalchemy"], "sqlalchemy", "postgresql"),
         ("MongoUpstoxStorage", ["pymongo", "bson", "gridfs"], "pymongo", "mongodb"),  # all that is in its wheel
         ("MongoUpstoxStorage", ["pymongo"], "pymongo", "mongodb"),
         ("HybridUpstoxStorage", ["redis"], "redis", "hybrid"),
         ("HybridUpstoxStorage", ["psycopg2"], "psycopg2-binary", "hybrid"),
-        ("PooledUpstoxStorage", ["sqlalchemy"], "sqlalchemy", "pooled"),
     ],
 )
 def test_a_missing_driver_is_named_with_what_to_install(
@@ -226,7 +223,7 @@ def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> No
     # Values, promises, the files that others tell of, the command, which prints, and what runs for learning and tests.
     assert silent == {
         *("answer", "backend", "checks", "cli", "cli_logins", "cli_upkeep", "credentials", "errors", "files", "local"),
-        *("login", "notes", "refusals", "token", "token_file", "transfer_file"),
+        *("login", "notes", "pool", "refusals", "token", "token_file", "transfer_file"),
     }
     assert all(logger.name == name for name, logger in loggers.items() if logger)
 

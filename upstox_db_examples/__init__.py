@@ -22,6 +22,7 @@ from .errors import (
     TokenRefused,
 )
 from .login import Accounts, SdkLogin, TotpLogin
+from .pooled import PooledUpstoxStorage
 from .sqlite import SQLiteUpstoxStorage
 from .storage import Options, TokenStorage
 from .token import ExpiryPolicy, Secret, TokenResult
@@ -31,7 +32,6 @@ from .transfer_file import Counts
 if TYPE_CHECKING:
     from .hybrid import HybridUpstoxStorage
     from .mongodb import MongoUpstoxStorage
-    from .pooled import PooledUpstoxStorage
     from .postgresql import PostgreSQLUpstoxStorage
 
 __all__ = [
@@ -78,7 +78,6 @@ _NEED_A_DRIVER = {
     "PostgreSQLUpstoxStorage": "postgresql",
     "MongoUpstoxStorage": "mongodb",
     "HybridUpstoxStorage": "hybrid",
-    "PooledUpstoxStorage": "pooled",
 }
 # What to install for a module that is named otherwise: PyPI's own `bson` is another one, and breaks pymongo.
 _INSTALLED_AS = {"bson": "pymongo", "psycopg2": "psycopg2-binary"}

@@ -5,17 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Unpack, cast
-
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool
+from typing import Unpack
 
 from .checks import require_pool_size, require_positive
-from .errors import StoreUnavailable
+from .errors import StorageError, StoreUnavailable
+from .pool import Pool, PoolClosed, PoolTimeout
 from .sqlite import SQLiteUpstoxStorage
 from .sqlite_connections import SQLiteConnections, connected, explained
 from .storage import Options
@@ -27,9 +23,9 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
     """Tokens in a SQLite file, read and written through at most `pool_size` connections.
 
     `SQLiteUpstoxStorage` keeps as many connections as threads were ever busy at once. Here a thread that finds all
-    of them in use waits, and is told so after `timeout`. The pool is SQLAlchemy's: a queue of one's own, as in the
-    SDK's guide, waits for ever, and hands on the half-done transaction of the borrower before. Who holds a connection
-    of `get_connection` and asks the store for something needs a second one.
+    of them in use waits for its turn, and gets an error after `timeout`. (A plain queue, as in the SDK's guide, waits
+    for ever, and hands on the half-done transaction of the borrower before.) A thread that holds a connection of
+    `get_connection` and asks the store for something needs a second one.
 
     Args:
         db_path, audit_reads, options: as for `SQLiteUpstoxStorage`.
@@ -62,10 +58,10 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         """How the pool is used now.
 
         Returns:
-            `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many were used and
-            are free; one that saw an error is opened anew. `unopened`: how many were not needed so far.
+            `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many are open and
+            free. `unopened`: how many are not open, because they were not needed so far or saw an error.
         """
-        in_use, idle = self._connections.pool.checkedout(), self._connections.pool.checkedin()
+        in_use, idle = self._connections.pool.counts()
         return {"size": self.pool_size, "in_use": in_use, "idle": idle, "unopened": self.pool_size - in_use - idle}
 
     def _connections_to(self, path: Path) -> PooledConnections:
@@ -73,73 +69,70 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
 
 
 class PooledConnections(SQLiteConnections):
-    """A bounded number of them.
+    """A bounded number of connections.
 
     Args:
         path: the database.
-        size: how many there are at the most.
+        size: how many connections there are at most.
         timeout: seconds to wait for a free one.
     """
 
     def __init__(self, path: Path, size: int, timeout: float) -> None:
         super().__init__(path)
-        self._size, self._timeout = size, timeout
-        self.pool = self._new_pool()
+        self._timeout = timeout
+        self.pool = Pool(lambda: connected(path), sqlite3.Connection.close, size=size, timeout=timeout)
 
-    @contextmanager
-    def lent(self) -> Iterator[sqlite3.Connection]:
+    def lent(self) -> AbstractContextManager[sqlite3.Connection]:
         """As `SQLiteConnections.lent`.
 
         Raises:
-            StoreUnavailable: also if none came free in time.
+            StoreUnavailable: also if no connection came free in time.
         """
-        try:
-            borrowed = self._from_pool()
-            try:
-                yield cast(sqlite3.Connection, borrowed.dbapi_connection)
-                borrowed.rollback()
-                if self._closed:
-                    borrowed.invalidate()
-            except BaseException as error:
-                logger.info("A connection to %s met %s and is not used again", self.path, type(error).__name__)
-                borrowed.invalidate()  # It is closed, which rolls back, and the pool opens another when it needs one.
-                raise
-            finally:
-                borrowed.close()  # back to the pool
-        except PoolTimeout as error:
-            raise StoreUnavailable(
-                f"No connection to {self.path} came free for {self._timeout:g} s; pool_size is {self._size}. "
-                "Hold connections for a shorter time, or use a larger pool_size."
-            ) from error
-        except sqlite3.Error as error:
-            raise explained(error, self.path) from error
+        return _Borrowed(self)
 
     def close(self) -> None:
         self._closed = True
-        _dispose(self.pool, self._process)
+        self.pool.close()
 
-    def _from_pool(self) -> Any:
-        if self._process != os.getpid():
-            # A forked child may not use the parent's connections, nor close them. The old pool's finalizer keeps them.
-            self.pool, self._process = self._new_pool(), os.getpid()
-        self.refuse_if_closed()
-        return self.pool.connect()
-
-    def _new_pool(self) -> QueuePool:
-        path = self.path  # A pool that holds `self` would keep it from ever being found unused, and so itself.
-        # What is left open is rolled back above, where an error can still be told; in the pool it would only be logged.
-        pool = QueuePool(
-            lambda: cast(Any, connected(path)),
-            pool_size=self._size,
-            max_overflow=0,
-            timeout=self._timeout,
-            use_lifo=True,
-            reset_on_return=None,
-        )
-        weakref.finalize(self, _dispose, pool, os.getpid())
-        return pool
+    def explained(self, error: PoolTimeout | PoolClosed | sqlite3.Error) -> StorageError:
+        """This error as one of ours."""
+        if isinstance(error, PoolClosed):
+            return StoreUnavailable("This store is closed.")
+        if isinstance(error, PoolTimeout):
+            return StoreUnavailable(
+                f"No connection to {self.path} came free for {self._timeout:g} s; pool_size is {self.pool.size}. "
+                "Hold connections for a shorter time, or use a larger pool_size."
+            )
+        return explained(error, self.path)
 
 
-def _dispose(pool: QueuePool, process: int) -> None:
-    if os.getpid() == process:
-        pool.dispose()
+class _Borrowed:
+    """A loan of the pool, rolled back at its end, with our errors. A class for its speed, as `pool.Loan` is."""
+
+    __slots__ = ("_conn", "_connections", "_loan")
+
+    def __init__(self, connections: PooledConnections) -> None:
+        self._connections, self._loan = connections, connections.pool.borrow()
+
+    def __enter__(self) -> sqlite3.Connection:
+        try:
+            self._conn = self._loan.__enter__()
+        except (PoolTimeout, PoolClosed, sqlite3.Error) as error:
+            raise self._connections.explained(error) from error
+        return self._conn
+
+    def __exit__(self, kind: object, raised: BaseException | None, traceback: object) -> None:
+        error = raised
+        if error is None:
+            try:
+                self._conn.rollback()
+            except BaseException as of_the_rollback:
+                error = of_the_rollback
+        # After an error the connection is closed, which rolls back, and the pool opens another when it needs one.
+        self._loan.__exit__(kind, error, traceback)
+        if error is not None:
+            logger.info("A connection to %s met %s and is not used again", self._connections.path, type(error).__name__)
+        if isinstance(error, sqlite3.Error):
+            raise self._connections.explained(error) from error
+        if error is not raised and error is not None:
+            raise error

@@ -1,0 +1,197 @@
+"""A bounded pool of connections, for any database: fair between threads, and safe to fork.
+
+A place is the right to have one connection open. There are `size` places, and each one is always in exactly one of two
+collections: `_free`, or `_held` under the key of the loan that has it. So a place cannot be lost, and a connection too
+many cannot be opened.
+
+Signals, such as Ctrl-C, and garbage collection can run other code in the middle of a function. CPython lets them do so
+only at a call, at the start of a function and at a jump back. That is why places are moved by statements, such as
+`del self._free[-1]`, and not by calls, such as `self._free.pop()`: between two of these statements nothing can happen.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class PoolTimeout(Exception):
+    """No connection came free in time."""
+
+
+class PoolClosed(Exception):
+    """The pool lends no more connections."""
+
+
+class Pool[C]:
+    """At most `size` connections, lent to one thread at a time.
+
+    The connection that was used last is lent first. Threads that have to wait are served in the order in which they
+    came: a returned connection goes directly to the first one, so no other thread can take it before that one wakes up.
+    (A `threading.Condition` or a `queue.Queue` lets the thread that has just returned a connection take it again.)
+
+    Args:
+        open: opens a connection. A pool that nobody uses any more is closed at once only if this does not refer to it.
+        close: closes a connection.
+        size: how many connections can be open at any time. They are opened when first needed.
+        timeout: seconds to wait for a free connection.
+        healthy: says whether a connection that was idle can still be used. One that cannot be used is replaced.
+    """
+
+    def __init__(
+        self,
+        open: Callable[[], C],
+        close: Callable[[C], object],
+        *,
+        size: int,
+        timeout: float,
+        healthy: Callable[[C], bool] | None = None,
+    ) -> None:
+        self._open, self._close, self._healthy = open, close, healthy
+        self.size, self._timeout = size, timeout
+        self._closed = False
+        # Reentrant: a garbage collection while this thread has the lock may find a loan that was interrupted.
+        self._lock = threading.RLock()
+        self._free: list[C | None] = [None] * size  # None: not opened. The last one is lent next.
+        self._held: dict[int, C | None] = {}
+        self._waiting: dict[int, threading.Lock] = {}  # in the order in which they came; empty while a place is free
+        _pools.add(self)
+
+    def borrow(self) -> Loan[C]:
+        """A connection for the length of a `with`. After an exception in there it is closed, and replaced when needed.
+
+        Raises:
+            PoolTimeout: no connection came free in time.
+            PoolClosed: the pool is closed, or was closed during the wait.
+        """
+        return Loan(self)
+
+    def counts(self) -> tuple[int, int]:
+        """How many connections are in use, and how many are idle, at one moment."""
+        with self._lock:
+            return len(self._held), sum(conn is not None for conn in self._free)
+
+    def close(self) -> None:
+        """Close the idle connections. Those in use are closed when they come back; threads that wait get an error."""
+        self._closed = True
+        with self._lock:
+            waiting, self._waiting = self._waiting, {}
+            free, self._free = self._free, []
+        for turn in waiting.values():
+            turn.release()
+        for conn in free:
+            if conn is not None:
+                self._close(conn)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_waiting"):  # It was made completely.
+            self.close()
+
+    def _take(self, key: int) -> C:
+        if not self._take_free_place(key):
+            self._wait_for_place(key)
+        conn = self._held[key]
+        if conn is not None and self._healthy is not None and not self._healthy(conn):
+            self._held[key] = None
+            self._close(conn)
+            conn = None
+        if conn is None:
+            self._held[key] = conn = self._open()
+        return conn
+
+    def _take_free_place(self, key: int, turn: threading.Lock | None = None) -> bool:
+        """Take a place if one is free; if none is, join those who wait, given a lock to be woken by."""
+        with self._lock:
+            if self._closed:
+                raise PoolClosed
+            if self._free:
+                self._held[key] = self._free[-1]
+                del self._free[-1]
+                return True
+            if turn is not None:
+                self._waiting[key] = turn
+            return False
+
+    def _wait_for_place(self, key: int) -> None:
+        turn = threading.Lock()
+        turn.acquire()
+        if self._take_free_place(key, turn):
+            return
+        turn.acquire(timeout=self._timeout)
+        if key not in self._held:
+            raise PoolClosed if self._closed else PoolTimeout(f"All {self.size} were in use for {self._timeout:g} s.")
+
+    def _give_back(self, key: int, *, broken: bool) -> None:
+        """Stop waiting, and return what this loan has. In a forked child a loan of its parent has nothing."""
+        try:
+            # Closed before the place is passed on, or there would be one connection too many for a moment.
+            if (broken or self._closed) and (conn := self._held.get(key)) is not None:
+                self._held[key] = None
+                self._close(conn)
+        finally:
+            with self._lock:
+                if key in self._waiting:
+                    del self._waiting[key]
+                if key in self._held:
+                    conn = self._held[key]
+                    for first in self._waiting:  # `next(iter(...))` would be two calls.
+                        turn = self._waiting[first]
+                        del self._waiting[first], self._held[key]
+                        self._held[first] = conn
+                        turn.release()
+                        break
+                    else:
+                        del self._held[key]
+                        if conn is None:
+                            self._free[:0] = [None]
+                        else:
+                            self._free += [conn]
+        if self._closed:
+            self.close()  # It may have been closed since the look above.
+
+
+class Loan[C]:
+    """A connection on loan. A class and not a generator, which takes three times as long to enter and leave."""
+
+    __slots__ = ("_pool",)
+
+    def __init__(self, pool: Pool[C]) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> C:
+        try:
+            return self._pool._take(id(self))
+        except BaseException:
+            self._pool._give_back(id(self), broken=True)
+            raise
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self._pool._give_back(id(self), broken=error is not None)
+
+    def __del__(self) -> None:
+        # Ctrl-C at the very start of `__exit__` keeps the rest of it from running, and so it does in `__init__`.
+        pool = getattr(self, "_pool", None)
+        if pool is not None and (id(self) in pool._held or id(self) in pool._waiting):
+            pool._give_back(id(self), broken=True)
+
+
+_pools: weakref.WeakSet[Pool[Any]] = weakref.WeakSet()
+_of_the_parent: list[object] = []
+
+
+def _empty_the_pools() -> None:
+    """A forked child may not use its parent's connections, nor close them, nor wait for a lock that a thread held.
+
+    They are kept here, because Python would close them as soon as nothing refers to them.
+    """
+    for pool in list(_pools):
+        _of_the_parent.append((pool._free, pool._held))
+        pool._lock = threading.RLock()
+        pool._free, pool._held, pool._waiting = [None] * pool.size, {}, {}
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork.
+    os.register_at_fork(after_in_child=_empty_the_pools)
