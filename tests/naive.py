@@ -26,7 +26,7 @@ class NaiveStorage:
 
     def __init__(self, db_path: str, *, login: Callable[[str], Any], **_: Any) -> None:
         self.db_path, self._login = db_path, login
-        self.conn = sqlite3.connect(db_path, timeout=30, isolation_level=None)
+        self.conn = sqlite3.connect(db_path, timeout=30, isolation_level=None, check_same_thread=False)
         self.conn.execute(
             "CREATE TABLE IF NOT EXISTS upstox_tokens (id INTEGER PRIMARY KEY, user_id, token, is_active)"
         )
@@ -48,6 +48,10 @@ class NaiveStorage:
             "SELECT token FROM upstox_tokens WHERE user_id = ? AND is_active ORDER BY id DESC", (user_id,)
         ).fetchone()
         return {"token": row[0]} if row else None
+
+    def renew_token(self, user_id: str, refused: str) -> dict[str, Any]:
+        read = self.get_valid_token(user_id)
+        return read if read and read["token"] != refused else self.store_token(user_id)
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
