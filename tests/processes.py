@@ -39,6 +39,7 @@ _context.set_forkserver_preload(
         "upstox_db_examples.mongodb",
         "upstox_db_examples.hybrid",
         "tests.naive",
+        "tests.every_step",
     ]
 )
 
