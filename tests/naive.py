@@ -14,11 +14,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+from upstox_db_examples.answer import Minted
 from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.hybrid_redis import Use
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
-from upstox_db_examples.token import StoredToken
+from upstox_db_examples.token import StoredToken, TokenResult
 
 
 class NaiveStorage:
@@ -26,7 +27,7 @@ class NaiveStorage:
 
     def __init__(self, db_path: str, *, login: Callable[[str], Any], **_: Any) -> None:
         self.db_path, self._login = db_path, login
-        self.conn = sqlite3.connect(db_path, timeout=30, isolation_level=None)
+        self.conn = sqlite3.connect(db_path, timeout=30, isolation_level=None, check_same_thread=False)
         self.conn.execute(
             "CREATE TABLE IF NOT EXISTS upstox_tokens (id INTEGER PRIMARY KEY, user_id, token, is_active)"
         )
@@ -48,6 +49,10 @@ class NaiveStorage:
             "SELECT token FROM upstox_tokens WHERE user_id = ? AND is_active ORDER BY id DESC", (user_id,)
         ).fetchone()
         return {"token": row[0]} if row else None
+
+    def renew_token(self, user_id: str, refused: str) -> dict[str, Any]:
+        read = self.get_valid_token(user_id)
+        return read if read and read["token"] != refused else self.store_token(user_id)
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -87,6 +92,23 @@ class FoldsAgain(HybridUpstoxStorage):
 
     def _fold(self, uses: list[Use]) -> int:
         return super()._fold([use._replace(use=uuid.uuid4().hex) for use in uses])
+
+
+class DoesNotMark(SQLiteUpstoxStorage):
+    """Writes down that a login begins, and leaves the token as it is that this login will kill."""
+
+    def _begin_login(self, user_id: str | None, _: str, now: datetime, metadata: dict[str, Any]) -> None:
+        self._record(user_id, "login", now, metadata)
+
+
+class SavesOnce(SQLiteUpstoxStorage):
+    """Stores the token that a login has made, and raises what the database or Ctrl-C has raised."""
+
+    def _keep(self, minted: Minted, *rest: Any) -> TokenResult:
+        _, before, lock, now, wish, refusal = rest
+        result = self._save(minted, before, now, "created")
+        self._tidy_up(minted, True, lock, wish, refusal)
+        return result
 
 
 class RotatesInTwoSteps(SQLiteUpstoxStorage):

@@ -11,8 +11,11 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -36,6 +39,7 @@ _context.set_forkserver_preload(
         "upstox_db_examples.mongodb",
         "upstox_db_examples.hybrid",
         "tests.naive",
+        "tests.every_step",
     ]
 )
 
@@ -122,6 +126,33 @@ def get_or_create(connection: Connection, address: Address, upstox: str, credent
         connection.send(store.get_or_create_token(USER)["token"])
     except Exception as error:
         connection.send(repr(error))
+
+
+def renew_in_threads(
+    connection: Connection,
+    address: Address,
+    upstox: str,
+    credentials: dict[str, str],
+    refused: str,
+    threads: int,
+    options: dict[str, Any],
+) -> None:
+    """One renew_token in each of these threads, all at once; sends how often each token, or error, came of it."""
+    os.environ["no_proxy"] = "127.0.0.1"
+    store = address.open(login=SdkLogin(credentials, base_domain=upstox), **options)
+    together = threading.Barrier(threads)
+
+    def renewed(_: int) -> str:
+        together.wait()
+        try:
+            return str(store.renew_token(USER, refused)["token"])
+        except Exception as error:
+            return repr(error)
+
+    connection.send("ready")
+    connection.recv()
+    with ThreadPoolExecutor(threads) as pool:
+        connection.send(Counter(pool.map(renewed, range(threads))))
 
 
 def log_in_for_ever(connection: Connection, address: Address) -> None:

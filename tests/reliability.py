@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from upstox_db_examples import KeyRing, StorageError
+from upstox_db_examples import KeyRing, SdkLogin, StorageError
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from . import processes
@@ -41,6 +42,19 @@ def of_32_processes_on_an_empty_store_one_logs_in(address: Address, upstox: Loca
     tokens = processes.run_all(32, *job)
     assert len(set(tokens)) == 1, sorted(set(tokens))
     assert upstox.logins() == 1
+
+
+def of_1024_callers_whose_token_is_refused_one_logs_in(
+    address: Address, upstox: LocalUpstox, account: Account, options: dict[str, Any]
+) -> None:
+    with address.open(login=SdkLogin(account.credentials(), base_domain=upstox.base_domain)) as store:
+        refused = store.store_token(processes.USER)["token"]
+    upstox.kill_token(processes.USER)
+    upstox.login_seconds = 0.3
+    job = (processes.renew_in_threads, address, upstox.base_domain, account.credentials(), refused, 32, options)
+    outcomes: Counter[str] = sum(processes.run_all(32, *job, seconds=250), Counter())
+    assert upstox.logins() == 2, "one before them, and one for all of them"
+    assert {upstox.is_living(token): count for token, count in outcomes.items()} == {True: 1024}, outcomes
 
 
 def a_login_whose_process_is_killed_holds_nobody_up(
@@ -183,6 +197,8 @@ class ReliabilityContract(ABC):
     """Seconds after which a login is not waited for whose process was killed."""
     seconds_of_crowding: float = 20
     """For how long eight processes want the lock; less for a store whose lock is another one's."""
+    in_a_crowd: dict[str, Any] = {}
+    """Options of a store that a thousand callers use at once, on a machine that has other things to do."""
 
     @abstractmethod
     def address(self) -> Address:
@@ -207,6 +223,13 @@ class ReliabilityContract(ABC):
 
     def test_a_forked_child_uses_connections_of_its_own(self, address: Address) -> None:
         a_forked_child_uses_connections_of_its_own(address)
+
+    @pytest.mark.slow
+    def test_of_1024_callers_whose_token_is_refused_one_logs_in(
+        self, address: Address, upstox: LocalUpstox, account: Account
+    ) -> None:
+        options = {"login_wait": 240, **self.in_a_crowd}
+        of_1024_callers_whose_token_is_refused_one_logs_in(address, upstox, account, options)
 
     @pytest.mark.slow
     def test_a_rotation_can_be_killed_at_any_moment(self, address: Address) -> None:

@@ -561,6 +561,8 @@ class TestHybrid(StoreContract):
 class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     kind = "upstox_db_examples:HybridUpstoxStorage"
     seconds_of_crowding = 5
+    # 32 processes with a connection of the pool and one for a lock each: a server takes a hundred of them.
+    in_a_crowd = {"pool_size": 1, "timeout": 60.0}
 
     @pytest.fixture
     def address(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Address:

@@ -849,6 +849,7 @@ class TestMongoDB(StoreContract):
 
 class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
     takeover = 3
+    in_a_crowd = {"timeout": 60.0, "lease": 10.0}
 
     @pytest.fixture
     def address(self, mongo: MongoDatabase) -> Address:

@@ -150,6 +150,7 @@ class TestPooled(SQLiteContract):
 
 class TestPooledUnderCrowdsAndKills(ReliabilityContract):
     seconds_of_crowding = 5
+    in_a_crowd = {"timeout": 60.0}
 
     @pytest.fixture
     def address(self, path: Path) -> Address:

@@ -583,6 +583,9 @@ class TestPostgreSQL(StoreContract):
 
 
 class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
+    # 32 processes with a connection of the pool and one for a lock each: a server takes a hundred of them.
+    in_a_crowd = {"pool_size": 1, "timeout": 60.0}
+
     @pytest.fixture
     def address(self, postgres_url: str) -> Address:
         PostgreSQLUpstoxStorage(postgres_url).close()

@@ -417,6 +417,13 @@ class TestANaiveStoreUnderCrowdsAndKills:
         with pytest.raises(AssertionError):
             reliability.of_32_processes_on_an_empty_store_one_logs_in(naive, upstox, account)
 
+    @pytest.mark.slow
+    def test_a_crowd_whose_token_is_refused_logs_in(
+        self, naive: Address, upstox: LocalUpstox, account: Account
+    ) -> None:
+        with pytest.raises(AssertionError, match="one before them, and one for all of them"):
+            reliability.of_1024_callers_whose_token_is_refused_one_logs_in(naive, upstox, account, {})
+
     def test_a_holder_woken_late_makes_a_second_token(self, naive: Address) -> None:
         with pytest.raises(AssertionError, match="two tokens are believed to live"):
             reliability.a_holder_that_is_stopped_and_woken_late_makes_no_second_token(naive)
