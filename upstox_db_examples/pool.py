@@ -154,7 +154,7 @@ class Pool[C]:
 
 
 class Loan[C]:
-    """A connection on loan. A class and not a generator, which takes three times as long to enter and leave."""
+    """A connection on loan. A class and not a generator: only `__del__` can finish a return that was interrupted."""
 
     __slots__ = ("_pool",)
 
@@ -172,7 +172,8 @@ class Loan[C]:
         self._pool._give_back(id(self), broken=error is not None)
 
     def __del__(self) -> None:
-        # Ctrl-C at the very start of `__exit__` keeps the rest of it from running, and so it does in `__init__`.
+        # Ctrl-C at the very start of `__exit__` keeps the rest of it from running. At the start of `__init__`, too:
+        # then there is no `_pool`.
         pool = getattr(self, "_pool", None)
         if pool is not None and (id(self) in pool._held or id(self) in pool._waiting):
             pool._give_back(id(self), broken=True)

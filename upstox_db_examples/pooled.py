@@ -107,7 +107,7 @@ class PooledConnections(SQLiteConnections):
 
 
 class _Borrowed:
-    """A loan of the pool, rolled back at its end, with our errors. A class for its speed, as `pool.Loan` is."""
+    """A loan of the pool, rolled back at its end, with our errors. A class for its speed, as `_Lent` is."""
 
     __slots__ = ("_conn", "_connections", "_loan")
 
