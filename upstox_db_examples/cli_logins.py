@@ -23,8 +23,7 @@ def token(store: OpenStore, user: str | None, masked: bool) -> None:
     Nothing else is printed, so that a script can take it. USER is an Upstox user id such as AB1234; without it, the
     account of the credentials.
     """
-    if store.is_missing():
-        store.login.check(user)  # Before an empty database and a key are made for nothing.
+    check_credentials(store, user)
     opened = store(new=True)
     try:
         result = opened.get_or_create_token(user)
@@ -45,7 +44,9 @@ def login(store: OpenStore, user: str | None, keep: bool) -> None:
     The user's earlier token dies by that. USER is an Upstox user id such as AB1234; without it, the account of the
     credentials. A token that the store does not take is written into an encrypted file; see upstox-db save.
     """
-    if not keep or store.is_missing():
+    if keep:
+        check_credentials(store, user)
+    else:
         store.login.check(user)
     opened = store(new=True)
     try:
@@ -98,6 +99,15 @@ def logout(store: OpenStore, user: str) -> None:
     """
     ended = store().log_out(user)
     click.echo(f"{user}: logged out at Upstox." if ended else f"{user}: Upstox knew no such token, or none was stored.")
+
+
+def check_credentials(store: OpenStore, user: str | None) -> None:
+    """Refuse credentials that cannot be right before a database and a key are made for nothing.
+
+    Where a user is known, a token may be stored, and then no credentials are needed.
+    """
+    if store.is_missing() or not (user or store.login.user_id):
+        store.login.check(user)
 
 
 def rescue(store: Any, error: StorageError) -> None:
