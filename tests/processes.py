@@ -30,6 +30,11 @@ from upstox_db_examples.token import IST
 KEY = KeyRing(b"the same key for all processes..")
 USER = "AB1234"
 
+# A shell starts what is in its background with SIGINT ignored, and CI may run there: then Ctrl-C would do nothing here
+# and in the processes that this one starts.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # A server that forks: fork itself is not safe in a process with threads, and spawn takes a second each time.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
