@@ -33,7 +33,7 @@ notebooks: .venv/all
 # that need a driver are imported when they are asked for.
 docs: .venv/dev
 	$(BIN)/python -W error -c "import pathlib, pdoc, upstox_db_examples as u; [getattr(u, name) for name in u.__all__]; \
-		u.__all__ += ['hybrid_redis', 'mongodb_schema', 'local']; pdoc.render.configure(docformat='google'); \
+		u.__all__ += ['local']; pdoc.render.configure(docformat='google'); \
 		pdoc.pdoc('upstox_db_examples', '!upstox_db_examples.local.(certificates|web|accounts|answers|service)', output_directory=pathlib.Path('build/docs'))"
 
 check: .venv/dev

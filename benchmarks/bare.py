@@ -22,7 +22,7 @@ from pymongo import MongoClient
 from pymongo.write_concern import WriteConcern
 
 from benchmarks.guide import DAY, Login
-from upstox_db_examples.hybrid_redis import LUA
+from upstox_db_examples.hybrid.redis import LUA
 from upstox_db_examples.postgresql import USE
 from upstox_db_examples.sqlite import RECORD
 

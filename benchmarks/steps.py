@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from upstox_db_examples.storage import TokenStorage
+from upstox_db_examples.core.store import TokenStorage
 
 # What a step is called in the table. One that a store has not, such as the room on SQLite's disk, is left out.
 READ = {"_find": "found in the database", "_decrypt": "decrypted"}

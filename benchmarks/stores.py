@@ -29,7 +29,7 @@ from upstox_db_examples import (
     PostgreSQLUpstoxStorage,
     SQLiteUpstoxStorage,
 )
-from upstox_db_examples.storage import TokenStorage
+from upstox_db_examples.core.store import TokenStorage
 
 STORES = ("SQLite", "PostgreSQL", "MongoDB", "Hybrid", "Pooled")
 CROWD = 32

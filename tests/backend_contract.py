@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from upstox_db_examples import KeyRing, LoginSuperseded, Secret, TokenStorage
-from upstox_db_examples.token import StoredToken
+from upstox_db_examples.core.token import StoredToken
 
 from .conftest import Clock
 from .processes import USER

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from upstox_db_examples import KeyRing, Pace
+from upstox_db_examples.core.token import IST
 from upstox_db_examples.local.upstox import Account, LocalUpstox
-from upstox_db_examples.token import IST
 
 pytest_plugins = ["tests.databases"]
 

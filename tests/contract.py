@@ -33,12 +33,12 @@ from upstox_db_examples import (
     TokenRefused,
     TokenResult,
     TokenStorage,
-    storage,
 )
-from upstox_db_examples.backend import ENTRIES_LOCK
-from upstox_db_examples.cipher import Binding
+from upstox_db_examples.core import store as storage
+from upstox_db_examples.core.backend import ENTRIES_LOCK
+from upstox_db_examples.core.cipher import Binding
+from upstox_db_examples.core.token import IST
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
-from upstox_db_examples.token import IST
 
 from .backend_contract import BackendContract
 from .conftest import YEAR, Clock, shown_with_locals

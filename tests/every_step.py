@@ -26,7 +26,7 @@ import pymongo.synchronous.pool
 import redis
 
 from upstox_db_examples import Accounts, SdkLogin, Secret, StorageError
-from upstox_db_examples.backend import ACCOUNT_LOCK
+from upstox_db_examples.core.backend import ACCOUNT_LOCK
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from . import processes

@@ -31,10 +31,10 @@ from upstox_db_examples import (
     TokenStorage,
     TotpLogin,
 )
-from upstox_db_examples.cipher import Binding
-from upstox_db_examples.interrupts import raise_pending
+from upstox_db_examples.core.cipher import Binding
+from upstox_db_examples.core.interrupts import raise_pending
+from upstox_db_examples.core.notes import EPOCH, LONGEST_LIMIT, UNKNOWN_REFUSAL
 from upstox_db_examples.local.upstox import Account, LocalUpstox
-from upstox_db_examples.notes import EPOCH, LONGEST_LIMIT, UNKNOWN_REFUSAL
 
 from .backend_contract import made_up
 from .conftest import Clock, shown_with_locals

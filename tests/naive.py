@@ -14,12 +14,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from upstox_db_examples.answer import Minted
+from upstox_db_examples.core.answer import Minted
+from upstox_db_examples.core.token import StoredToken, TokenResult
 from upstox_db_examples.hybrid import HybridUpstoxStorage
-from upstox_db_examples.hybrid_redis import Use
+from upstox_db_examples.hybrid.redis import Use
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
-from upstox_db_examples.token import StoredToken, TokenResult
 
 
 class NaiveStorage:

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 
 from upstox_totp.models import AccessTokenData
 
-from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin, migrate, storage
-from upstox_db_examples.token import IST
+from upstox_db_examples import Accounts, KeyRing, Pace, SdkLogin, migrate
+from upstox_db_examples.core import store as storage
+from upstox_db_examples.core.token import IST
 
 KEY = KeyRing(b"the same key for all processes..")
 USER = "AB1234"

@@ -14,8 +14,8 @@ import pytest
 from upstox_totp.models import AccessTokenData, AccessTokenResponse
 
 from upstox_db_examples import LoginError, LoginInterrupted, LoginRefused, Secret
-from upstox_db_examples.answer import LoginAnswer, Minted, find_token, read_answer
-from upstox_db_examples.token import issued_at, jwt_claims, subject
+from upstox_db_examples.core.answer import LoginAnswer, Minted, find_token, read_answer
+from upstox_db_examples.core.token import issued_at, jwt_claims, subject
 
 from .conftest import shown_with_locals
 

@@ -31,8 +31,8 @@ from upstox_db_examples import (
     TokenNotStored,
     TokenStorage,
 )
-from upstox_db_examples.batch import LIMITS
-from upstox_db_examples.errors import StoreUnavailable
+from upstox_db_examples.core.batch import LIMITS
+from upstox_db_examples.core.errors import StoreUnavailable
 from upstox_db_examples.local.upstox import LocalUpstox
 
 from . import processes

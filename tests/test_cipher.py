@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upstox_db_examples import ConfigurationError, KeyRing, KeyUnavailable, Secret, TokenRefused
-from upstox_db_examples.cipher import Binding
+from upstox_db_examples.core.cipher import Binding
 
 from .conftest import shown_with_locals
 

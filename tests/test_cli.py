@@ -89,7 +89,7 @@ def test_stderr_says_what_no_error_says_and_on_request_what_is_done(run: Run, tm
     assert f"Made a new key in {tmp_path / 'new keys'}. Back it up" in first.stderr
     again = run("--verbose", "token", UPSTOX_DB_KEY_FILE=str(tmp_path / "new keys"), UPSTOX_DB_STORE="another.db")
     token = again.stdout.strip()
-    assert f"upstox_db_examples.life_cycle: Logging {USER} in\n" in again.stderr
+    assert f"upstox_db_examples.core.life_cycle: Logging {USER} in\n" in again.stderr
     assert "127.0.0.1 gave a token after" in again.stderr
     assert token.startswith("eyJ")
     assert token[:20] not in again.stderr

@@ -28,8 +28,8 @@ from upstox_db_examples import (
     export_tokens,
     import_tokens,
     migrate,
-    mongodb_schema,
 )
+from upstox_db_examples.mongodb import schema as mongodb_schema
 
 from .conftest import Clock
 from .processes import KEY, USER, Address, made_up_login

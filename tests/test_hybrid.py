@@ -25,8 +25,8 @@ from upstox_db_examples import (
     TokenRefused,
     TokenStorage,
 )
-from upstox_db_examples.hybrid_redis import Found, runtime_acl
-from upstox_db_examples.token import StoredToken
+from upstox_db_examples.core.token import StoredToken
+from upstox_db_examples.hybrid.redis import Found, runtime_acl
 
 from . import processes
 from .backend_contract import made_up

@@ -19,7 +19,7 @@ from redis import Redis
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import ConfigurationError, HybridUpstoxStorage, KeyRing, StoreUnavailable
-from upstox_db_examples.hybrid_redis import runtime_acl
+from upstox_db_examples.hybrid.redis import runtime_acl
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 

@@ -10,7 +10,7 @@ from types import FrameType
 
 import pytest
 
-from upstox_db_examples.interrupts import PutOff, raise_pending
+from upstox_db_examples.core.interrupts import PutOff, raise_pending
 
 from .processes import start
 

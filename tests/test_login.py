@@ -24,12 +24,12 @@ from upstox_db_examples import (
     LoginRefused,
     SdkLogin,
     TotpLogin,
-    sdk_login,
 )
+from upstox_db_examples.core import sdk_login
+from upstox_db_examples.core.login import FIELDS, TOTP_FIELDS, Credentials, read_answer
 from upstox_db_examples.local import web
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.local.web import Answer, Shown
-from upstox_db_examples.login import FIELDS, TOTP_FIELDS, Credentials, read_answer
 
 from .conftest import shown_with_locals
 

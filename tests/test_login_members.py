@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from upstox_db_examples import Accounts, LoginInterrupted, LoginRefused, SdkLogin, Secret, TotpLogin
-from upstox_db_examples.credentials import Credentials
+from upstox_db_examples.core.credentials import Credentials
+from upstox_db_examples.core.login import FIELDS, TOTP_FIELDS, log_out, owner_of, read_answer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.local.web import Answer, Shown, WebServer
-from upstox_db_examples.login import FIELDS, TOTP_FIELDS, log_out, owner_of, read_answer
 
 from .conftest import shown_with_locals
 

@@ -35,13 +35,13 @@ from upstox_db_examples import (
     StoreUnavailable,
     TokenNotStored,
     TokenStorage,
-    mongodb_lease,
 )
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import MongoDBServer
 from upstox_db_examples.local.upstox import LocalUpstox
-from upstox_db_examples.mongodb_lease import Leases
-from upstox_db_examples.mongodb_schema import runtime_role
+from upstox_db_examples.mongodb import lease as mongodb_lease
+from upstox_db_examples.mongodb.lease import Leases
+from upstox_db_examples.mongodb.schema import runtime_role
 
 from . import reliability
 from .backend_contract import made_up

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from upstox_db_examples import pool as pool_module
-from upstox_db_examples.pool import Pool, PoolClosed, PoolTimeout
+from upstox_db_examples.core import pool as pool_module
+from upstox_db_examples.core.pool import Pool, PoolClosed, PoolTimeout
 
 from .processes import wait_until
 
@@ -482,7 +482,7 @@ class TestCtrlCAtAnyPoint:
 
 IN_A_CHILD = """
 import os, signal, sqlite3, sys, threading
-from upstox_db_examples.pool import Pool
+from upstox_db_examples.core.pool import Pool
 
 closed = []
 def close(conn):

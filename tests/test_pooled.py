@@ -15,7 +15,7 @@ import pytest
 
 from upstox_db_examples import InvalidInput, PooledUpstoxStorage, StoreUnavailable, TokenStorage, pooled
 from upstox_db_examples.local.upstox import LocalUpstox
-from upstox_db_examples.sqlite_connections import connected
+from upstox_db_examples.sqlite.connections import connected
 
 from . import processes, test_sqlite
 from .contract import OpenStore, living

@@ -29,10 +29,10 @@ from upstox_db_examples import (
     TokenStorage,
     postgresql,
 )
+from upstox_db_examples.core.token import Secret, StoredToken
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.local.upstox import LocalUpstox
-from upstox_db_examples.token import Secret, StoredToken
 
 from .backend_contract import made_up
 from .conftest import Clock, shown_with_locals
@@ -230,7 +230,7 @@ class TestPostgreSQL(StoreContract):
 
     def active(self) -> StoredToken:
         (row,) = bare(self.url, f"SELECT {postgresql.HANDED_OUT} FROM upstox_tokens WHERE is_active")
-        return postgresql._token(row)
+        return postgresql.store._token(row)
 
     def test_a_refused_audit_entry_refuses_the_token(self, store: PostgreSQLUpstoxStorage, upstox: LocalUpstox) -> None:
         store.store_token()
@@ -423,7 +423,7 @@ class TestPostgreSQL(StoreContract):
             with PostgreSQLOfTheFirstSchema(self.url) as owner:
                 grants = "GRANT SELECT ON upstox_schema, upstox_tokens TO {role}"
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(postgresql, "GRANTS", grants)
+                    patch.setattr(postgresql.queries, "GRANTS", grants)
                     owner.init_database(runtime_role=role)
             runtime = as_role(self.url, role, "secret")
             with pytest.raises(ConfigurationError, match=f"owner: upstox-db init --runtime-role {role}$"):

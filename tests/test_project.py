@@ -18,9 +18,9 @@ from typing import Any, assert_type
 import pytest
 
 import upstox_db_examples
+from upstox_db_examples.core.login import FIELDS
 from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.local.upstox import LocalUpstox
-from upstox_db_examples.login import FIELDS
 from upstox_db_examples.mongodb import MongoUpstoxStorage
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 

@@ -29,10 +29,10 @@ from upstox_db_examples import (
     TokenStorage,
     export_tokens,
     sqlite,
-    sqlite_connections,
 )
 from upstox_db_examples.local.upstox import Account, LocalUpstox
-from upstox_db_examples.sqlite_connections import connected
+from upstox_db_examples.sqlite import connections as sqlite_connections
+from upstox_db_examples.sqlite.connections import connected
 
 from . import leaks, processes, reliability
 from .conftest import Clock

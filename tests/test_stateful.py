@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from upstox_db_examples import KeyRing, TokenStorage
-from upstox_db_examples.token import IST
+from upstox_db_examples.core.token import IST
 
 from .conftest import Clock
 from .processes import Address, made_up_login

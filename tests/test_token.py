@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upstox_db_examples import ExpiryPolicy, InvalidInput, Secret, TokenResult
-from upstox_db_examples.checks import require_aware
-from upstox_db_examples.token import IST, jwt_expiry
+from upstox_db_examples.core.checks import require_aware
+from upstox_db_examples.core.token import IST, jwt_expiry
 
 POLICY = ExpiryPolicy()
 TOKEN = "eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9." + "x" * 80

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from upstox_db_examples import LoginError, LoginInterrupted, LoginLimited, LoginRefused, SdkLogin, Secret, TotpLogin
-from upstox_db_examples import totp_login as module
+from upstox_db_examples.core import totp_login as module
+from upstox_db_examples.core.login import TOTP_FIELDS, read_answer
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.local.web import Answer, Shown, WebServer
-from upstox_db_examples.login import TOTP_FIELDS, read_answer
 
 from .conftest import shown_with_locals
 

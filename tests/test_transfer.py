@@ -28,10 +28,10 @@ from upstox_db_examples import (
     export_tokens,
     import_tokens,
     migrate,
-    transfer,
-    transfer_file,
 )
 from upstox_db_examples.local.servers import PostgreSQLServer
+from upstox_db_examples.transfer import file as transfer_file
+from upstox_db_examples.transfer.transfer import _entries
 
 from . import leaks
 from .conftest import Clock
@@ -87,7 +87,7 @@ def told(store: TokenStorage) -> Any:
 def as_it_was(store: TokenStorage) -> Any:
     """As `told`, without reading, which counts."""
     return [
-        (store._tokens_of(user_id), [entry._replace(position=None) for entry in transfer._entries(store, user_id)])
+        (store._tokens_of(user_id), [entry._replace(position=None) for entry in _entries(store, user_id)])
         for user_id in store._users()
     ]
 
@@ -107,7 +107,7 @@ def to_be_compared(store: TokenStorage) -> Any:
             ],
             sorted(
                 json.dumps(entry._replace(position=None), default=str, sort_keys=True)
-                for entry in transfer._entries(store, user_id)
+                for entry in _entries(store, user_id)
             ),
         )
         for user_id in store._users()

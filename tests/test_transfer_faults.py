@@ -29,8 +29,8 @@ from upstox_db_examples import (
     import_tokens,
     migrate,
 )
-from upstox_db_examples.storage import BATCH
-from upstox_db_examples.token import AuditEntry, StoredToken
+from upstox_db_examples.core.store import BATCH
+from upstox_db_examples.core.token import AuditEntry, StoredToken
 
 from . import processes
 from .conftest import Clock

@@ -4,9 +4,9 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from .batch import BatchResult, Pace
-from .cipher import KeyRing
-from .errors import (
+from .core.batch import BatchResult, Pace
+from .core.cipher import KeyRing
+from .core.errors import (
     BackupDamaged,
     ConfigurationError,
     InvalidInput,
@@ -21,13 +21,13 @@ from .errors import (
     TokenNotStored,
     TokenRefused,
 )
-from .login import Accounts, SdkLogin, TotpLogin
+from .core.login import Accounts, SdkLogin, TotpLogin
+from .core.store import Options, TokenStorage
+from .core.token import ExpiryPolicy, Secret, TokenResult
 from .pooled import PooledUpstoxStorage
 from .sqlite import SQLiteUpstoxStorage
-from .storage import Options, TokenStorage
-from .token import ExpiryPolicy, Secret, TokenResult
-from .transfer import export_tokens, import_tokens, migrate
-from .transfer_file import Counts
+from .transfer.file import Counts
+from .transfer.transfer import export_tokens, import_tokens, migrate
 
 if TYPE_CHECKING:
     from .hybrid import HybridUpstoxStorage

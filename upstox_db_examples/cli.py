@@ -12,7 +12,7 @@ import click
 
 import upstox_db_examples as package
 
-from .errors import (
+from .core.errors import (
     ConfigurationError,
     InvalidInput,
     LoginInterrupted,
@@ -22,9 +22,9 @@ from .errors import (
     StoreUnavailable,
     TokenNotStored,
 )
-from .login import Accounts, SdkLogin, TotpLogin
-from .storage import TokenStorage
-from .token import TokenResult
+from .core.login import Accounts, SdkLogin, TotpLogin
+from .core.store import TokenStorage
+from .core.token import TokenResult
 
 DONE, TRY_AGAIN, USAGE, FIX_FIRST = 0, 1, 2, 3
 PASSING = (StoreUnavailable, LoginInterrupted, LoginLimited, LoginSuperseded, TokenNotStored)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .cli import OpenStore, command, shown
-from .errors import InvalidInput, LoginSuperseded, StorageError, TokenNotStored
+from .core.errors import InvalidInput, LoginSuperseded, StorageError, TokenNotStored
 from .token_file import read_token_file, write_token_file
 
 

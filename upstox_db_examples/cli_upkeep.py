@@ -13,7 +13,7 @@ import click
 import upstox_db_examples as package
 
 from .cli import TRY_AGAIN, OpenStore, command, opened
-from .errors import InvalidInput
+from .core.errors import InvalidInput
 
 
 def limit(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .cipher import DEFAULT_KEY_FILE, Binding, KeyRing
-from .errors import ConfigurationError, InvalidInput, StoreUnavailable
-from .token import Secret
+from .core.cipher import DEFAULT_KEY_FILE, Binding, KeyRing
+from .core.errors import ConfigurationError, InvalidInput, StoreUnavailable
+from .core.token import Secret
 
 FORMAT = "upstox_db_examples token, version 1"
 PLACE = Binding("token file", datetime(1970, 1, 1, tzinfo=UTC), 0, "token file")

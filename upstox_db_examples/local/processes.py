@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import psutil
 
-from ..errors import ConfigurationError, StoreUnavailable
+from ..core.errors import ConfigurationError, StoreUnavailable
 
 PATIENCE = 20.0  # seconds for a start, and for an end
 

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError, StoreUnavailable
+from ..core.errors import ConfigurationError, StoreUnavailable
 from .certificates import make_certificates
 from .processes import Server
 

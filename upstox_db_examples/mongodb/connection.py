@@ -18,8 +18,8 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
-from .errors import ConfigurationError, StorageError, StoreUnavailable
-from .token import Secret
+from ..core.errors import ConfigurationError, StorageError, StoreUnavailable
+from ..core.token import Secret
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from .backend import ENTRIES_LOCK, NOBODY_LOCK
-from .batch import progress_bar
-from .errors import InvalidInput, StorageError
-from .storage import BATCH, TokenStorage
-from .token import AuditEntry, Secret, StoredToken
-from .transfer_file import Counts, Part, by_user, kind_of, read_export, write_export
+from ..core.backend import ENTRIES_LOCK, NOBODY_LOCK
+from ..core.batch import progress_bar
+from ..core.errors import InvalidInput, StorageError
+from ..core.store import BATCH, TokenStorage
+from ..core.token import AuditEntry, Secret, StoredToken
+from .file import Counts, Part, by_user, kind_of, read_export, write_export
 
 logger = logging.getLogger(__name__)
 

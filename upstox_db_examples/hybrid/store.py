@@ -13,46 +13,19 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Unpack
 
-from .backend import SCHEMA_LOCK
-from .checks import require_positive
-from .errors import StorageError, StoreUnavailable
-from .hybrid_redis import Config, RedisTokens, Use, client_of
-from .postgresql import HANDED_OUT, NO_DOUBT, PostgreSQLUpstoxStorage, _token
-from .postgresql_connections import violated
-from .storage import BATCH, Options
-from .token import AuditEntry, StoredToken
+from ..core.backend import SCHEMA_LOCK
+from ..core.checks import require_positive
+from ..core.errors import StorageError, StoreUnavailable
+from ..core.store import BATCH, Options
+from ..core.token import AuditEntry, StoredToken
+from ..postgresql.connections import violated
+from ..postgresql.store import PostgreSQLUpstoxStorage, _token
+from . import queries
+from .redis import Config, RedisTokens, Use, client_of
 
 logger = logging.getLogger(__name__)
 
 FOLD_AT = 500  # uses that wait in Redis
-LOOK = f"""
-SELECT {HANDED_OUT} FROM upstox_tokens
-WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s AND {NO_DOUBT}
-"""
-ACTIVE_USERS = "SELECT user_id FROM upstox_tokens WHERE is_active"
-MARK_OF = "SELECT login_lock FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND login_lock IS NOT NULL"
-# The audit trail itself knows which uses are in it, so folding them twice changes nothing.
-FOLDED_ONCE = """
-CREATE UNIQUE INDEX one_entry_a_use ON upstox_token_audit ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL
-"""
-FOLD = """
-WITH uses AS (
-    SELECT t.id AS token_id, u.user_id, u.actor, u.at, u.use
-    FROM unnest(%(tokens)s::bigint[], %(users)s, %(actors)s, %(times)s::timestamptz[], %(uses)s)
-         WITH ORDINALITY AS u (token_id, user_id, actor, at, use, nth)
-    JOIN upstox_tokens AS t ON t.id = u.token_id ORDER BY u.nth
-), added AS (
-    INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
-    SELECT token_id, user_id, 'used', actor, at, jsonb_build_object('use', use) FROM uses
-    ON CONFLICT ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL DO NOTHING
-    RETURNING token_id, performed_at
-), counted AS (
-    SELECT token_id, count(*) AS uses, max(performed_at) AS last FROM added GROUP BY token_id ORDER BY token_id
-)
-UPDATE upstox_tokens AS t
-SET usage_count = t.usage_count + c.uses, last_used_at = greatest(t.last_used_at, c.last)
-FROM counted AS c WHERE t.id = c.token_id RETURNING c.uses
-"""
 
 
 class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
@@ -144,7 +117,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         if not self._run(there)[0]["there"]:
             with self._lock(SCHEMA_LOCK):
                 if not self._run(there)[0]["there"]:
-                    self._run(FOLDED_ONCE)
+                    self._run(queries.FOLDED_ONCE)
         self._schema_unseen = False
 
     def fold_uses(self) -> int:
@@ -195,7 +168,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             if violated(error) != "one_entry_a_use":
                 return self._find_without_postgresql(user_id, alive_after, now, use, error)
             # It was counted by Redis after all, and somebody has folded it already.
-            rows = self._run(LOOK, user_id=user_id, alive_after=alive_after)
+            rows = self._run(queries.LOOK, user_id=user_id, alive_after=alive_after)
             token = _token(rows[0]) if rows else None
         self._postgres_failed = False
         if (token is None or token.in_doubt) and found.what == "old":
@@ -246,10 +219,10 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         The 0 is that of a token which had a mark already when this login began.
         """
         keys = {0, *self._connections.logins.values()}
-        return len(keys) > 1 and any(row["login_lock"] in keys for row in self._run(MARK_OF, user_id=user_id))
+        return len(keys) > 1 and any(row["login_lock"] in keys for row in self._run(queries.MARK_OF, user_id=user_id))
 
     def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
-        users = {user_id} if user_id else {row["user_id"] for row in self._run(ACTIVE_USERS)}
+        users = {user_id} if user_id else {row["user_id"] for row in self._run(queries.ACTIVE_USERS)}
         self._redis.bury(users, self._buried_for)
         marked = self._mark(user_id, lock, now, metadata)
         # Once more, as in _revoke: a reader may have put a copy there since, of a token without a mark yet. Those who
@@ -355,7 +328,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
 
     def _fold(self, uses: list[Use]) -> int:
         rows = self._run(
-            FOLD,
+            queries.FOLD,
             tokens=[use.token for use in uses],
             users=[use.user for use in uses],
             actors=[use.actor for use in uses],

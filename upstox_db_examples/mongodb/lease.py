@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from pymongo import ReturnDocument
 from pymongo.database import Database
 
-from .backend import LocalLocks, lock_not_had
-from .errors import StorageError, StoreUnavailable, TokenNotStored
+from ..core.backend import LocalLocks, lock_not_had
+from ..core.errors import StorageError, StoreUnavailable, TokenNotStored
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ import psycopg2.extras
 from psycopg2 import errorcodes
 from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_dsn
 
-from .backend import LocalLocks, lock_not_had
-from .errors import ConfigurationError, StorageError, StoreUnavailable
-from .pool import Pool, PoolClosed, PoolTimeout
-from .token import Secret
+from ..core.backend import LocalLocks, lock_not_had
+from ..core.errors import ConfigurationError, StorageError, StoreUnavailable
+from ..core.pool import Pool, PoolClosed, PoolTimeout
+from ..core.token import Secret
 
 logger = logging.getLogger(__name__)
 

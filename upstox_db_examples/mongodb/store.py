@@ -15,13 +15,13 @@ from pymongo import ASCENDING, DESCENDING, ReturnDocument, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
-from .checks import require_aware, require_positive
-from .errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
-from .mongodb_connection import Document, MongoDBConnection, index_keys
-from .mongodb_lease import LONG_AGO, Leases
-from .mongodb_schema import make_collections, make_runtime_role
-from .storage import Options, TokenStorage
-from .token import AuditEntry, Secret, StoredToken
+from ..core.checks import require_aware, require_positive
+from ..core.errors import InvalidInput, LoginSuperseded, StorageError, StoreUnavailable
+from ..core.store import Options, TokenStorage
+from ..core.token import AuditEntry, Secret, StoredToken
+from .connection import Document, MongoDBConnection, index_keys
+from .lease import LONG_AGO, Leases
+from .schema import make_collections, make_runtime_role
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Unpack
 
-from .checks import require_pool_size, require_positive
-from .errors import StorageError, StoreUnavailable
-from .pool import Pool, PoolClosed, PoolTimeout
-from .sqlite import SQLiteUpstoxStorage
-from .sqlite_connections import SQLiteConnections, connected, explained
-from .storage import Options
+from ..core.checks import require_pool_size, require_positive
+from ..core.errors import StorageError, StoreUnavailable
+from ..core.pool import Pool, PoolClosed, PoolTimeout
+from ..core.store import Options
+from ..sqlite.connections import SQLiteConnections, connected, explained
+from ..sqlite.store import SQLiteUpstoxStorage
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from .cipher import READABLE, Binding, KeyRing
-from .errors import BackupDamaged, InvalidInput, StoreUnavailable, TokenRefused
-from .files import written_whole
-from .token import AuditEntry, Secret, StoredToken
+from ..core.cipher import READABLE, Binding, KeyRing
+from ..core.errors import BackupDamaged, InvalidInput, StoreUnavailable, TokenRefused
+from ..core.files import written_whole
+from ..core.token import AuditEntry, Secret, StoredToken
 
 FORMAT = "upstox_db_examples export, version 2"
 # Written by earlier programs, which in turn refuse a newer one: they would take its tokens' new fields for damage.

@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from .errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
+from ..core.errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 

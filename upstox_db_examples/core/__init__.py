@@ -1,0 +1,1 @@
+"""What all patterns share: the life cycle of a token, logins, encryption, errors."""

@@ -1,0 +1,24 @@
+"""Pattern 4: Redis in front of PostgreSQL."""
+
+from ..postgresql.queries import HANDED_OUT
+from .queries import (
+    ACTIVE_USERS,
+    FOLD,
+    FOLDED_ONCE,
+    LOOK,
+    MARK_OF,
+)
+from .redis import runtime_acl
+from .store import FOLD_AT, HybridUpstoxStorage
+
+__all__ = [
+    "ACTIVE_USERS",
+    "FOLD",
+    "FOLDED_ONCE",
+    "FOLD_AT",
+    "HANDED_OUT",
+    "LOOK",
+    "MARK_OF",
+    "HybridUpstoxStorage",
+    "runtime_acl",
+]

@@ -1,0 +1,381 @@
+"""The copies of tokens in Redis: what is asked first, may be lost at any time, and is never believed for long."""
+
+from __future__ import annotations
+
+import json
+import logging
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.retry import Retry
+
+from ..core.errors import ConfigurationError, StoreUnavailable, TokenRefused
+from ..core.token import StoredToken
+
+__all__ = ["runtime_acl"]  # what a reader calls; the rest is the hybrid store's own
+
+logger = logging.getLogger(__name__)
+
+Client = redis.Redis | RedisCluster
+Config = Mapping[str, Any] | str | Client
+COPIED = ("ciphertext", "key_id", "generation", "user_name", "email", "account")
+LUA = Path(__file__).parent / "lua"
+NO_CONFIGURATION = (
+    "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a client "
+    "of redis-py."
+)
+
+
+# A cluster's own exceptions are no RedisError.
+NO_ANSWER = (RedisError, RedisClusterException, OSError)
+
+
+class Found(NamedTuple):
+    """What Redis says of a user.
+
+    Attributes:
+        what: "used" (here is the token, and this use is counted), "old" (there is one that has to be confirmed),
+            "nothing", "gone" (it is being replaced, or was revoked), "dead", or "no answer".
+        time: Redis's clock, in milliseconds.
+        token: with "used".
+        waiting: how many uses have not been folded into PostgreSQL yet.
+    """
+
+    what: Literal["used", "old", "nothing", "gone", "dead", "no answer"]
+    time: int = 0
+    token: StoredToken | None = None
+    waiting: int = 0
+
+
+class Buried(NamedTuple):
+    """A tombstone: what stands there, and whether it is certain that it, or nothing, stands in place of each copy."""
+
+    tombstone: str
+    certain: bool
+
+
+class Use(NamedTuple):
+    """A use that was counted in Redis: `entry` is its id in the stream, `use` one that no other use has."""
+
+    entry: str
+    token: int
+    user: str
+    actor: str
+    at: datetime
+    use: str
+
+
+class RedisTokens:
+    """
+    Args:
+        client: of `client_of`.
+        owned: whether `close` closes it.
+        timeout: seconds that replicas have for a tombstone.
+        pause: seconds for which Redis is left alone after it gave no answer, so that not every read waits for it.
+        believed: seconds for which a copy is believed without asking PostgreSQL.
+        replicas: how many replicas must have a tombstone before it counts as written.
+        prefix: of all keys.
+
+    Raises:
+        ConfigurationError: the configuration is none, or Redis refuses the user or the password.
+    """
+
+    def __init__(
+        self,
+        client: Client | None,
+        owned: bool,
+        *,
+        timeout: float,
+        pause: float,
+        believed: float,
+        replicas: int,
+        prefix: str,
+    ) -> None:
+        if client is None:
+            raise ConfigurationError(NO_CONFIGURATION)
+        if replicas and isinstance(client, RedisCluster):
+            raise ConfigurationError(
+                "A Redis Cluster cannot be asked what one key's replicas have. Leave out replicas."
+            )
+        self._client, self._owned = client, owned
+        self._pause = pause
+        self._believed_ms = int(believed * 1000)
+        self._timeout_ms = max(1, int(timeout * 500))  # replicas that are slow are no Redis that gives no answer
+        self._replicas = replicas
+        # In braces, so that a Redis Cluster keeps all of it in one slot: a script may touch only keys of one.
+        self._prefix = f"{{{prefix}}}:"
+        self._uses = f"{self._prefix}uses"
+        self._use = self._client.register_script((LUA / "use.lua").read_text())
+        self._put = self._client.register_script((LUA / "put.lua").read_text())
+        self._drop = self._client.register_script((LUA / "drop.lua").read_text())
+        self._dig_up = self._client.register_script((LUA / "dig_up.lua").read_text())
+        self._closed = self._failed = False
+        self._ask_again_at = 0.0
+        self._lock = threading.Lock()
+        self._answer(self._refuse_a_wrong_configuration)
+
+    def use(
+        self, user_id: str, alive_after: datetime, now: datetime, actor: str, use: str, *, insist: bool = False
+    ) -> Found:
+        """One round trip: the token, if it is there and may be believed, with its use counted.
+
+        Args:
+            use: an id that no other use has.
+            insist: hand out a copy that is not believed any more, too.
+        """
+        keys = [*self._keys(user_id), self._uses]
+        values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use, int(insist)]
+        answer = self._answer(lambda: self._use(keys=keys, args=values), insist=insist)
+        if answer is None:
+            return Found("no answer")
+        what, clock, *more = answer
+        if _text(what) != "used":
+            return Found(_text(what), int(clock))  # type: ignore[arg-type]
+        text, count, waiting = more
+        token = _loaded(user_id, _text(text), int(count))
+        if token is None:  # PostgreSQL is asked, and by the id of this use it is counted once.
+            return Found("nothing", int(clock))
+        return Found("used", int(clock), token, int(waiting))
+
+    def put(self, token: StoredToken, now: datetime, *, since: int = 0, tombstone: str = "") -> int | None:
+        """Keep a copy until the token dies.
+
+        Args:
+            since: Redis's time when a reader found nothing.
+            tombstone: what a writer put there before it stored the token; the copy is taken only in its place.
+
+        Returns:
+            the number of uses; -1 if there was something newer, None without an answer.
+        """
+        lifetime = int((token.expires_at - now).total_seconds() * 1000)
+        if lifetime <= 0:
+            return -1
+        keys = self._keys(token.user_id)
+        values: list[str | int] = [_dumped(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
+        values += [token.usage_count, lifetime, self._believed_ms, since, tombstone]
+        answer = self._answer(lambda: self._put(keys=keys, args=values), insist=not since)
+        return None if answer is None else int(answer)
+
+    def bury(self, user_ids: Iterable[str], seconds: float) -> Buried:
+        """A tombstone in place of each copy: it is gone, and who comes late with another one cannot put it there."""
+        keys, tombstone = [self._keys(user_id)[0] for user_id in user_ids], f"tombstone-{uuid.uuid4().hex}"
+        if not keys:
+            return Buried(tombstone, True)
+
+        def write() -> bool:
+            try:
+                # One connection, for it is this connection's writes that WAIT asks about.
+                with self._client.pipeline(transaction=False) as pipeline:
+                    for key in keys:
+                        pipeline.set(key, tombstone, px=max(1, int(seconds * 1000)))
+                    if self._replicas:
+                        pipeline.execute_command("WAIT", self._replicas, self._timeout_ms)
+                    answers = pipeline.execute()
+            except OutOfMemoryError:
+                self._client.delete(*keys)  # In a moment there may be room again, for a copy that comes late.
+                return False
+            return not self._replicas or int(answers[-1]) >= self._replicas
+
+        return Buried(tombstone, bool(self._answer(write, insist=True)))
+
+    def dig_up(self, user_ids: Iterable[str], tombstone: str) -> None:
+        """Take this tombstone away wherever it still stands: from now on readers may put copies there."""
+        keys = [self._keys(user_id)[0] for user_id in user_ids]
+        self._answer(lambda: self._dig_up(keys=keys, args=[tombstone, self._believed_ms]))
+
+    def drop(self, user_id: str) -> None:
+        """Take away a copy that is not believed any more, for PostgreSQL knows no such token."""
+        self._answer(lambda: self._drop(keys=self._keys(user_id)[:1]))
+
+    def uses(self, limit: int) -> list[Use]:
+        """Uses that wait to be folded, the oldest first."""
+        entries = self._answer(lambda: self._client.xrange(self._uses, count=limit)) or []
+        uses, foreign = [], []
+        for entry, fields in entries:
+            try:
+                uses.append(_use(_text(entry), {_text(k): _text(v) for k, v in fields.items()}))
+            except (KeyError, ValueError, OverflowError, OSError):
+                foreign.append(entry)
+        if foreign:
+            logger.warning("%s entries of %s are not ours and are thrown away.", len(foreign), self._uses)
+            self._answer(lambda: self._client.xdel(self._uses, *foreign))
+        return uses
+
+    def forget_uses(self, uses: Iterable[Use]) -> None:
+        self._answer(lambda: self._client.xdel(self._uses, *(use.entry for use in uses)))
+
+    def status(self) -> dict[str, Any]:
+        """`latency_ms`, `role`, `uses_waiting`, and `in_use`: how many connections are.
+
+        A key is written that lives for a second: a full Redis, or one that has become a replica, still answers a PING.
+
+        Raises:
+            StoreUnavailable: it does not answer, takes no writes, or does not allow all that is due.
+        """
+        if self._closed:
+            raise StoreUnavailable("This store is closed.")
+        try:
+            begin = time.perf_counter()
+            self._client.set(f"{self._prefix}probe", "", px=1000)
+            latency = (time.perf_counter() - begin) * 1000
+            role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
+            in_use = len(getattr(getattr(self._client, "connection_pool", None), "_in_use_connections", ()))
+            waiting = self._client.xlen(self._uses)
+            return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
+        except NoPermissionError:
+            why = "does not allow this user all that is due. Its rules should be those of runtime_acl()"
+        except (OutOfMemoryError, ReadOnlyError) as error:
+            why = f"takes no writes ({type(error).__name__}). Check that it has room and is no replica"
+        except NO_ANSWER as error:
+            why = f"gave no answer ({type(error).__name__}). Check that it runs"
+        # Raised out here, our error has no cause: a cluster's own frames hold the password.
+        raise StoreUnavailable(f"Redis {why}.")
+
+    def answers(self) -> bool:
+        return self._answer(self._client.ping, insist=True) is not None
+
+    def close(self) -> None:
+        self._closed = True
+        if self._owned:
+            self._client.close()
+
+    def _refuse_a_wrong_configuration(self) -> None:
+        """Only at the start: a password that is changed later is an outage, which PostgreSQL bridges."""
+        try:
+            self._client.ping()
+            return
+        except (ValueError, TypeError):  # redis-py looks at a port, for one, only when it connects.
+            raise ConfigurationError(NO_CONFIGURATION) from None
+        except (AuthenticationError, NoPermissionError):
+            wrong = "the user or the password"
+        except RedisConnectionError as error:
+            if not isinstance(error.__context__, ssl.SSLError):
+                raise
+            wrong = "TLS: its certificate, or the authority that should vouch for it"
+        # Raised out here our error has no cause: redis-py's own frames hold the password.
+        raise ConfigurationError(f"Redis and this configuration do not agree on {wrong}. Check redis_config.")
+
+    def _keys(self, user_id: str) -> list[str]:
+        return [f"{self._prefix}token:{user_id}", f"{self._prefix}count:{user_id}"]
+
+    def _answer(self, ask: Callable[[], Any], *, insist: bool = False) -> Any:
+        """What Redis answers, or None: then PostgreSQL is asked, and Redis again after a while.
+
+        Args:
+            insist: ask also while Redis is left alone. A write does: who cannot tell Redis has to wait longer.
+        """
+        with self._lock:
+            if self._closed or (time.monotonic() < self._ask_again_at and not insist):
+                return None
+            if self._failed:
+                # One caller finds out whether it is back; the others need not wait for that.
+                self._ask_again_at = time.monotonic() + self._pause
+        try:
+            answer = ask()
+        except NO_ANSWER as error:
+            if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
+                logger.warning("A key of ours holds something else in Redis. PostgreSQL answers for this user.")
+                return None
+            if not self._failed:
+                logger.warning("Redis does not answer (%s). PostgreSQL does it alone.", type(error).__name__)
+            self._failed, self._ask_again_at = True, time.monotonic() + self._pause
+            return None
+        if self._failed:
+            logger.info("Redis answers again.")
+            self._failed, self._ask_again_at = False, 0.0
+        return answer
+
+
+def runtime_acl(prefix: str = "upstox", *, cluster: bool = False) -> list[str]:
+    """The rules of a Redis user who can do what the store does and no more, on the store's own keys.
+
+    `redis.execute_command("ACL", "SETUSER", "upstox_app", *runtime_acl(), "on", ">password")`, or the same in a file.
+    """
+    commands = (
+        "ping get set del incr pttl pexpire time xadd xlen xrange xdel evalsha script|load wait info hello select"
+    )
+    if cluster:
+        commands += " cluster|slots cluster|shards cluster|nodes command readonly"
+    return ["reset", f"~{{{prefix}}}:*", "-@all", *(f"+{command}" for command in commands.split())]
+
+
+def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
+    """A client for keyword arguments of `redis.Redis` or a URL, or the client of redis-py that was given.
+
+    Args:
+        timeout: seconds for each answer; a ready client has its own.
+
+    Returns:
+        the client, None if the configuration is none; and whether it was made here. (It does not raise: the traceback
+        would show the configuration, and with it a password.)
+    """
+    if isinstance(config, redis.Redis | RedisCluster):
+        return config, False
+    # Without these a dead server takes seconds to be noticed, a stalled one longer, and a use may be counted twice.
+    options: dict[str, Any] = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": timeout,
+        "retry": Retry(NoBackoff(), 0),
+        "health_check_interval": 0,
+        "max_connections": 10_000,  # With fewer than there are threads, one too many would look like an outage.
+    }
+    try:
+        if isinstance(config, str):
+            return redis.Redis.from_url(config, **options), True
+        return redis.Redis(**{**options, **config}), True
+    except (ValueError, TypeError, RedisError):
+        return None, False
+
+
+def _seconds(moment: datetime) -> int:
+    return int(moment.timestamp())
+
+
+def _dumped(token: StoredToken) -> str:
+    times = {"created_at": _seconds(token.created_at), "expires_at": _seconds(token.expires_at)}
+    return json.dumps({**{name: getattr(token, name) for name in COPIED}, **times, "token_id": token.token_id})
+
+
+def _loaded(user_id: str, text: str, count: int) -> StoredToken | None:
+    """The copy; None if a program put it there that leaves out the account, to which the ciphertext is bound."""
+    # The user who was asked for and not one that the copy names: else another user's copy would be let through.
+    try:
+        fields = json.loads(text)
+        for name in ("created_at", "expires_at"):
+            fields[name] = datetime.fromtimestamp(fields[name], UTC)
+        if "account" not in fields and not fields["ciphertext"].startswith("v1."):
+            return None
+        return StoredToken(user_id, **fields, usage_count=count, source="redis")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TokenRefused(f"The copy of {user_id}'s token in Redis is not one of ours. Delete its key.") from error
+
+
+def _use(entry: str, fields: dict[str, str]) -> Use:
+    at = datetime.fromtimestamp(int(fields["at"]), UTC)
+    token = int(fields["token"])
+    if token >= 2**63:
+        raise ValueError
+    return Use(entry, token, fields["user"], fields["actor"], at, fields["use"])
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

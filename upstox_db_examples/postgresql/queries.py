@@ -1,0 +1,252 @@
+"""The statements of the PostgreSQL store, its schema, and the rights of its runtime role."""
+
+from __future__ import annotations
+
+# user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is
+# exactly one that holds a ciphertext. A page is left half empty so that counting a use writes no index.
+SCHEMA = """
+CREATE TABLE upstox_tokens (
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    user_id      text        NOT NULL,
+    access_token text,
+    key_id       text        NOT NULL,
+    generation   integer     NOT NULL,
+    user_name    text,
+    email        text,
+    broker       text,
+    user_type    text,
+    products     jsonb       NOT NULL,
+    exchanges    jsonb       NOT NULL,
+    is_active    boolean     NOT NULL DEFAULT true,
+    created_at   timestamptz NOT NULL,
+    expires_at   timestamptz NOT NULL,
+    account      text,
+    metadata     jsonb       NOT NULL,
+    usage_count  integer     NOT NULL DEFAULT 0,
+    last_used_at timestamptz,
+    UNIQUE (user_id, generation),
+    CHECK (is_active = (access_token IS NOT NULL))
+) WITH (fillfactor = 50);
+CREATE UNIQUE INDEX one_active_token ON upstox_tokens (user_id) WHERE is_active;
+-- Not WHERE is_active: a planner that misjudges how many tokens live would then find a user's token by this index.
+CREATE INDEX ciphertext_by_expiry ON upstox_tokens (expires_at) WHERE access_token IS NOT NULL;
+CREATE INDEX active_by_key ON upstox_tokens (key_id) WHERE is_active;
+CREATE INDEX latest_of_account ON upstox_tokens (account, id) WHERE account IS NOT NULL;
+CREATE TABLE upstox_token_audit (
+    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    token_id     bigint REFERENCES upstox_tokens (id),
+    user_id      text,
+    action       text        NOT NULL,
+    actor        text        NOT NULL,
+    performed_at timestamptz NOT NULL,
+    metadata     jsonb       NOT NULL DEFAULT '{}'
+);
+CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
+"""
+# login_lock: the advisory lock of the login that has marked this token, held as long as that login is under way; 0 once
+# nobody can know how it ended. A lock of the login's own and not that of the user: the next holder of the user's lock
+# would be taken for the login that died, and so would a reader who looks at the same moment.
+# Readers never change it, so the index on logins is the only one that costs a write anything.
+SCHEMA_2 = """
+ALTER TABLE upstox_tokens ADD COLUMN issued_at timestamptz, ADD COLUMN login_lock bigint;
+CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
+CREATE TABLE upstox_login_notes (name text PRIMARY KEY, sealed text NOT NULL);
+"""
+VERSION_TABLE = "CREATE TABLE IF NOT EXISTS upstox_schema (version integer NOT NULL)"
+# What a program needs that stores and reads tokens. The audit trail can only grow, and nothing can be dropped.
+GRANTS = """
+GRANT SELECT ON upstox_schema TO {role};
+GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last_used_at, login_lock)
+    ON upstox_tokens TO {role};
+GRANT SELECT, INSERT ON upstox_token_audit TO {role};
+GRANT SELECT, INSERT, UPDATE, DELETE ON upstox_login_notes TO {role};
+"""
+
+_KNOWN = """id AS token_id, user_id, key_id, generation, created_at, expires_at, user_name, email,
+              account, usage_count, issued_at, login_lock IS NOT NULL AS in_doubt"""
+HANDED_OUT = f"""{_KNOWN},
+              access_token AS ciphertext"""
+# A shared lock is had exactly when the login that holds the exclusive one is over. A CASE and not an OR, whose sides
+# PostgreSQL may take in any order: for a token without a mark no lock is looked at.
+NO_DOUBT = """CASE WHEN login_lock IS NULL THEN true WHEN login_lock = 0 THEN false
+                   ELSE NOT pg_try_advisory_xact_lock_shared(login_lock) END"""
+_AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
+# Reading, counting and auditing are one statement: one round trip, and either all of it happens or nothing.
+_USE = f"""
+WITH used AS (
+    UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = %(now)s
+    WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
+          AND {{condition}}
+    RETURNING {HANDED_OUT}
+), audited AS (
+    {_AUDIT}
+    SELECT token_id, user_id, 'used', %(actor)s, %(now)s,
+           jsonb_build_object('usage_count', usage_count) || %(metadata)s::jsonb FROM used
+)
+SELECT * FROM used
+"""
+USE = _USE.format(condition=NO_DOUBT)
+USE_UNMARKED = _USE.format(condition="login_lock IS NULL")
+_ERASE = f"""
+WITH erased AS (
+    UPDATE upstox_tokens SET is_active = false, access_token = NULL, login_lock = NULL
+    WHERE user_id = %(user_id)s AND is_active AND {{condition}}
+    RETURNING id, user_id
+)
+{_AUDIT} SELECT id, user_id, %(action)s, %(actor)s, %(now)s, %(reason)s FROM erased RETURNING token_id
+"""
+ERASE = _ERASE.format(condition="true")
+# A later token stays active, so that the insertion which follows is refused.
+ERASE_EARLIER = _ERASE.format(condition="generation < %(generation)s")
+INSERT = f"""
+WITH stored AS (
+    INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, user_name, email, broker, user_type,
+                               products, exchanges, created_at, expires_at, account, metadata, issued_at)
+    VALUES (%(user_id)s, %(ciphertext)s, %(key_id)s, %(generation)s, %(user_name)s, %(email)s, %(broker)s,
+            %(user_type)s, %(products)s, %(exchanges)s, %(created_at)s, %(expires_at)s, %(account)s, %(metadata)s,
+            %(issued_at)s)
+    RETURNING id, user_id
+)
+{_AUDIT} SELECT id, user_id, %(how)s, %(actor)s, %(created_at)s, %(details)s FROM stored RETURNING token_id
+"""
+# Two statements in one message are one transaction and one round trip.
+STORE = f"{ERASE_EARLIER};{INSERT}"
+# What a second token of a generation, or one that is not the latest, runs into.
+SUPERSEDED = ("upstox_tokens_user_id_generation_key", "one_active_token")
+EXPIRE = f"""
+WITH dead AS (
+    SELECT id FROM upstox_tokens WHERE access_token IS NOT NULL AND expires_at <= %(now)s
+    ORDER BY expires_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+), erased AS (
+    UPDATE upstox_tokens SET is_active = false, access_token = NULL, login_lock = NULL
+    WHERE id IN (SELECT id FROM dead) RETURNING id, user_id
+)
+{_AUDIT} SELECT id, user_id, 'expired', %(actor)s, %(now)s, '{{}}' FROM erased RETURNING token_id
+"""
+RECORD = f"{_AUDIT} VALUES (NULL, %(user_id)s, %(action)s, %(actor)s, %(now)s, %(metadata)s)"
+# A mark that is there already may be that of a login which died: two in one column cannot be told apart, so it stays
+# for good. The rows are locked first, because an UPDATE that had to wait for a writer would miss the row which that one
+# has made. In the order of their ids, and those with a mark too, which may be gone in a moment: two logins that mark
+# everybody would otherwise wait for each other.
+_MARK = f"""
+{RECORD};
+SELECT id FROM upstox_tokens WHERE is_active AND {{whose}} ORDER BY id FOR NO KEY UPDATE;
+UPDATE upstox_tokens SET login_lock = CASE WHEN login_lock IS NULL THEN %(key)s ELSE 0 END
+WHERE is_active AND {{marked}} RETURNING user_id
+"""
+MARK = _MARK.format(whose="user_id = %(user_id)s", marked="user_id = %(user_id)s")
+MARK_ALL = _MARK.format(whose="true", marked="login_lock IS NULL")
+# Of the condition on the user the planner drops the half that does not apply.
+_MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
+UNMARK = f"""
+SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
+UPDATE upstox_tokens SET login_lock = %(mark)s WHERE {_MARKED} RETURNING user_id
+"""
+# A login that is under way may kill the token yet, whatever Upstox has said of it: its mark stays.
+CLEAR_DOUBT = """
+UPDATE upstox_tokens SET login_lock = NULL
+WHERE user_id = %(user_id)s AND is_active AND generation = %(generation)s
+      AND CASE WHEN coalesce(login_lock, 0) = 0 THEN true ELSE pg_try_advisory_xact_lock_shared(login_lock) END
+RETURNING user_id
+"""
+IN_DOUBT = f"""
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND login_lock IS NOT NULL
+"""
+LOGINS_SINCE = """
+SELECT performed_at FROM upstox_token_audit
+WHERE action = 'login' AND performed_at > %(moment)s AND metadata ->> 'process' <> %(process)s
+ORDER BY performed_at DESC LIMIT 100
+"""
+NOTES = """
+SELECT extract(epoch FROM clock_timestamp())::float AS now,
+       (SELECT coalesce(jsonb_object_agg(name, sealed), '{}') FROM upstox_login_notes WHERE name = ANY (%(names)s))
+       AS notes
+"""
+WRITE_NOTE = """
+INSERT INTO upstox_login_notes (name, sealed) VALUES (%(name)s, %(sealed)s)
+ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
+"""
+ERASE_NOTE = "DELETE FROM upstox_login_notes WHERE name = %(name)s"
+HISTORY = """
+SELECT id AS token_id, created_at, expires_at, is_active AND expires_at > %(now)s AS is_active, user_name, email,
+       broker, usage_count, last_used_at
+FROM upstox_tokens WHERE user_id = %(user_id)s ORDER BY generation DESC LIMIT %(limit)s
+"""
+STATISTICS = """
+SELECT count(*) AS total_tokens, count(*) FILTER (WHERE is_active AND expires_at > %(now)s) AS active_tokens,
+       coalesce(sum(usage_count), 0) AS total_usage, coalesce(avg(usage_count), 0)::float AS avg_usage_per_token,
+       max(created_at) AS last_generation, max(last_used_at) AS last_usage
+FROM upstox_tokens WHERE user_id = %(user_id)s
+"""
+AUDIT = """
+SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.created_at AS token_created
+FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
+WHERE a.user_id = %(user_id)s ORDER BY a.performed_at DESC, a.id DESC LIMIT %(limit)s
+"""
+# By id, for old entries have low ones: so no index on the time has to be kept up to date with each read.
+FORGET = """
+DELETE FROM upstox_token_audit
+WHERE id IN (SELECT id FROM upstox_token_audit WHERE performed_at < %(before)s ORDER BY id LIMIT %(limit)s) RETURNING id
+"""
+NEWEST = f"""
+SELECT {_KNOWN}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = %(user_id)s
+ORDER BY generation DESC LIMIT 1
+"""
+OF_ACCOUNT = f"""
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE account = %(account)s AND is_active ORDER BY id DESC LIMIT 100
+"""
+# Not used any more; somebody may import them.
+GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
+USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
+# Two ranges and not <>, which no index serves.
+OTHER_KEYS = f"""
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < %(key_id)s UNION ALL
+SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > %(key_id)s LIMIT %(limit)s
+"""
+REPLACE = """
+UPDATE upstox_tokens AS t SET access_token = new.ciphertext, key_id = new.key_id
+FROM unnest(%(ids)s, %(old)s, %(new)s, %(key_ids)s) AS new (id, old, ciphertext, key_id)
+WHERE t.id = new.id AND t.access_token = new.old RETURNING t.id
+"""
+COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
+# From one user of the audit trail straight to the next: it may have millions of entries, and few users.
+USERS = """
+WITH RECURSIVE audited (user_id) AS (
+    SELECT min(user_id) FROM upstox_token_audit UNION ALL
+    SELECT (SELECT min(a.user_id) FROM upstox_token_audit AS a WHERE a.user_id > audited.user_id) FROM audited
+    WHERE user_id IS NOT NULL
+)
+SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM audited WHERE user_id IS NOT NULL UNION
+SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL) ORDER BY 1
+"""
+_COPIED = """user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products,
+             exchanges, account, metadata, usage_count, last_used_at, issued_at"""
+TOKENS_OF = f"""
+SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext, login_lock IS NOT NULL AS in_doubt
+FROM upstox_tokens WHERE user_id = %(user_id)s ORDER BY generation
+"""
+# Not IS NOT DISTINCT FROM, which no index serves; of this the planner drops the half that does not apply.
+ENTRIES_OF = """
+SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation, a.id AS position
+FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
+WHERE (a.user_id = %(user_id)s OR (%(user_id)s IS NULL AND a.user_id IS NULL))
+      AND (a.performed_at, a.id) > (%(performed_at)s, %(position)s)
+ORDER BY a.performed_at, a.id LIMIT %(limit)s
+"""
+# Two statements in one message, and so in one transaction.
+PUT_IN = f"""
+INSERT INTO upstox_tokens AS t ({_COPIED}, access_token, is_active, login_lock)
+SELECT {_COPIED}, access_token, is_active, login_lock FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
+ORDER BY generation
+ON CONFLICT (user_id, generation) DO UPDATE SET
+    access_token = CASE WHEN excluded.is_active THEN t.access_token END, is_active = t.is_active AND excluded.is_active,
+    login_lock = CASE WHEN excluded.is_active THEN t.login_lock END,
+    usage_count = greatest(t.usage_count, excluded.usage_count),
+    last_used_at = greatest(t.last_used_at, excluded.last_used_at);
+INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
+SELECT t.id, %(user_id)s, e.entry ->> 'action', e.entry ->> 'actor', (e.entry ->> 'performed_at')::timestamptz,
+       e.entry -> 'metadata'
+FROM jsonb_array_elements(%(entries)s) WITH ORDINALITY AS e (entry, nth)
+LEFT JOIN upstox_tokens AS t ON t.user_id = %(user_id)s AND t.generation = (e.entry ->> 'generation')::integer
+ORDER BY e.nth ON CONFLICT DO NOTHING
+"""
