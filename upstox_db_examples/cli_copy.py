@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .cli import command
+from .cli_upkeep import many
 from .copy_files import write
 from .copy_pattern import PATTERNS, Copy, collect, lines_of_use, packages
 
@@ -32,7 +33,7 @@ def copy(pattern: str, folder: Path | None, listed: bool) -> None:
         use, (needed, optional) = lines_of_use(found, folder), packages(found)
         written = write(found.files, folder)
         there = len(found.files) - written
-        click.echo(f"{folder}: {written} files copied" + (f", {there} were there already." if there else "."))
+        click.echo(f"{folder}: {many(written, 'file')} copied" + (f", {there} were there already." if there else "."))
         click.echo(f"It needs: pip install {shlex.join(needed)}")
         if optional:
             click.echo(f"It can do without: {shlex.join(optional)}")
