@@ -1,9 +1,10 @@
-"""In a clean environment the wheel works, and so does each pattern whose files were copied out of the package."""
+"""In a clean environment the wheel works, and so does each pattern that `upstox-db copy` has copied."""
 
 from __future__ import annotations
 
 import functools
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,15 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from upstox_db_examples import KeyRing, SQLiteUpstoxStorage
+from upstox_db_examples.copy_files import write
+from upstox_db_examples.copy_pattern import PATTERNS, collect
 from upstox_db_examples.local.upstox import LocalUpstox
 
 from .databases import notes
 from .test_project import PYPROJECT, ROOT, run
-
-EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
-REQUIRED = {
-    re.split("[^a-z0-9-]", each)[0]: each for each in sum(EXTRAS.values(), PYPROJECT["project"]["dependencies"])
-}
 
 
 def installed(folder: Path, *packages: str, python: str = sys.executable) -> Path:
@@ -34,73 +33,71 @@ def installed(folder: Path, *packages: str, python: str = sys.executable) -> Pat
     return folder / "bin" / "python"
 
 
-README = (ROOT / "README.md").read_text()
-COPIED = re.findall(r"(?m)^\| ([\w ]+) \| ((?:`[\w.]+` ?)+) \| ((?:`[\w-]+` ?)*)\|$", README)
-FOR_ALL_FILES, FOR_ALL_PACKAGES = (
-    re.findall(r"`([\w.-]+)`", found)
-    for found in re.findall(r"(?s)All need (.*?), and besides:.*?\| packages beside (.*?) \|", README)[0]
-)
-CLASSES = {
-    "SQLite": "sqlite.SQLiteUpstoxStorage('x.db')",
-    "pooled SQLite": "pooled.PooledUpstoxStorage('x.db')",
-    "PostgreSQL": "postgresql.PostgreSQLUpstoxStorage(environ['POSTGRES'])",
-    "MongoDB": "mongodb.MongoUpstoxStorage(*environ['MONGODB'].split())",
-    "hybrid": "hybrid.HybridUpstoxStorage(environ['REDIS'], environ['POSTGRES'], redis_prefix=environ['PREFIX'])",
-}
+EVERY_COPY_NEEDS = {"cryptography", "upstox-totp"}
+
+
+def copied(*arguments: str, folder: Path, program: str | Path = Path(sys.executable).parent / "upstox-db") -> str:
+    """What `upstox-db copy` says, run in this folder."""
+    command = [program, "copy", *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def named(told: str) -> list[str]:
+    """The packages that the command says to install."""
+    (packages,) = re.findall(r"(?m)^It needs: pip install (.*)$", told)
+    return shlex.split(packages)
 
 
 @pytest.fixture(scope="module")
-def for_all_patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def for_all_patterns(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     """An environment with what every pattern needs: each gets a copy, which is made in half a second."""
-    folder = tmp_path_factory.mktemp("for_all") / "environment"
-    installed(folder, *(REQUIRED[name] for name in FOR_ALL_PACKAGES))
-    return folder
+    folder = tmp_path_factory.mktemp("for_all")
+    needed = [set(named(copied(pattern, pattern + "_copy", folder=folder))) for pattern in PATTERNS]
+    common = set.intersection(*needed)
+    installed(folder / "environment", *common)
+    return folder / "environment", common
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pattern", "files", "packages"), COPIED, ids=[pattern for pattern, *_ in COPIED])
-def test_a_pattern_runs_where_its_files_are_copied(
-    tmp_path: Path,
-    pattern: str,
-    files: str,
-    packages: str,
-    for_all_patterns: Path,
-    request: pytest.FixtureRequest,
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_copied_pattern_runs_with_the_packages_that_the_command_names(
+    tmp_path: Path, pattern: str, for_all_patterns: tuple[Path, set[str]], request: pytest.FixtureRequest
 ) -> None:
-    folder = tmp_path / "trader" / "tokens"
-    folder.mkdir(parents=True)
-    for name in [*FOR_ALL_FILES, *re.findall(r"[\w.]+", files)]:
-        source = ROOT / "upstox_db_examples" / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
-    environment = shutil.copytree(for_all_patterns, tmp_path / "environment", symlinks=True)
-    python = installed(environment, *(REQUIRED[name] for name in re.findall(r"[\w-]+", packages)))
+    (tmp_path / "trader").mkdir()
+    (tmp_path / "trader" / "__init__.py").touch()
+    told = copied(pattern, "trader/tokens", folder=tmp_path)
+    ready, common = for_all_patterns
+    environment = shutil.copytree(ready, tmp_path / "environment", symlinks=True)
+    python = installed(environment, *(set(named(told)) - common))
+    lines = [line.strip() for line in told.splitlines()[-3:]]
+    assert lines[0] == f"from trader.tokens import {PATTERNS[pattern][0]}"
     addresses = {}
-    if pattern in ("PostgreSQL", "hybrid"):
-        addresses["POSTGRES"] = request.getfixturevalue("postgres_url")
-    if pattern == "MongoDB":
-        addresses["MONGODB"] = " ".join(request.getfixturevalue("mongo"))
+    if pattern in ("postgresql", "hybrid"):
+        addresses["postgresql://user:password@host/name"] = request.getfixturevalue("postgres_url")
+    if pattern == "mongodb":
+        addresses["mongodb://user:password@host/"], addresses["upstox_db"] = request.getfixturevalue("mongo")
     if pattern == "hybrid":
-        addresses["REDIS"] = request.getfixturevalue("redis_server")
-        addresses["PREFIX"] = request.getfixturevalue("redis_prefix")
-    module, _ = CLASSES[pattern].split(".", 1)
-    code = (
-        "from importlib.util import find_spec; from os import environ\n"
-        f"from trader.tokens import {module}\n"
-        f"with {CLASSES[pattern]} as store:\n"
-        "    token = store.get_or_create_token()['token']\n"
-        "    assert store.get_valid_token('AB1234')['token'] == token\n"
-        "print([name for name in ('upstox_db_examples', 'pytest', 'tqdm') if find_spec(name)])\n"
+        addresses["redis://:password@host/0"] = request.getfixturevalue("redis_server")
+        prefix = request.getfixturevalue("redis_prefix")
+        lines[1] = lines[1].replace(")", f", redis_prefix={prefix!r})")
+    for theirs, ours in addresses.items():
+        assert f'"{theirs}"' in lines[1]
+        lines[1] = lines[1].replace(f'"{theirs}"', repr(ours))
+    more = (
+        "from importlib.util import find_spec",
+        "assert storage.get_valid_token('AB1234')['token'] == token",
+        "storage.close()",
+        "print([name for name in ('upstox_db_examples', 'pytest', 'tqdm', 'click') if find_spec(name)])",
     )
     with LocalUpstox() as upstox:
         account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
-        done = run(code, tmp_path, python=python, PYTHONPATH="", **account, **addresses)
-    # Copied without the package's __init__.py, its warnings go where Python sends them.
+        done = run("\n".join([*lines, *more]), tmp_path, python=python, PYTHONPATH="", **account)
+    # A copy has no handler of its own for what it logs, so its warnings go where Python sends them.
     key_made = f"Made a new key in {tmp_path / 'keys'}. Back it up, apart from the database.\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", key_made)
-
-
-def test_the_readme_says_what_to_copy_for_all_five() -> None:
-    assert [pattern for pattern, *_ in COPIED] == list(CLASSES)
+    if pattern in ("sqlite", "pooled"):
+        with SQLiteUpstoxStorage(tmp_path / "upstox.db", keys=KeyRing.from_file(tmp_path / "keys")) as storage:
+            assert storage.get_valid_token("AB1234"), "the package reads what a copy has stored"
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +145,13 @@ def test_the_wheel_can_be_installed_and_used_in_clean_environments(wheel: Path, 
         mongo = "import upstox_db_examples as u; u.MongoUpstoxStorage"
         told = "MongoUpstoxStorage needs pymongo. In a clone of this project: pip install '.[mongodb]'"
         assert run_there(mongo).stderr.splitlines()[-1] == f"ModuleNotFoundError: {told}"
+        copy_there = functools.partial(copied, folder=tmp_path, program=folder / "bin" / "upstox-db")
+        for pattern, extra in (("pooled", "filelock"), ("hybrid", "psycopg2-binary redis")):
+            # No driver is there, and none is needed to copy.
+            told = copy_there(pattern, name := f"{pattern}_{version.replace('.', '_')}")
+            assert {re.split("[^a-z0-9-]", each)[0] for each in named(told)} == {*EVERY_COPY_NEEDS, *extra.split()}
+            assert ("It can do without: 'tqdm>=4.66'" in told) == (pattern == "pooled")
+            assert write(collect(pattern).files, tmp_path / name) == 0, "it is what would be copied from here"
         installed(folder, f"{wheel}[mongodb]")
         assert run_there(mongo).stderr == ""
         notes.append(f"Ran on the wheel: a clean environment of Python {version}")

@@ -178,3 +178,4 @@ def shown(result: TokenResult) -> str:
 
 # Each adds its commands to `main`, in the order in which they are needed.
 from . import cli_logins, cli_upkeep  # noqa: E402, F401
+from .cli_copy import copy  # noqa: E402, F401

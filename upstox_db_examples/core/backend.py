@@ -1,4 +1,4 @@
-"""What a store owes to the life cycle in storage.py: what only its database can do.
+"""What a store owes to the life cycle in life_cycle.py: what only its database can do.
 
 A store never sees a token, only ciphertext, so that nothing the driver logs or the server writes can show one. It gets
 and gives aware datetimes in whole seconds. A change of a token and its audit entry, whose action is in quotes here, are

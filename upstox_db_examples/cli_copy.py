@@ -1,0 +1,50 @@
+"""The command of `upstox-db` that needs no store: copy."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from .cli import command
+from .cli_upkeep import many
+from .copy_files import write
+from .copy_pattern import PATTERNS, Copy, collect, lines_of_use, packages
+
+
+@command("copy", "upstox-db copy postgresql --list", "upstox-db copy postgresql my_tokens")
+@click.argument("pattern", metavar="PATTERN", type=click.Choice(list(PATTERNS)))
+@click.argument("folder", metavar="FOLDER", required=False, type=click.Path(path_type=Path))
+@click.option("--list", "listed", is_flag=True, help="Print what would be copied, and write nothing.")
+def copy(pattern: str, folder: Path | None, listed: bool) -> None:
+    """Copy a pattern's code into a package of your own.
+
+    PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. FOLDER becomes a package that no longer needs this one,
+    so its name has to be one for Python. Only files that the pattern imports are copied. A file that is there already
+    and differs is never replaced: nothing is written then. It can be run again.
+    """
+    found = collect(pattern)
+    if listed:
+        click.echo(listing(found))
+    elif folder is None:
+        raise click.UsageError("Give a FOLDER, or --list.")
+    else:
+        use, (needed, optional) = lines_of_use(found, folder), packages(found)
+        written = write(found.files, folder)
+        there = len(found.files) - written
+        click.echo(f"{folder}: {many(written, 'file')} copied" + (f", {there} were there already." if there else "."))
+        click.echo(f"It needs: pip install {shlex.join(needed)}")
+        if optional:
+            click.echo(f"It can do without: {shlex.join(optional)}")
+        click.echo("\n".join(["Use it like this:", "", *(f"    {line}" for line in use)]))
+
+
+def listing(found: Copy) -> str:
+    """Each file with its lines and the file that asks for it."""
+    lines = {name: content.count(b"\n") for name, content in found.files.items()}
+    rows = [
+        f"{lines[name]:>6}  {name:<28}{f'for {found.reasons[name]}' if found.reasons[name] else ''}".rstrip()
+        for name in sorted(lines)
+    ]
+    return "\n".join([*rows, f"{sum(lines.values()):>6}  lines in {len(lines)} files"])
