@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
 import shutil
@@ -38,8 +39,9 @@ EVERY_COPY_NEEDS = {"cryptography", "upstox-totp"}
 
 def copied(*arguments: str, folder: Path, program: str | Path = Path(sys.executable).parent / "upstox-db") -> str:
     """What `upstox-db copy` says, run in this folder."""
-    command = [program, "copy", *arguments]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    command, here = [program, "copy", *arguments], Path(program).parent == Path(sys.executable).parent
+    env = os.environ if here else {**os.environ, "PYTHONPATH": ""}
+    return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
 
 
 def named(told: str) -> list[str]:
