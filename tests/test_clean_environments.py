@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from upstox_db_examples import KeyRing, SQLiteUpstoxStorage
 from upstox_db_examples.copy_files import write
-from upstox_db_examples.copy_pattern import PATTERNS, collect
+from upstox_db_examples.copy_pattern import PATTERNS, collect, packages
 from upstox_db_examples.local.upstox import LocalUpstox
 
 from .databases import notes
@@ -38,22 +39,22 @@ EVERY_COPY_NEEDS = {"cryptography", "upstox-totp"}
 
 def copied(*arguments: str, folder: Path, program: str | Path = Path(sys.executable).parent / "upstox-db") -> str:
     """What `upstox-db copy` says, run in this folder."""
-    command = [program, "copy", *arguments]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    command, here = [program, "copy", *arguments], Path(program).parent == Path(sys.executable).parent
+    env = os.environ if here else {**os.environ, "PYTHONPATH": ""}
+    return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
 
 
 def named(told: str) -> list[str]:
     """The packages that the command says to install."""
-    (packages,) = re.findall(r"(?m)^It needs: pip install (.*)$", told)
-    return shlex.split(packages)
+    (found,) = re.findall(r"(?m)^It needs: pip install (.*)$", told)
+    return shlex.split(found)
 
 
 @pytest.fixture(scope="module")
 def for_all_patterns(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     """An environment with what every pattern needs: each gets a copy, which is made in half a second."""
     folder = tmp_path_factory.mktemp("for_all")
-    needed = [set(named(copied(pattern, pattern + "_copy", folder=folder))) for pattern in PATTERNS]
-    common = set.intersection(*needed)
+    common = set.intersection(*(set(packages(collect(pattern))[0]) for pattern in PATTERNS))
     installed(folder / "environment", *common)
     return folder / "environment", common
 
@@ -87,7 +88,7 @@ def test_a_copied_pattern_runs_with_the_packages_that_the_command_names(
         "from importlib.util import find_spec",
         "assert storage.get_valid_token('AB1234')['token'] == token",
         "storage.close()",
-        "print([name for name in ('upstox_db_examples', 'pytest', 'tqdm', 'click') if find_spec(name)])",
+        "print([name for name in ('upstox_db_examples', 'pytest', 'tqdm') if find_spec(name)])",
     )
     with LocalUpstox() as upstox:
         account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
