@@ -57,10 +57,10 @@ class Surroundings(NamedTuple):
 
 
 EVERY_STORE = {
-    *("storage", "life_cycle", "sdk_login", "upstox_api", "batch", "cipher", "transfer"),
-    *("sqlite", "sqlite_connections"),
+    *(f"core.{name}" for name in ("store", "life_cycle", "sdk_login", "upstox_api", "batch", "cipher")),
+    *("transfer.transfer", "sqlite.store", "sqlite.connections"),
 }
-POSTGRESQL = {"postgresql", "postgresql_connections"}
+POSTGRESQL = {"postgresql.store", "postgresql.connections"}
 # Each command in the slow log, and nothing compressed in the snapshot.
 SHOWS_ALL = {"slowlog-log-slower-than": "0", "slowlog-max-len": "10000", "rdbcompression": "no"}
 
@@ -70,7 +70,7 @@ def sqlite(_: ExitStack, folder: Path) -> Surroundings:
 
 
 def pooled(_: ExitStack, folder: Path) -> Surroundings:
-    own = {"pooled"}
+    own = {"pooled.store"}
     return Surroundings(lambda **o: PooledUpstoxStorage(folder / "a.db", audit_reads=True, **o), [], [folder], own)
 
 
@@ -82,7 +82,7 @@ def postgresql(stack: ExitStack, _: Path) -> Surroundings:
 
 def mongodb(stack: ExitStack, _: Path) -> Surroundings:
     server = stack.enter_context(PlainMongoDB())
-    folders, own = [server._folder], {"mongodb_connection", "mongodb_schema"}
+    folders, own = [server._folder], {"mongodb.connection", "mongodb.schema"}
     return Surroundings(lambda **o: MongoUpstoxStorage(server.url, timeout=2, **o), [server], folders, own)
 
 
@@ -94,7 +94,7 @@ def hybrid(stack: ExitStack, _: Path) -> Surroundings:
     def open_one(**options: Any) -> TokenStorage:
         return HybridUpstoxStorage(redis.url, server.url, timeout=1, believed=0.1, redis_pause=0.1, **options)
 
-    own = {"hybrid", "hybrid_redis"} | POSTGRESQL
+    own = {"hybrid.store", "hybrid.redis"} | POSTGRESQL
     return Surroundings(open_one, both, [server._folder, redis._folder], own)
 
 
