@@ -70,16 +70,16 @@ __all__ = [
     "migrate",
 ]
 
-# The application decides what is logged, and where; without this Python would print warnings to stderr.
+# The application decides what is logged and where. Without this handler, Python would print warnings to stderr.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# Imported on first use: who keeps tokens in SQLite needs no other database's driver.
+# These are imported on first use, because a program that uses SQLite needs no other database's driver.
 _NEED_A_DRIVER = {
     "PostgreSQLUpstoxStorage": "postgresql",
     "MongoUpstoxStorage": "mongodb",
     "HybridUpstoxStorage": "hybrid",
 }
-# What to install for a module that is named otherwise: PyPI's own `bson` is another one, and breaks pymongo.
+# The package to install if a module has another name. PyPI's own `bson` is a different package, and it breaks pymongo.
 _INSTALLED_AS = {"bson": "pymongo", "psycopg2": "psycopg2-binary"}
 
 

@@ -38,7 +38,7 @@ STORES = """\b
 
 
 class Command(click.Group):
-    """Errors of ours end the command with one line and a code that tells whether to try again."""
+    """Turn our own errors into one line and an exit code that tells whether to try again."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -51,7 +51,7 @@ class Command(click.Group):
             ctx.exit(FIX_FIRST)
 
     def list_commands(self, _: click.Context) -> list[str]:
-        """In the order in which they are needed, not by the alphabet."""
+        """Return the commands in the order in which they are needed, not alphabetically."""
         return list(self.commands)
 
 
@@ -99,7 +99,7 @@ a wrong command; with 3 if something has to be put right first, such as credenti
 @click.pass_context
 def main(ctx: click.Context, store: str, accounts: str | None, one_call: bool, verbose: bool) -> None:
     """Keep Upstox access tokens in a database: log in, read, look after them."""
-    # A warning is what no error says, such as that a new key was made; so cron mails it.
+    # Warnings report what no error says, such as a new key. They are printed, so that cron mails them.
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s" if verbose else "%(message)s")
     logging.getLogger(package.__name__).setLevel(logging.INFO if verbose else logging.WARNING)
     login = Accounts.from_file(accounts) if accounts else TotpLogin() if one_call else SdkLogin()
@@ -115,27 +115,27 @@ class OpenStore:
     """Opens the store of this command.
 
     Attributes:
-        login: by which it logs in.
+        login: the login that the store uses.
     """
 
     def __init__(self, ctx: click.Context, where: str, login: Accounts | SdkLogin | TotpLogin) -> None:
         self._ctx, self._where, self.login = ctx, where, login
 
     def __call__(self, *, new: bool = False) -> TokenStorage:
-        """The store; with `new` a SQLite file that is not there is made."""
+        """Open the store. With `new`, create a missing SQLite file."""
         return self._ctx.with_resource(opened(self._where, new=new, login=self.login))
 
     def is_missing(self) -> bool:
-        """Whether it is a SQLite file that is not there yet, so that a login is due for certain."""
+        """Return whether this is a SQLite file that does not exist yet, so that a login is certainly due."""
         file = sqlite_file(self._where)
         return file is not None and not Path(file).exists()
 
 
 def opened(where: str, *, new: bool = False, **options: Any) -> TokenStorage:
-    """The store of this address.
+    """Open the store at this address.
 
     Args:
-        new: make a SQLite file that is not there. Else a mistyped name would be a healthy store without tokens.
+        new: create a missing SQLite file. Otherwise a mistyped name would open a healthy store without tokens.
 
     Raises:
         InvalidInput: there is no store of that kind.
@@ -166,7 +166,7 @@ def opened(where: str, *, new: bool = False, **options: Any) -> TokenStorage:
 
 
 def sqlite_file(where: str) -> str | None:
-    """The path of this address, if it is one of a SQLite file."""
+    """Return the path in this address, if it names a SQLite file."""
     if "://" in where and urlsplit(where).scheme != "sqlite":
         return None
     return where.removeprefix("sqlite:///")
@@ -176,6 +176,6 @@ def shown(result: TokenResult) -> str:
     return f"{result['user_id']}: {result._token}, until {result['expires_at']}"
 
 
-# Each adds its commands to `main`, in the order in which they are needed.
+# Each module adds its commands to `main`, in the order in which they are needed.
 from . import cli_logins, cli_upkeep  # noqa: E402, F401
 from .cli_copy import copy  # noqa: E402, F401

@@ -20,9 +20,9 @@ from .copy_pattern import PATTERNS, Copy, collect, lines_of_use, packages
 def copy(pattern: str, folder: Path | None, listed: bool) -> None:
     """Copy a pattern's code into a package of your own.
 
-    PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. FOLDER becomes a package that no longer needs this one,
-    so its name has to be one for Python. Only files that the pattern imports are copied. A file that is there already
-    and differs is never replaced: nothing is written then. It can be run again.
+    PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. FOLDER becomes a package that does not need this one, so
+    it must have a valid Python name. Only files that the pattern imports are copied. If a file already exists and
+    differs, nothing is written. The command can be run again.
     """
     found = collect(pattern)
     if listed:
@@ -41,7 +41,7 @@ def copy(pattern: str, folder: Path | None, listed: bool) -> None:
 
 
 def listing(found: Copy) -> str:
-    """Each file with its lines and the file that asks for it."""
+    """List each file with its number of lines and the file that imports it."""
     lines = {name: content.count(b"\n") for name, content in found.files.items()}
     rows = [
         f"{lines[name]:>6}  {name:<28}{f'for {found.reasons[name]}' if found.reasons[name] else ''}".rstrip()

@@ -1,4 +1,4 @@
-"""The commands of `upstox-db` that deal with a living token: token, login, renew, save, logout."""
+"""The commands of `upstox-db` that deal with a working token: token, login, renew, save, logout."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .token_file import read_token_file, write_token_file
 @click.option("--masked", is_flag=True, help="Print whose it is and when it dies, and not the token.")
 @click.pass_obj
 def token(store: OpenStore, user: str | None, masked: bool) -> None:
-    """Print the living token; log in if there is none.
+    """Print the working token; log in if there is none.
 
-    Nothing else is printed, so that a script can take it. USER is an Upstox user id such as AB1234; without it, the
-    account of the credentials.
+    Nothing else is printed, so a script can use the output. USER is an Upstox user id such as AB1234. The default is
+    the account of the credentials.
     """
     check_credentials(store, user)
     opened = store(new=True)
@@ -41,8 +41,8 @@ def token(store: OpenStore, user: str | None, masked: bool) -> None:
 def login(store: OpenStore, user: str | None, keep: bool) -> None:
     """Log in and keep the new token.
 
-    The user's earlier token dies by that. USER is an Upstox user id such as AB1234; without it, the account of the
-    credentials. A token that the store does not take is written into an encrypted file; see upstox-db save.
+    This kills the user's earlier token. USER is an Upstox user id such as AB1234. The default is the account of the
+    credentials. If the store does not accept the token, it goes into an encrypted file; see upstox-db save.
     """
     if keep:
         check_credentials(store, user)
@@ -59,10 +59,10 @@ def login(store: OpenStore, user: str | None, keep: bool) -> None:
 @click.argument("user")
 @click.pass_obj
 def renew(store: OpenStore, user: str) -> None:
-    """Print another token than the refused one.
+    """Print a token other than the refused one.
 
-    Give the refused token (401, UDAPI100050) on standard input. If a newer one is stored, that is printed; otherwise
-    this logs in. USER is an Upstox user id such as AB1234.
+    Give the refused token (401, UDAPI100050) on standard input. If a newer one is stored, it is printed; otherwise this
+    logs in. USER is an Upstox user id such as AB1234.
     """
     refused = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read(10_000).strip()
     if not refused:
@@ -80,7 +80,7 @@ def renew(store: OpenStore, user: str) -> None:
 def save(store: OpenStore, file: Path, verify: bool) -> None:
     """Store the token that login left in a FILE.
 
-    The file is removed then. A token that Upstox issued later stays, whatever comes first.
+    Then the file is removed. If the store has a token that Upstox issued later, that one stays.
     """
     opened = store(new=True)
     click.echo(shown(opened.save_token(read_token_file(file, opened._ring), verify=verify)))
@@ -93,7 +93,7 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
 def logout(store: OpenStore, user: str) -> None:
     """End a user's token, at Upstox and here.
 
-    For a token that has leaked.
+    Use this for a token that has leaked.
 
     USER is an Upstox user id such as AB1234.
     """
@@ -102,21 +102,21 @@ def logout(store: OpenStore, user: str) -> None:
 
 
 def check_credentials(store: OpenStore, user: str | None) -> None:
-    """Refuse credentials that cannot be right before a database and a key are made for nothing.
+    """Refuse credentials that cannot be right before this creates a database and a key for nothing.
 
-    Where a user is known, a token may be stored, and then no credentials are needed.
+    If a user is known, a token may already be stored, and then no credentials are needed.
     """
     if store.is_missing() or not (user or store.login.user_id):
         store.login.check(user)
 
 
 def rescue(store: Any, error: StorageError) -> None:
-    """Put the token that is in this error into a file; raise the error, which then says where.
+    """Write the token in this error to a file, and raise the error with the file's name.
 
     Raises:
         StorageError: always.
     """
-    if error.token is None or isinstance(error, LoginSuperseded):  # A later token is stored than a superseded one.
+    if error.token is None or isinstance(error, LoginSuperseded):  # The store has a later token.
         raise error
     file = write_token_file(error.token, error.user_id, store._ring)
     reason = error.__cause__ if isinstance(error, TokenNotStored) else error
@@ -129,6 +129,6 @@ def rescue(store: Any, error: StorageError) -> None:
 
 
 def print_unsaved(error: TokenNotStored) -> None:
-    """It lives, and nobody else has it; a script that waits for a token can use it."""
+    """Print the unsaved token. It works, nobody else has it, and a script that waits for a token can use it."""
     click.echo(error.token.reveal())
     click.echo(f"Not stored, so the next call logs in again: {error.__cause__}", err=True)

@@ -1,4 +1,4 @@
-"""The commands of `upstox-db` that look at a store and look after it."""
+"""The commands of `upstox-db` that inspect and maintain a store."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for 
 )
 @click.pass_obj
 def init(store: OpenStore, runtime_role: str | None) -> None:
-    """Make the tables, or update older ones.
+    """Create the tables, or update older ones.
 
-    Run it as their owner. Programs that run as a runtime role cannot do it themselves.
+    Run this as their owner. A program with a runtime role cannot do it itself.
     """
     opened = store(new=True)
     if runtime_role:
@@ -47,9 +47,9 @@ def init(store: OpenStore, runtime_role: str | None) -> None:
 @as_json
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
-    """Say of each database whether it answers.
+    """Show whether each database answers.
 
-    It ends with 1 if one does not.
+    The exit code is 1 if one does not.
     """
     found = ctx.obj().get_storage_status()
     click.echo(json.dumps(found) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
@@ -63,10 +63,10 @@ def status(ctx: click.Context, as_json: bool) -> None:
 @as_json
 @click.pass_obj
 def history(store: Any, user: str, limit: int, as_json: bool) -> None:
-    """List a user's tokens, the newest first.
+    """List a user's tokens, newest first.
 
-    When each was made and when it dies, whether it is active, how often it was used; never the token itself. USER is
-    an Upstox user id such as AB1234.
+    It shows when each token was made and when it expires, whether it is active and how often it was used, but never the
+    token itself. USER is an Upstox user id such as AB1234.
     """
     table(store().get_token_history(user, limit), ("created_at", "expires_at", "is_active", "usage_count"), as_json)
 
@@ -79,7 +79,7 @@ def history(store: Any, user: str, limit: int, as_json: bool) -> None:
 def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
     """List what was done to a user's tokens.
 
-    When, what and by whom, the newest first. USER is an Upstox user id such as AB1234.
+    It shows when, what and by whom, newest first. USER is an Upstox user id such as AB1234.
     """
     table(store().get_audit_trail(user, limit), ("performed_at", "action", "actor", "token_id"), as_json)
 
@@ -92,7 +92,7 @@ def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
 def cleanup(store: Any, audit_days: int | None) -> None:
     """Erase the ciphertexts of dead tokens.
 
-    Their history stays, and so does the audit trail without --audit-days.
+    Their history stays, and so does the audit trail unless you pass --audit-days.
     """
     open_store = store()
     click.echo(f"Erased: {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
@@ -103,10 +103,10 @@ def cleanup(store: Any, audit_days: int | None) -> None:
 @command("rotate-keys", "upstox-db rotate-keys")
 @click.pass_obj
 def rotate_keys(store: Any) -> None:
-    """Encrypt again what is not under the first key.
+    """Re-encrypt tokens that are not under the first key.
 
-    The keys are those of UPSTOX_DB_KEYS, or of the key file. Give every program a new key behind the old ones, then in
-    front of them, then run this. A key that is no longer in use can go when no backup needs it.
+    The keys come from UPSTOX_DB_KEYS or the key file. Give every program the new key after the old ones, then move it
+    before them, then run this. You can remove a key that is no longer in use once no backup needs it.
     """
     open_store = store()
     again = many(open_store.rotate_keys(), "token")
@@ -117,10 +117,10 @@ def rotate_keys(store: Any) -> None:
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.pass_obj
 def backup(store: Any, file: str) -> None:
-    """Write all that is kept into an encrypted FILE.
+    """Write everything in the store to an encrypted FILE.
 
-    It needs the store's key to be read, so keep that somewhere else. An earlier backup of that name is replaced when
-    the new one is whole, and never by one without tokens.
+    You need the store's key to read it, so keep the key somewhere else. An earlier backup with that name is replaced
+    once the new one is complete, but never by a backup without tokens.
     """
     open_store = store()
     if Path(file).exists() and not any(map(open_store._tokens_of, open_store._users())):
@@ -135,9 +135,9 @@ def backup(store: Any, file: str) -> None:
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.pass_obj
 def restore(store: Any, file: str) -> None:
-    """Bring the FILE of a backup into the store.
+    """Import a backup FILE into the store.
 
-    What is there already stays. It needs the key that the backup was made with, and can be run again.
+    Existing data stays. This needs the key that the backup was made with, and it can be run again.
     """
     click.echo(counted(package.import_tokens(store(new=True), file, progress=sys.stderr.isatty())))
 
@@ -150,10 +150,10 @@ def restore(store: Any, file: str) -> None:
 @click.argument("target", envvar="UPSTOX_DB_TARGET")
 @click.pass_context
 def migrate(ctx: click.Context, target: str) -> None:
-    """Bring all that is kept into another store.
+    """Copy everything into another store.
 
-    TARGET is an address as --store takes it, or is in UPSTOX_DB_TARGET. Stop the programs that use the store first. At
-    the end the two are compared.
+    TARGET is an address as for --store; the default is UPSTOX_DB_TARGET. Stop the programs that use the store first. At
+    the end the two stores are compared.
     """
     source, other = ctx.obj(), ctx.with_resource(opened(target, new=True))
     click.echo(counted(package.migrate(source, other, progress=sys.stderr.isatty())))

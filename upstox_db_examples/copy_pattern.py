@@ -1,8 +1,8 @@
-"""A pattern as a package of the reader's own: its files, the packages it needs, the lines that use it.
+"""Copy a pattern into the reader's own package: find its files, the packages it needs, and the lines that use it.
 
-None of that is a list of ours, which would go stale. The files are found by the imports in them, starting at the
-pattern's folder, and the packages in the metadata of the installed distribution. Nothing is imported for it: the
-pattern's driver need not be installed.
+We keep no lists of our own, because they would go stale. The files are found by following imports from the pattern's
+folder, and the packages come from the metadata of the installed distribution. This imports no pattern, so the pattern's
+driver need not be installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import _INSTALLED_AS
 from .core.errors import InvalidInput
 
 DISTRIBUTION = "upstox-db-examples"
-# Each pattern's class, and how it is opened. A pattern's folder and its extra have its name.
+# Each pattern's class, and the arguments that open it. The pattern's folder and extra have the same name.
 PATTERNS = {
     "sqlite": ("SQLiteUpstoxStorage", '"upstox.db"'),
     "pooled": ("PooledUpstoxStorage", '"upstox.db", pool_size=5'),
@@ -33,12 +33,12 @@ PATTERNS = {
 
 
 class Copy(NamedTuple):
-    """What the copy of a pattern consists of.
+    """The contents of a pattern's copy.
 
     Attributes:
-        files: the content of each, by its path in the copy.
-        reasons: for each, the file that imports it first; none for the first two.
-        outside: the modules that they import from elsewhere, as `sqlite3` and `redis`.
+        files: path in the copy -> content.
+        reasons: path in the copy -> the first file that imports it; "" for the first two files.
+        outside: the modules that the files import from elsewhere, such as `sqlite3` and `redis`.
     """
 
     pattern: str
@@ -48,7 +48,7 @@ class Copy(NamedTuple):
 
 
 def collect(pattern: str) -> Copy:
-    """All that the copy of this pattern consists of.
+    """Collect everything that the copy of this pattern needs.
 
     Raises:
         InvalidInput: there is no such pattern.
@@ -57,20 +57,20 @@ def collect(pattern: str) -> Copy:
         raise InvalidInput(f"There is no pattern {pattern!r}. Choose one of {', '.join(PATTERNS)}.")
     root = resources.files(__package__)
     due, copy = [(f"{pattern}/__init__.py", "")], Copy(pattern, {}, {}, set())
-    for name, reason in due:  # It grows on the way, so what is nearest to the pattern comes first.
+    for name, reason in due:  # The list grows in the loop, so files nearest to the pattern come first.
         file = root.joinpath(*name.split("/"))
         if name in copy.files or not file.is_file():
             continue
         copy.files[name], copy.reasons[name] = file.read_bytes(), reason
         folder = name.split("/")[:-1]
-        for node in ast.walk(ast.parse(copy.files[name])):  # also what is imported in a function, on first use
+        for node in ast.walk(ast.parse(copy.files[name])):  # This includes imports inside functions.
             if isinstance(node, ast.Import):
                 copy.outside.update(each.name.partition(".")[0] for each in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 copy.outside.add(str(node.module).partition(".")[0])
             elif isinstance(node, ast.ImportFrom):
                 base = folder[: len(folder) + 1 - node.level] + (node.module.split(".") if node.module else [])
-                for path in (base, *([*base, each.name] for each in node.names)):  # A name may be a module, too.
+                for path in (base, *([*base, each.name] for each in node.names)):  # A name may be a module.
                     due += [("/".join([*path[:n], "__init__.py"]), name) for n in range(1, len(path) + 1)]
                     due.append(("/".join(path) + ".py", name))
     for folder_name in {name.rpartition("/")[0] for name in copy.files}:
@@ -81,7 +81,7 @@ def collect(pattern: str) -> Copy:
 
 
 def _data(folder: Traversable, name: str) -> Iterator[tuple[str, bytes]]:
-    """What lies there and is no Python, such as Redis's scripts."""
+    """Yield the files in a folder that are not Python, such as Redis's scripts."""
     for item in folder.iterdir():
         if item.is_dir() and item.name != "__pycache__" and not item.joinpath("__init__.py").is_file():
             yield from _data(item, f"{name}/{item.name}")
@@ -101,9 +101,9 @@ def _init(copy: Copy) -> str:
 
 
 def packages(copy: Copy) -> tuple[list[str], list[str]]:
-    """What to install for it, and what it can do without: as the metadata of this distribution has it.
+    """Return the packages that the copy needs and those that are optional, from this distribution's metadata.
 
-    The command's own packages are not among them, for no copied file imports them.
+    The command's own packages are not among the needed ones, because no copied file imports them.
     """
     imported = {_INSTALLED_AS.get(name, name).replace("_", "-") for name in copy.outside}
     found: tuple[list[str], list[str]] = [], []
@@ -116,14 +116,14 @@ def packages(copy: Copy) -> tuple[list[str], list[str]]:
 
 
 def lines_of_use(copy: Copy, folder: Path) -> list[str]:
-    """The three lines of a program that uses the copy in this folder.
+    """Return the three lines of a program that uses the copy in this folder.
 
     Raises:
-        InvalidInput: a folder of this name cannot be imported, or other modules could not be imported beside it.
+        InvalidInput: Python cannot import a folder with this name, or the folder would hide another module.
     """
     store, address = PATTERNS[copy.pattern]
     names = [folder.absolute().name]
-    with suppress(OSError):  # What cannot be looked into is not taken for a package; `write` will tell.
+    with suppress(OSError):  # An unreadable folder does not count as a package; `write` reports it.
         for parent in folder.absolute().parents:
             if not (parent / "__init__.py").is_file():
                 break

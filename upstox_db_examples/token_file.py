@@ -1,4 +1,4 @@
-"""A token that no database took, in an encrypted file: until the store is back, nobody else has it."""
+"""Keep a token that no database accepted in an encrypted file. Until the store is back, nothing else holds it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ PLACE = Binding("token file", datetime(1970, 1, 1, tzinfo=UTC), 0, "token file")
 def write_token_file(token: Secret, user_id: str | None, ring: KeyRing) -> Path:
     """Write the token, encrypted under the ring's first key, into a new file of mode 0600.
 
-    The file lies beside the key file, or among the temporary files where there is no room: the disk of the database
-    may be the one that is full.
+    The file goes beside the key file, or into the temporary folder if that fails: the full disk may be the database's.
 
     Raises:
         StoreUnavailable: no file could be written anywhere.
@@ -48,12 +47,12 @@ def write_token_file(token: Secret, user_id: str | None, ring: KeyRing) -> Path:
 
 
 def read_token_file(path: Path, ring: KeyRing) -> dict[str, Any]:
-    """What `write_token_file` wrote, as a response for `save_token`.
+    """Read a file of `write_token_file` and return a response for `save_token`.
 
     Raises:
-        InvalidInput: it is another file.
-        ConfigurationError: it cannot be read.
-        KeyUnavailable, TokenRefused: its key is not in the ring, or it was changed.
+        InvalidInput: the file was not written by `write_token_file`.
+        ConfigurationError: the file cannot be read.
+        KeyUnavailable, TokenRefused: the ring lacks the key, or the file was changed.
     """
     try:
         lines = path.read_bytes()[:100_000].decode("ascii", errors="replace").splitlines()

@@ -1,1 +1,1 @@
-"""What all patterns share: the life cycle of a token, logins, encryption, errors."""
+"""The code that all patterns share: the life cycle of a token, logins, encryption, errors."""

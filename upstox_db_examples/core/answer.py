@@ -1,7 +1,7 @@
-"""What a login gave: whose token it is, the token itself, and whatever else is known.
+"""Read the answer to a login: the token, its user, and the profile.
 
 Only `access_token` and `user_id` are needed. Real answers differ from account to account: fields are missing, null or
-new. A profile field must never cost a token, because the login that made it has already killed the earlier one.
+new. A bad profile field must never cost a token, because the login has already killed the earlier one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ LISTS = ("products", "exchanges", "order_types")
 FLAGS = ("poa", "ddpi", "is_active")
 EXPECTED = ("user_id", *TEXTS, *LISTS, *FLAGS)
 
-# Known fields that are no part of the profile: of the answer itself, of its envelope, of the payload that Upstox sends
-# to a notifier URL, and of this package's own results.
+# Known fields outside the profile. They come from the answer itself, its envelope, the payload that Upstox sends to a
+# notifier URL, and this package's own results.
 NOT_PROFILE = {
     *("access_token", "extended_token"),
     *("success", "status", "data", "error", "errors"),
@@ -29,10 +29,10 @@ NOT_PROFILE = {
     *("token", "token_id", "created_at", "usage_count", "last_used_at", "source", "metadata"),
 }
 
-MOST_NAMES = 20  # of a kind, in one audit entry
-MOST_PARTS = 10_000  # of an odd answer, in the search for a token
+MOST_NAMES = 20  # names of each kind in one audit entry
+MOST_PARTS = 10_000  # parts of an odd answer that the search for a token looks at
 
-# [A-Za-z0-9_-] and not \w, which would take letters of other alphabets for parts of a token.
+# Not \w: it would also match letters of other alphabets, which are never part of a token.
 _JWT = r"eyJ[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+"
 _LABELLED = re.compile(rf"access_token\W{{1,8}}({_JWT})")
 _ANY = re.compile(rf"({_JWT})")
@@ -40,11 +40,11 @@ _EXTENDED = re.compile(r"extended_token\W{1,8}[\w.-]+")
 
 
 class Minted(NamedTuple):
-    """What a login gave: the token wrapped, the rest as fields of `StoredToken`.
+    """The result of a login: the wrapped token, and the profile as fields of `StoredToken`.
 
     Attributes:
-        odd_fields: names of fields that were not as expected, by what was wrong with them: "fields_missing",
-            "fields_null", "fields_of_another_type", "fields_unknown". Never values: this goes into an audit trail.
+        odd_fields: the names of unexpected fields, grouped by problem: "fields_missing", "fields_null",
+            "fields_of_another_type", "fields_unknown". It holds no values, because it goes into the audit trail.
     """
 
     user_id: str
@@ -54,10 +54,10 @@ class Minted(NamedTuple):
 
 
 class LoginAnswer(Mapping[str, Any]):
-    """Upstox's answer to a login. Reads like a dict, and each field is also an attribute. Any display masks its tokens.
+    """Upstox's answer to a login. It reads like a dict, each field is also an attribute, and output masks its tokens.
 
-    Earlier versions returned the SDK's AccessTokenData, so the fields have to be attributes. The class itself is not
-    used any more: it refuses an answer that lacks a field, and then the token is lost.
+    Earlier versions returned the SDK's AccessTokenData, so the fields have to be attributes. We no longer use that
+    class: it refuses an answer that lacks a field, and then the token is lost.
     """
 
     __slots__ = ("_fields", "_method")
@@ -74,7 +74,8 @@ class LoginAnswer(Mapping[str, Any]):
         return value.reveal() if isinstance(value, Secret) else value
 
     def __getattr__(self, name: str) -> Any:
-        # A name with an underscore is never a field: a half-made copy has no _fields and would look for it forever.
+        # A name that starts with an underscore is never a field. Without this check, a half-made copy, which has no
+        # _fields yet, would look for it forever.
         if not name.startswith("_") and name in self._fields:
             return self[name]
         raise AttributeError(f"Upstox's answer has no field {name}.", name=name)
@@ -93,16 +94,16 @@ class LoginAnswer(Mapping[str, Any]):
 
 
 def read_answer(answer: object) -> Minted:
-    """Whose token a login gave, the token, and the profile.
+    """Read the token, its user and the profile from the answer to a login.
 
     Args:
         answer: a mapping (flat, or with the fields under "data"), the SDK's AccessTokenData or AccessTokenResponse, or
             any object with the attributes access_token and user_id.
 
     Raises:
-        LoginInterrupted: the answer names no user or has no token where it should be. If a token was found in it all
-            the same, `error.token` is that token.
-        LoginRefused: this is not an answer at all, so the login has to be mended. It may carry a token as well.
+        LoginInterrupted: the answer names no user, or has no token in the expected place. If it has a token elsewhere,
+            `error.token` holds it.
+        LoginRefused: this is not an answer at all, so the login must be fixed. The error may also carry a token.
     """
     read = _read(answer)
     del answer  # A traceback that prints local variables must not show it.
@@ -112,7 +113,7 @@ def read_answer(answer: object) -> Minted:
 
 
 def fields_of(answer: object, depth: int = 3) -> dict[str, Any] | None:
-    """The fields of an answer in any of its forms, without its envelope; None if it is not an answer."""
+    """Return the fields of an answer in any form, without the envelope; None if this is not an answer."""
     fields = _flat(answer)
     if fields is None or _token(fields.get("access_token")) or not depth:
         return fields
@@ -121,15 +122,15 @@ def fields_of(answer: object, depth: int = 3) -> dict[str, Any] | None:
 
 
 def find_token(answer: object, *, cut: bool = False) -> Secret | None:
-    """Something in an answer that looks like an access token; never the extended token.
+    """Search an answer for something that looks like an access token. This never returns the extended token.
 
     Args:
-        cut: the answer broke off, so a token at its very end may lack its last characters and is not taken.
+        cut: the answer broke off, so a token at the very end may be incomplete and is ignored.
     """
     texts = list(_texts(answer))
     for pattern in (_LABELLED, _ANY):
         for text in texts:
-            # A JWT in a UTF-16 text that was read as UTF-8 has a NUL behind each character.
+            # A JWT in UTF-16 text that was read as UTF-8 has a NUL after each character.
             plain = _EXTENDED.sub("", text.replace("\0", ""))
             found = pattern.search(plain)
             if found and not (cut and found.end() == len(plain)):
@@ -138,7 +139,7 @@ def find_token(answer: object, *, cut: bool = False) -> Secret | None:
 
 
 def without_tokens(text: str) -> str:
-    """The text without anything that looks like a token."""
+    """Remove anything that looks like a token from the text."""
     return re.sub(r"eyJ[\w.-]+", "…", text)
 
 
@@ -179,9 +180,9 @@ def _no_answer(answer: object) -> LoginError:
         "or a mapping with access_token and user_id."
     )
     token = find_token(answer)
-    # A text comes from a server, so the next one may be different. Anything else is what the login's code returns.
+    # Text comes from a server, so the next answer may differ. Anything else comes from the login's own code.
     error = LoginInterrupted(says) if token and isinstance(answer, str | bytes) else LoginRefused(says)
-    error.token_may_exist = True  # It may have logged in and not returned the answer.
+    error.token_may_exist = True  # The login may have worked without returning the answer.
     return _with_token(error, token)
 
 
@@ -199,12 +200,12 @@ def _flat(answer: object) -> dict[str, Any] | None:
     if isinstance(answer, Mapping):
         try:
             return {name: answer[name] for name in answer if isinstance(name, str)}
-        except Exception:  # A mapping of somebody's own may fail in any way, and must not cost a token.
+        except Exception:  # A custom mapping may fail in any way, and that must not cost a token.
             return {}
     own = [name for name in getattr(answer, "__dict__", ()) if isinstance(name, str) and not name.startswith("_")]
     fields = {}
     for name in dict.fromkeys([*own, *EXPECTED, *NOT_PROFILE]):
-        with contextlib.suppress(Exception):  # A property of somebody's own may fail in any way.
+        with contextlib.suppress(Exception):  # A custom property may fail in any way.
             fields[name] = getattr(answer, name)
     if isinstance(answer, type) or not ("access_token" in fields or {"success", "data"} <= fields.keys()):
         return None
@@ -217,12 +218,12 @@ def _token(value: object) -> Secret | None:
 
 
 def _text(value: object) -> str | None:
-    """The value if it is a text that every database can hold and that shows no token."""
+    """Return the value if it is text that every database can store and that contains no token."""
     if not isinstance(value, str) or "\0" in value or _ANY.search(value):
         return None
     try:
         value.encode()
-    except UnicodeEncodeError:  # Half of a surrogate pair, which JSON can express and UTF-8 cannot.
+    except UnicodeEncodeError:  # JSON can express half a surrogate pair; UTF-8 cannot.
         return None
     return value
 
@@ -251,7 +252,7 @@ def _odd_fields(fields: Mapping[str, Any], token: Secret) -> dict[str, list[str]
 
 
 def _shown(names: list[str], token: Secret) -> list[str]:
-    """Names that can be shown, and one "…" for all others: a name comes from outside and may hold anything."""
+    """Return the names that are safe to show, and one "…" for the rest. Names come from outside and can be anything."""
     plain = token.reveal()
     safe = [
         name
@@ -262,7 +263,7 @@ def _shown(names: list[str], token: Secret) -> list[str]:
 
 
 def _texts(answer: object) -> Iterator[str]:
-    """Every text in an answer, but for what is under "extended_token"; access tokens first."""
+    """Yield every text in an answer, access tokens first, except those under "extended_token"."""
     waiting: list[Any] = [answer]
     for _ in range(MOST_PARTS):
         if not waiting:
@@ -285,12 +286,12 @@ def _texts(answer: object) -> Iterator[str]:
 
 
 def _shown_by(part: object) -> Iterable[str]:
-    """What an object of an unknown class says: an HTTP response its text, an exception its words."""
+    """Return the texts of an object of an unknown class, such as an HTTP response's body or an exception's message."""
     texts = []
     for tell in (lambda: getattr(part, "text", None), lambda: str(part)):
         try:
             text = tell()
-        except Exception:  # It is somebody else's code.
+        except Exception:  # This is somebody else's code.
             text = None
         if isinstance(text, str):
             texts.append(text)

@@ -1,9 +1,9 @@
-"""What a store owes to the life cycle in life_cycle.py: what only its database can do.
+"""The interface between the life cycle (life_cycle.py) and a database: each store implements it.
 
-A store never sees a token, only ciphertext, so that nothing the driver logs or the server writes can show one. It gets
-and gives aware datetimes in whole seconds. A change of a token and its audit entry, whose action is in quotes here, are
-one transaction. Whatever the driver raises comes out as a `StoreUnavailable` or a `ConfigurationError`, with the
-driver's exception as its cause. In a forked child a store uses nothing that its parent has opened.
+A store never sees a token, only ciphertext, so nothing that the driver logs or the server writes can show one. It takes
+and returns aware datetimes in whole seconds. It writes a token change and the audit entry for it (the action in quotes
+below) in one transaction. It turns every driver error into a `StoreUnavailable` or a `ConfigurationError`, with the
+driver's exception as the cause. In a forked child it uses nothing that the parent opened.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 from .errors import StoreUnavailable
 from .token import AuditEntry, StoredToken
 
-# Locks beside those of users, none of whom can have an id that begins with a hyphen.
+# Lock names besides the user ids. They cannot clash, because no user id begins with a hyphen.
 SCHEMA_LOCK, NOBODY_LOCK, ENTRIES_LOCK, ACCOUNT_LOCK = "-schema", "-nobody", "-entries", "-account-"
 
 
 def lock_not_had(name: str, wait: float) -> StoreUnavailable:
-    """Somebody else held the lock of this name for all the `wait` seconds."""
+    """Error for a lock wait that timed out."""
     if name == SCHEMA_LOCK:
         holder = "another program to make the tables"
     elif name in (NOBODY_LOCK, ENTRIES_LOCK):
@@ -35,9 +35,9 @@ def lock_not_had(name: str, wait: float) -> StoreUnavailable:
 
 
 class LocalLocks:
-    """One thread of a process at a time, for each name: a crowd of threads would wait at the database all at once.
+    """Let one thread of this process at a time compete for a database lock, so that only one waits at the database.
 
-    By process, because a forked child may inherit a lock that a thread of its parent holds.
+    The locks are kept per process, because a forked child may inherit a lock that a thread of its parent holds.
     """
 
     def __init__(self) -> None:
@@ -45,10 +45,10 @@ class LocalLocks:
 
     @contextmanager
     def hold(self, name: str, wait: float) -> Iterator[None]:
-        """Hold the lock of this name.
+        """Hold the lock with this name.
 
         Raises:
-            StoreUnavailable: another thread held it for all the `wait` seconds.
+            StoreUnavailable: another thread held it for the whole `wait` seconds.
         """
         lock = self._locks.setdefault((os.getpid(), name), threading.Lock())
         if not lock.acquire(timeout=wait):
@@ -60,180 +60,181 @@ class LocalLocks:
 
 
 class Backend(ABC):
-    """One database, and one subclass for each."""
+    """The operations on one kind of database. Each database has its own subclass."""
 
     _kind: ClassVar[str]
     """What a ciphertext is and where it lies, different for each store: one from another kind of store is refused."""
 
     @abstractmethod
     def close(self) -> None:
-        """Close what this store opened. It can be called twice; to ask the database then raises `StoreUnavailable`."""
+        """Close what this store opened. A second call is harmless; later database calls raise `StoreUnavailable`."""
 
     # Tokens
 
     @abstractmethod
     def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
-        """The user's active token if it expires later than `alive_after`; where this store counts uses, one more
+        """Return the user's active token if it expires later than `alive_after`. A store that counts uses adds one
         ("used").
 
-        A token that a login has marked (`_begin_login`) is found only while that login holds its lock; after that
-        nobody knows whether it still lives. What is not found is not counted.
+        A token that a login has marked (`_begin_login`) is returned only while that login holds its lock; after that
+        nobody knows whether the token still works. A use is counted only when a token is returned.
 
         Args:
-            locked: the caller holds the user's lock, so a marked token is never found: its login is over.
+            locked: the caller holds the user's lock, so a marked token is never returned: its login is over.
         """
 
     @abstractmethod
     def _in_doubt(self, user_id: str) -> StoredToken | None:
-        """The user's active token if it is marked. Not counted. The caller holds the user's lock."""
+        """Return the user's active token if it is marked. No use is counted. The caller holds the user's lock."""
 
     @abstractmethod
     def _newest(self, user_id: str) -> StoredToken | None:
-        """The user's token of the highest generation, without a ciphertext ("") if it has ended. Not counted."""
+        """Return the user's token with the highest generation, with the ciphertext "" if it has ended. Not a use."""
 
     @abstractmethod
     def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int | str:
-        """The earlier token inactive and erased ("deactivated", with the reason new_token_generated), this one active
-        (`action`, with this metadata), both at its `created_at`; its id.
+        """Store this token as the active one (`action`, with this metadata) and return its id. The earlier token is
+        deactivated and erased ("deactivated", with the reason new_token_generated). Both happen at `created_at`.
 
-        It does not depend on the lock: a caller who has lost it writes all the same, by another connection if need be.
+        This does not depend on the lock: a caller that has lost it still writes, over another connection if needed.
         The generation keeps two writers apart.
 
         Raises:
-            LoginSuperseded: the user already has a token of this generation, or a later one is active. Only that: any
-                other constraint is a `StoreUnavailable`.
+            LoginSuperseded: the user already has a token of this generation, or a later one is active. Any other
+                violated constraint raises `StoreUnavailable`.
         """
 
     @abstractmethod
     def _tokens_of_account(self, account: str) -> list[StoredToken]:
-        """Active tokens whose rows name this account, the latest first, at most 100. Who wrote such a row is not known
-        until its ciphertext is read."""
+        """Return the active tokens whose rows name this account, latest first, at most 100. The caller must decrypt
+        the ciphertext before it trusts such a row."""
 
     # Logins
 
     @abstractmethod
     def _lock(self, name: str) -> AbstractContextManager[None]:
-        """One holder at a time, in all processes that share this store; freed when its holder dies.
+        """Hold the lock with this name: one holder at a time across all processes that share this store. The lock is
+        released when the holder dies.
 
-        A thread holds two at the most, of different names: user ids, and those above.
+        A thread holds at most two locks, with different names. A name is a user id or one of the constants above.
 
         Raises:
-            StoreUnavailable: not had within `login_wait` seconds (`lock_not_had`).
+            StoreUnavailable: the wait took longer than `login_wait` seconds (`lock_not_had`).
         """
 
     @abstractmethod
     def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
-        """A login begins ("login", without a token), by a caller who holds the lock of this name.
+        """Record that a login begins ("login", without a token). The caller holds the lock with this name.
 
-        In the same transaction the user's active token is marked: from now on the login may replace it at Upstox. If
-        no user is named, every active token is marked that has no mark yet. A mark that an earlier holder of the same
-        lock has left stays for good: nothing but `_clear_doubt` or a new token takes it away.
+        The same transaction marks the user's active token: from now on the login may replace it at Upstox. Without a
+        user id it marks every active token that has no mark yet. A mark left by an earlier holder of the same lock
+        stays for good: only `_clear_doubt` or a new token removes it.
 
-        It has to fail where there would be no room for the new token.
+        This must fail if the database has no room for the new token.
         """
 
     @abstractmethod
     def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
-        """The login under this lock made no token for these users: take its marks away. `in_doubt`: it may have made
-        one, and its marks stay for good.
+        """Remove the marks of the login under this lock, because it made no token for these users. With `in_doubt` it
+        may have made one, so its marks stay for good.
 
         Args:
-            user_id: only this user's token; None for all that this login has marked.
+            user_id: only this user's token; None for every token that this login has marked.
         """
 
     @abstractmethod
     def _clear_doubt(self, token: StoredToken) -> None:
-        """Upstox has said that this token lives: take its mark away, if it still is the active one."""
+        """Remove the mark from this token if it is still active, because Upstox said that it works."""
 
     @abstractmethod
     def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
-        """An audit entry that belongs to no token, durably written."""
+        """Write an audit entry that belongs to no token. It is durable on return."""
 
     @abstractmethod
     def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
-        """When "login" entries later than `moment` were made whose metadata name another `process`; at most 100, the
-        latest first."""
+        """Return the times of "login" entries later than `moment` whose metadata name another `process`, latest first,
+        at most 100."""
 
-    # Notes: short encrypted texts, such as a refusal that all programs have to know of. See notes.py.
+    # Notes: short encrypted texts, such as a refusal that all programs must know about. See notes.py.
 
     @abstractmethod
     def _notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
-        """The database's own clock, in seconds since 1970, and those of these notes that there are."""
+        """Return the database's own clock, in seconds since 1970, and those of the named notes that exist."""
 
     @abstractmethod
     def _write_note(self, name: str, text: str) -> None:
-        """Keep this text under this name, in place of an earlier one."""
+        """Store this text under this name and replace any earlier one."""
 
     @abstractmethod
     def _erase_note(self, name: str) -> None:
-        """Erase the note of this name, if there is one."""
+        """Erase the note with this name, if there is one."""
 
     # History and upkeep
 
     @abstractmethod
     def _revoke(self, user_id: str, now: datetime) -> bool:
-        """The user's active token erased ("revoked"); whether there was one."""
+        """Erase the user's active token ("revoked") and return whether there was one."""
 
     @abstractmethod
     def _expire(self, now: datetime, limit: int) -> int:
-        """At most `limit` tokens erased that expire at `now` or before ("expired"); how many, and 0 only when there
-        are none left."""
+        """Erase at most `limit` tokens that expire at `now` or before ("expired") and return how many. 0 means that
+        none are left."""
 
     @abstractmethod
     def _forget_entries(self, before: datetime, limit: int) -> int:
-        """At most `limit` audit entries from before this moment deleted; how many, and 0 only when none are left."""
+        """Delete at most `limit` audit entries older than `before` and return how many. 0 means that none are left."""
 
     @abstractmethod
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
-        """What `get_token_history` gives."""
+        """Return the result of `get_token_history`."""
 
     @abstractmethod
     def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
-        """What `get_user_statistics` gives."""
+        """Return the result of `get_user_statistics`."""
 
     @abstractmethod
     def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
-        """What `get_audit_trail` gives."""
+        """Return the result of `get_audit_trail`."""
 
     @abstractmethod
     def _under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
-        """At most `limit` active tokens, dead ones too, that a key other than this encrypts."""
+        """Return at most `limit` active tokens, expired ones included, that are encrypted under any other key."""
 
     @abstractmethod
     def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
-        """Each only where the old ciphertext still stands; how many were replaced. Not audited."""
+        """Replace each ciphertext if the row still has the old one, and return how many were replaced. Not audited."""
 
     @abstractmethod
     def _count_keys(self) -> dict[str, int]:
-        """How many active tokens, dead ones too, each key encrypts."""
+        """Count the active tokens, expired ones included, under each key."""
 
     @abstractmethod
     def _health(self) -> dict[str, Any]:
-        """What `get_storage_status` gives, but for the time. It never raises."""
+        """Return the result of `get_storage_status`, except for the time. This never raises."""
 
     # What transfer.py needs.
 
     @abstractmethod
     def _users(self) -> list[str | None]:
-        """All who have tokens or audit entries; None for entries that belong to nobody."""
+        """Return every user who has tokens or audit entries; None stands for entries that belong to nobody."""
 
     @abstractmethod
     def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
-        """All tokens of a user, oldest first, with all that is known of them, but for `token_id` and `source`, which
-        mean nothing elsewhere. One that has ended has an empty ciphertext. Nobody (None) has none."""
+        """Return all of a user's tokens, oldest first, with every field except `token_id` and `source`, which mean
+        nothing in another store. A token that has ended has an empty ciphertext. Nobody (None) has no tokens."""
 
     @abstractmethod
     def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
-        """The user's audit entries that follow `after`, at most `limit`: there may be more than memory can hold.
+        """Return at most `limit` of the user's audit entries that follow `after`. All of them may not fit into memory.
 
-        The oldest first, and of one second in the order in which they were written.
+        The oldest come first. Entries from the same second come in the order in which they were written.
         """
 
     @abstractmethod
     def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        """These tokens, oldest first, and entries, without locking readers out.
+        """Write these tokens (oldest first) and entries without locking readers out.
 
-        A token that is there already may have been used or revoked since it was looked at. So its uses only grow, it
-        can end and not come back, and its ciphertext stays as it is. An entry of a generation that is not there belongs
-        to no token.
+        A token that already exists may have been used or revoked since the caller read it. So its use count only
+        grows, it can end but never come back, and its ciphertext stays unchanged. An entry whose generation is missing
+        belongs to no token.
         """

@@ -1,4 +1,4 @@
-"""Log several accounts in, one after another, at a pace that Upstox allows. Works on every store."""
+"""Log several accounts in, one after another, at a pace that Upstox allows. This works on every store."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LIMITS = ((1, 1.0), (10, 60.0), (60, 1800.0))  # at most so many logins in so many seconds
-ROUNDS = 3  # how often an account's login is begun, where trying again can help
-TOTP_SECONDS = 30  # a one-time password serves once, and the next one comes after this time
+LIMITS = ((1, 1.0), (10, 60.0), (60, 1800.0))  # (most logins, in this many seconds)
+ROUNDS = 3  # how many login attempts an account gets, if a retry can help
+TOTP_SECONDS = 30  # a one-time password works once; a new one comes after this time
 
 
 class Pace:
-    """When the next login may begin. Safe to share between threads.
+    """Decides when the next login may begin. Safe to share between threads.
 
-    These are 40 lines and no package for rate limits: such a package knows neither one-time passwords nor how long
-    Upstox said to wait.
+    Rejected: a package for rate limits. It would save 40 lines, but it knows neither one-time passwords nor how long
+    Upstox told us to wait.
 
     Args:
-        limits: at most so many logins in so many seconds, for all accounts together: whether Upstox counts for each
-            account or for each address is not documented.
-        clock: gives seconds that only go forward.
-        sleep: waits for so many seconds.
+        limits: pairs of a number of logins and the seconds in which at most that many may begin. They cover all
+            accounts together, because Upstox does not document whether it counts per account or per address.
+        clock: returns seconds that only go forward.
+        sleep: waits for a number of seconds.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class Pace:
         self._sleep = sleep
         self._begun: deque[float] = deque(maxlen=max((count for count, _ in self._limits), default=1))
         self._held_until = 0.0
-        self._next_turn: dict[str, float] = {}  # when this account has a one-time password that was not used
+        self._next_turn: dict[str, float] = {}  # when each account gets an unused one-time password
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def turn(self, user_id: str, others: Callable[[float], list[float]] | None = None) -> Iterator[None]:
-        """Wait for this account's turn, then log in inside.
+        """Wait for this account's turn; the caller logs in inside the `with` block.
 
         Args:
             user_id: the account.
-            others: gives how many seconds ago other programs began logins, for the last so many seconds. Upstox
-                counts them as well.
+            others: takes a number of seconds and returns how many seconds ago other programs began logins within that
+                time. Upstox counts those logins as well.
 
-        A `LoginLimited` in there holds all accounts back, or this one if it is the only one that Upstox limits.
+        A `LoginLimited` raised inside the block holds all accounts back, or only this one if Upstox limits only it.
         """
         begin = self._wait(user_id, others)
         held_until = 0.0
@@ -82,9 +82,10 @@ class Pace:
                     self._held_until = max(self._held_until, held_until)
             raise
         except (LoginError, TokenNotStored):
-            raise  # Upstox has counted it, whether or not the token could be stored.
+            raise  # Upstox has counted this login, whether or not the token could be stored.
         except StorageError:
-            # No login was begun. A store that is down says so for a hundred accounts at once, and not in half an hour.
+            # No login began, so it does not count. A store that is down then fails for a hundred accounts at once,
+            # and not over half an hour.
             with self._lock, contextlib.suppress(ValueError):
                 self._begun.remove(begin)
             raise
@@ -93,7 +94,7 @@ class Pace:
             self._next_turn[user_id] = max(next_code, held_until)
 
     def _wait(self, user_id: str, others: Callable[[float], list[float]] | None) -> float:
-        """Until this account's turn has come; when that was. Looked at anew after each sleep: a limit may have come."""
+        """Wait for this account's turn and return when it came. A new limit may come during a sleep, so check again."""
         longest = max((seconds for _, seconds in self._limits), default=0.0)
         while True:
             elsewhere = others(longest) if others and self._limits else []
@@ -106,25 +107,25 @@ class Pace:
                     self._begun.append(now)
                     return now
             logger.info("Waiting %.0f s before the login of %s", wait, user_id)
-            self._sleep(max(wait, 0.001))  # Less might be nothing to the clock.
+            self._sleep(max(wait, 0.001))  # The clock might not notice a shorter sleep.
 
 
-# One for the process: Upstox counts logins, whichever batch or store they are for.
+# The whole process shares one pace, because Upstox counts logins across all batches and stores.
 PACE = Pace()
 
 
 class BatchResult(dict[str, Any]):
-    """What came of one account: plain data without any token, as `store_token_batch` describes it.
+    """The result for one account: plain data without any token, as `store_token_batch` describes it.
 
     Attributes:
-        exception: why it failed. A `TokenNotStored` carries a token that lives and that no database has.
+        exception: why the account failed. A `TokenNotStored` carries a working token that no database has.
     """
 
     exception: Exception | None = None
 
 
 class Store(Protocol):
-    """What a batch needs of a store. Not `TokenStorage` itself, for that imports this file."""
+    """The part of a store that a batch needs. `TokenStorage` cannot be named here, because it imports this file."""
 
     _login: Login
 
@@ -147,7 +148,7 @@ def store_batch(
     due = list(dict.fromkeys(given))
     results: dict[str, BatchResult] = {}
     with progress_bar(len(due), "account", progress) as advance:
-        # In rounds, so that while one account waits for its next one-time password the others get their turn.
+        # Accounts retry in rounds, so the others get their turn while one waits for its next one-time password.
         for tries_left in reversed(range(ROUNDS)):
             again = []
             for user_id in due:
@@ -165,7 +166,7 @@ def _store_one(store: Store, user_id: str, replace: bool, several: bool, pace: P
         if not replace and (living := store.get_valid_token(user_id)):
             return _success(user_id, living, kept=True)
         _refuse_a_guess(store, user_id, several)
-        # The turn is waited for here and not in the login, which holds the user's lock.
+        # Wait here and not inside the login, because the login holds the user's lock.
         with pace.turn(user_id, store._other_logins):
             token = store._replace_token(user_id) if replace else store.get_or_create_token(user_id)
         return _success(user_id, token, kept=False)
@@ -174,12 +175,12 @@ def _store_one(store: Store, user_id: str, replace: bool, several: bool, pace: P
 
 
 def _can_be_tried_again(error: Exception | None) -> bool:
-    """Not where a token may have been made: the next login would kill it."""
+    """Return whether a retry is safe and useful. If a token may exist, the next login would kill it."""
     return isinstance(error, LoginLimited) or (isinstance(error, LoginInterrupted) and not error.token_may_exist)
 
 
 def _refuse_a_guess(store: Store, user_id: str, several: bool) -> None:
-    """One account's credentials can serve one user of the list. Trying them on the others would cost a login each."""
+    """Refuse several users for one account's credentials. Each wrong guess would cost a login."""
     if not getattr(store._login, "account", None):
         return
     known = store._known_user(guess=False)
@@ -196,7 +197,7 @@ def _success(user_id: str, token: TokenResult, *, kept: bool) -> BatchResult:
 
 def _failure(user_id: str, error: Exception) -> BatchResult:
     kind = type(error).__name__
-    # Our own errors hold no secret. What a login of somebody else's says may hold one.
+    # Our own errors hold no secret. The text of a custom login's error may hold one.
     text = str(error) if isinstance(error, StorageError) else f"{kind}: its text may hold a secret; see .exception."
     result = BatchResult(user_id=user_id, success=False, error=text, error_type=kind)
     result.exception = error
@@ -212,7 +213,7 @@ def _checked(user_ids: Iterable[str]) -> list[str]:
 
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str, shown: bool) -> Iterator[Callable[[], object]]:
-    """A function to call for each one that is done. Without tqdm there is simply no bar."""
+    """Yield a function to call after each finished item. Without tqdm there is no bar."""
     try:
         tqdm = importlib.import_module("tqdm.auto").tqdm if shown else None
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""Whether what was given can be used, before anything is read or written."""
+"""Checks of arguments, made before anything is read or written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def require_user_id(user_id: object) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can express it: half of a surrogate pair, which JSON can, it cannot."""
+    """Return whether UTF-8 can encode the text. It cannot encode half a surrogate pair, which JSON can express."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -39,10 +39,10 @@ def require_limit(limit: object) -> int:
 
 
 def require_aware(moment: datetime, name: str) -> datetime:
-    """The same moment in UTC.
+    """Return the same moment in UTC.
 
     Raises:
-        InvalidInput: it has no time zone. Guessing one would be 5.5 hours off in India.
+        InvalidInput: the datetime has no time zone. A guess could be 5.5 hours off in India.
     """
     if isinstance(moment, datetime) and moment.tzinfo is UTC:
         return moment
@@ -55,18 +55,20 @@ def require_aware(moment: datetime, name: str) -> datetime:
 
 
 def require_positive(name: str, number: float) -> None:
-    """
+    """Check that the number is positive and finite.
+
     Raises:
-        InvalidInput: it is none, such as a time without end, for which somebody would wait.
+        InvalidInput: it is not. An infinite time would make somebody wait forever.
     """
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
         raise InvalidInput(f"{name} must be a positive number.")
 
 
 def require_pool_size(number: int) -> None:
-    """
+    """Check that the number can be the size of a pool.
+
     Raises:
-        InvalidInput: it is no size of a pool.
+        InvalidInput: it cannot.
     """
     if type(number) is not int or number < 1:
         raise InvalidInput("pool_size must be a whole number from 1 up.")

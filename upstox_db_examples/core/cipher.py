@@ -1,13 +1,13 @@
-"""Encryption at rest: AES-256-GCM, a key ring, and every ciphertext bound to its row.
+"""Encryption at rest with AES-256-GCM and a key ring. Every ciphertext is bound to its row.
 
-A stored token reads `v2.<key id>.<base64url of nonce, ciphertext and tag>`. The row's user, the token's kind, its
-expiry, its generation and the account that made it are authenticated with it, so that a ciphertext copied into another
-user's row or another kind of store, or a row whose expiry or account was edited, is refused. Ciphertexts of earlier
-programs begin with `v1.` and are bound to no account; they are still read.
+A stored token reads `v2.<key id>.<base64url of nonce, ciphertext and tag>`. The cipher also authenticates the user,
+kind, expiry, generation and account of the row. So it refuses a ciphertext that was copied into another user's row or
+another kind of store, and a row whose expiry or account was edited. Ciphertexts of earlier versions begin with `v1.`
+and are bound to no account; they can still be read.
 
-What this does not do: whoever can write the database can put back a whole older row, or the same user's row of the
-same generation and expiry from another database of that kind under the same keys. Python cannot wipe a token from
-memory. Keep the keys where the database's backups are not.
+The limits: anyone who can write to the database can put back a whole older row, or the same user's row with the same
+generation and expiry from another database of that kind under the same keys. Python cannot wipe a token from memory.
+Keep the keys away from the database's backups.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from .token import Secret
 
 logger = logging.getLogger(__name__)
 
-VERSION = "v2"  # what is written; READABLE is what is read
+VERSION = "v2"  # new ciphertexts have this version; READABLE lists those that can be read
 READABLE = ("v1", "v2")
 KEY_BYTES = 32
 NONCE_BYTES = 12
-# Makes the URL-safe alphabet the ordinary one and the reverse, which `binascii` alone does not know.
+# Translates between the URL-safe and the ordinary alphabet, in both directions. `binascii` knows only the ordinary one.
 _OTHER_ALPHABET = bytes.maketrans(b"-_+/", b"+/-_")
 DEFAULT_KEY_FILE = "~/.config/upstox_db_examples/keys"
 
 
 class Binding(NamedTuple):
-    """What a ciphertext belongs to. `expires_at` counts in whole seconds; `kind` says what it is and where it lies."""
+    """The row that a ciphertext belongs to. `expires_at` counts in whole seconds; `kind` says what it is and where."""
 
     user_id: str
     expires_at: datetime
@@ -52,10 +52,10 @@ class Binding(NamedTuple):
     account: str | None = None
 
     def encoded(self, key_id: str, version: str = VERSION) -> bytes:
-        """These values as the bytes that are authenticated."""
+        """Return these values as the bytes to authenticate."""
         user_id, expires_at, generation, kind, account = self
-        # Only user id and account can hold a separator, so their length stands before them: no two bindings are the
-        # same bytes.
+        # Only the user id and the account can contain a separator. They get a length prefix, so that no two bindings
+        # have the same bytes.
         whose = f"{len(user_id)}:{user_id}"
         text = f"{version}|{kind}|{whose}|{key_id}|{int(expires_at.timestamp())}|{generation}"
         if version != "v1":
@@ -64,14 +64,14 @@ class Binding(NamedTuple):
 
 
 class KeyRing:
-    """The keys by which tokens are encrypted and read. The first one encrypts; all of them decrypt.
+    """The keys for tokens. The first one encrypts; all of them decrypt.
 
     Args:
-        keys: 32 random bytes each (`KeyRing.new_key()`), the newest first. Not passphrases: those would need a
+        keys: 32 random bytes each (`KeyRing.new_key()`), newest first. Passphrases were rejected: they would need a
             slow key derivation, and a key file is the better answer.
 
     Raises:
-        ConfigurationError: no key, or one that is not 32 bytes.
+        ConfigurationError: there is no key, or a key is not 32 bytes long.
     """
 
     def __init__(self, *keys: bytes) -> None:
@@ -82,20 +82,20 @@ class KeyRing:
 
     @property
     def key_ids(self) -> list[str]:
-        """The ids of the keys, the encrypting one first. An id is a hash of its key: it can be shown."""
+        """The key ids; the encrypting key comes first. An id is a hash of the key, so it is safe to show."""
         return list(self._ciphers)
 
     @staticmethod
     def new_key() -> bytes:
-        """32 bytes from the operating system's random source."""
+        """Return 32 bytes from the operating system's random source."""
         return os.urandom(KEY_BYTES)
 
     def encrypt(self, token: Secret, binding: Binding, version: str = VERSION) -> str:
-        """The token as it may lie in a database.
+        """Return the ciphertext of the token, ready to be stored.
 
         Args:
-            version: an earlier one for a token that was read from a ciphertext of that version. Its account was not
-                authenticated, and must not come to look as if it had been.
+            version: keep the earlier version for a token that was read from such a ciphertext. Its account was not
+                authenticated and must not look as if it had been.
         """
         key_id, cipher = next(iter(self._ciphers.items()))
         nonce = os.urandom(NONCE_BYTES)
@@ -103,11 +103,11 @@ class KeyRing:
         return f"{version}.{key_id}.{base64.urlsafe_b64encode(sealed).decode()}"
 
     def decrypt(self, ciphertext: str, binding: Binding) -> Secret:
-        """The token.
+        """Return the token.
 
         Raises:
-            KeyUnavailable: its key is not in this ring.
-            TokenRefused: it does not belong to this binding, was changed, or was never encrypted.
+            KeyUnavailable: the ring does not have the key.
+            TokenRefused: the ciphertext does not belong to this binding, was changed, or was never encrypted.
         """
         version, _, rest = ciphertext.partition(".")
         key_id, _, encoded = rest.partition(".")
@@ -116,10 +116,10 @@ class KeyRing:
         if key_id not in self._ciphers:
             raise KeyUnavailable(key_id)
         try:
-            # `binascii` and not `base64`, which does the same in twice the time: every read comes by here.
+            # `binascii` takes half the time of `base64` for the same work, and every read comes through here.
             text = encoded.encode().translate(_OTHER_ALPHABET)
             sealed = binascii.a2b_base64(text)
-            # A loose decoder skips foreign characters: only the one canonical spelling is taken.
+            # The decoder skips foreign characters, so accept only the one canonical spelling.
             if binascii.b2a_base64(sealed, newline=False) == text:
                 nonce, body = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
                 return Secret(self._ciphers[key_id].decrypt(nonce, body, binding.encoded(key_id, version)).decode())
@@ -132,7 +132,7 @@ class KeyRing:
 
     @classmethod
     def from_text(cls, text: str, source: str) -> KeyRing:
-        """Keys in base64, one a line or separated by commas, the encrypting one first."""
+        """Read base64 keys, one per line or separated by commas. The encrypting key comes first."""
         with contextlib.suppress(binascii.Error, ValueError, ConfigurationError):
             return cls(*_decoded(text))
         del text  # A traceback that prints local variables must not show it.
@@ -143,10 +143,10 @@ class KeyRing:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> KeyRing:
-        """The keys of a file that only its owner can read; made with one new key if it is not there.
+        """Read the keys from a file that only its owner can read. A missing file is created with one new key.
 
         Raises:
-            ConfigurationError: others can read it, or it holds no usable keys.
+            ConfigurationError: others can read the file, or it holds no usable keys.
         """
         file = Path(path).expanduser()
         try:
@@ -164,7 +164,7 @@ class KeyRing:
 
     @classmethod
     def default(cls) -> KeyRing:
-        """From UPSTOX_DB_KEYS, else from the file UPSTOX_DB_KEY_FILE, by default ~/.config/upstox_db_examples/keys."""
+        """Read UPSTOX_DB_KEYS, or otherwise the file UPSTOX_DB_KEY_FILE (~/.config/upstox_db_examples/keys)."""
         if os.environ.get("UPSTOX_DB_KEYS"):
             return cls.from_text(os.environ["UPSTOX_DB_KEYS"], "UPSTOX_DB_KEYS")
         return cls.from_file(os.environ.get("UPSTOX_DB_KEY_FILE") or DEFAULT_KEY_FILE)
@@ -185,15 +185,15 @@ def _decoded(text: str) -> list[bytes]:
 
 
 def _key_id(key: bytes) -> str:
-    # Derived and not chosen: two different keys can never go by the same name.
+    # The id is derived and not chosen, so two different keys never share a name.
     return "k" + hashlib.sha256(b"upstox_db_examples key id" + key).hexdigest()[:8]
 
 
 def _make_key_file(file: Path) -> None:
-    """Make the file whole and private, or find that another process has.
+    """Create the key file whole and private, unless another process has created it first.
 
-    A temporary file has mode 0600 from its first moment, and a link fails where the name is taken: of two
-    processes that come at once the slower one takes the other's key. Renaming would replace it.
+    A temporary file has mode 0600 from the start, and a link fails if the name is taken. So of two processes that
+    start at once, the slower one uses the other's key. A rename would replace that key.
     """
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
@@ -209,6 +209,6 @@ def _make_key_file(file: Path) -> None:
         Path(name).unlink()
     folder = os.open(file.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # A key that is lost in a power cut takes every token with it.
+        os.fsync(folder)  # If a power cut loses the key, every token is lost with it.
     finally:
         os.close(folder)

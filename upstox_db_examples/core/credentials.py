@@ -1,4 +1,4 @@
-"""What Upstox asks for in a login, checked before a request is spent."""
+"""The credentials of a login, checked before they cost a request."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SHORTEST_TOTP_SECRET = 112  # bits; the SDK refuses a shorter one only after an 
 
 
 class Credentials:
-    """What the SDK's login takes. Shows nothing of itself.
+    """The credentials that the SDK's login takes. Their values never show in output.
 
     Args:
-        values: the SDK's words as keys: username (the mobile number), password, pin_code, totp_secret, client_id,
-            client_secret, redirect_uri.
+        values: a mapping with the SDK's names as keys: username (the mobile number), password, pin_code, totp_secret,
+            client_id, client_secret, redirect_uri.
 
     Raises:
-        LoginRefused: something is missing or cannot be right; it says what, not what it was.
+        LoginRefused: a value is missing or cannot be right. The error names the field and does not show the value.
     """
 
     fields: ClassVar[tuple[str, ...]] = FIELDS
@@ -42,34 +42,34 @@ class Credentials:
 
     @classmethod
     def from_environment(cls) -> Self:
-        """From UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and so on, one for each field."""
+        """Read UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and so on: one variable for each field."""
         return cls({name: os.environ.get(f"UPSTOX_{name.upper()}", "") for name in cls.fields})
 
     def __getitem__(self, name: str) -> Secret:
         return self._values[name]
 
     def revealed(self) -> dict[str, str]:
-        """The plain values, as the SDK's client takes them."""
+        """Return the plain values, as the SDK's client takes them."""
         return {name: secret.reveal() for name, secret in self._values.items()}
 
     def fingerprint(self) -> str:
-        """The same for the same account, and nothing to guess a mobile number from: the client id is random."""
+        """Return a stable name for the account. Nobody can guess the mobile number from it: the client id is random."""
         plain = f"{self._values['client_id'].reveal()}/{self._values['username'].reveal()}"
         return hashlib.sha256(plain.encode()).hexdigest()[:16]
 
     def digest(self) -> str:
-        """Another one whenever any of the credentials has changed.
+        """Return a hash that changes whenever any of the credentials changes.
 
-        Keep it encrypted: the PIN has few digits, so anyone who knows the rest could guess it from this.
+        Keep it encrypted: the PIN has few digits, so anyone who knows the rest could guess the PIN from the hash.
         """
         digest = hashlib.sha256()
         for text in (self.kind, *(self._values[name].reveal() for name in self.fields)):
-            # With its length in front, so that no two sets of values make the same bytes.
+            # Each value gets a length prefix, so that no two sets of values have the same bytes.
             digest.update(len(text.encode()).to_bytes(8, "big") + text.encode())
         return digest.hexdigest()
 
     def redact(self, text: str) -> str:
-        """The text without any of these values, and without anything that looks like a token."""
+        """Remove these values, and anything that looks like a token, from the text."""
         for secret in self._values.values():
             plain = secret.reveal()
             # The SDK sends the PIN in base64, so an answer may repeat it that way.
@@ -85,7 +85,7 @@ class Credentials:
             problems.insert(0, "username is not a mobile number of 10 digits")
         if not re.match(r"https?:", plain["redirect_uri"], re.IGNORECASE):
             problems.append("redirect_uri is not a URL")
-        # The SDK puts these three into a form without encoding them, and sends something else than was meant.
+        # The SDK puts these three into a form without encoding them, so special characters would send a wrong value.
         problems += [
             f"{name} holds one of & + %, which the SDK does not send rightly"
             for name in ("client_id", "client_secret", "redirect_uri")
@@ -104,7 +104,7 @@ class Credentials:
         try:
             padding = "=" * (-len(plain["totp_secret"]) % 8)
             bits = 8 * len(base64.b32decode(plain["totp_secret"] + padding, casefold=True))
-        except ValueError:  # Not base32, or not even ASCII.
+        except ValueError:  # It is not base32, or not even ASCII.
             problems.append("totp_secret is not base32: only A-Z and 2-7, no spaces")
         else:
             if bits < SHORTEST_TOTP_SECRET:
@@ -113,13 +113,13 @@ class Credentials:
 
 
 class TotpCredentials(Credentials):
-    """What the one-call login takes: client_id, pin_code, totp_secret."""
+    """The credentials that the one-call login takes: client_id, pin_code, totp_secret."""
 
     fields = TOTP_FIELDS
     kind = "totp"
 
     def fingerprint(self) -> str:
-        """The same for the same app, and never that of `Credentials`, which is made of other values."""
+        """Return a stable name for the app. It never equals one of `Credentials`, which hashes other values."""
         return "totp-" + hashlib.sha256(self._values["client_id"].reveal().encode()).hexdigest()[:16]
 
     def _problems(self) -> list[str]:
@@ -132,7 +132,7 @@ class TotpCredentials(Credentials):
 
 
 def wrapped(values: object) -> dict[str, str | Secret]:
-    """Each value as a Secret: callers overwrite their own name with it, so that a traceback shows no value."""
+    """Wrap each value in a Secret. Callers overwrite their own variable, so that a traceback shows no value."""
     return {str(name): as_secret(value) for name, value in values.items()} if isinstance(values, Mapping) else {}
 
 

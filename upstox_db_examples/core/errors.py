@@ -1,8 +1,7 @@
-"""What can go wrong, in words that say what to do.
+"""The errors of this package. Each message says what to do.
 
-Every error of this package is a `StorageError`. Where a database driver failed, its exception is the cause
-(`error.__cause__`). Where the login failed there is no cause on purpose: the SDK's exceptions and their frames
-hold PINs and tokens.
+Every error is a `StorageError`. If a database driver failed, its exception is the cause (`error.__cause__`). If the
+login failed, there is no cause on purpose: the SDK's exceptions and their frames hold PINs and tokens.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from .token import Secret
 
 
 class StorageError(Exception):
-    """Anything that this package raises on purpose.
+    """The base of every error that this package raises on purpose.
 
     Attributes:
-        token: a token that a login has just made and that no database has, masked when shown: save it, for example
-            with `save_token`. None in every other error.
-        user_id: whose token that is, where the answer named a user.
+        token: a token that a login has just made and that no database has, masked when shown. Save it, for example
+            with `save_token`. It is None in every other error.
+        user_id: the owner of that token, if the answer named one.
     """
 
     token: Secret | None = None
@@ -28,18 +27,18 @@ class InvalidInput(StorageError, ValueError):
 
 
 class ConfigurationError(StorageError):
-    """A path, a key file, a schema or a setting has to be mended first. Trying again changes nothing."""
+    """A path, a key file, a schema or a setting must be fixed first. A retry changes nothing."""
 
 
 class StoreUnavailable(StorageError):
-    """The database cannot be reached, is locked or is full. Nothing was half-written; try again when it is back."""
+    """The database cannot be reached, is locked or is full. Nothing was half-written. Try again when it is back."""
 
 
 class KeyUnavailable(StorageError):
     """A token was encrypted with a key that is not in the key ring. The row is untouched.
 
     Attributes:
-        key_id: which key is missing.
+        key_id: the id of the missing key.
     """
 
     def __init__(self, key_id: str) -> None:
@@ -51,19 +50,19 @@ class KeyUnavailable(StorageError):
 
 
 class TokenRefused(StorageError):
-    """A stored token does not belong to its row: moved, changed, prolonged, cut, or never encrypted."""
+    """A stored token does not belong to its row: it was moved, changed, prolonged, cut off, or never encrypted."""
 
 
 class BackupDamaged(StorageError):
-    """An export that was cut off, changed or put together: nothing of it was imported. Take another one."""
+    """An export was cut off, changed, or assembled from parts. Nothing was imported. Use another export."""
 
 
 class LoginError(StorageError):
-    """No token was obtained. The children say what to do.
+    """The login gave no token. The subclasses say what to do.
 
     Attributes:
-        code: Upstox's error code, where it gave one.
-        token_may_exist: whether Upstox may have made a token all the same. It has then killed the user's earlier one.
+        code: Upstox's error code, if there is one.
+        token_may_exist: whether Upstox may have made a token anyway. If so, it has killed the user's earlier one.
     """
 
     token_may_exist: bool = True
@@ -74,7 +73,7 @@ class LoginError(StorageError):
 
 
 class LoginRefused(LoginError):
-    """Fix the configuration first. Never retry as it is: five wrong PINs lock the account."""
+    """Fix the configuration first. Never retry unchanged: five wrong PINs lock the account."""
 
     token_may_exist = False
 
@@ -83,7 +82,7 @@ class LoginLimited(LoginError):
     """Wait before the next login.
 
     Attributes:
-        retry_after: how long, in seconds.
+        retry_after: how long to wait, in seconds.
         account_only: whether other accounts can log in meanwhile.
     """
 
@@ -98,25 +97,25 @@ class LoginLimited(LoginError):
 
 
 class LoginInterrupted(LoginError):
-    """The login broke off half-way: try again, from its start.
+    """The login broke off half-way. Start it again.
 
-    `token_may_exist` is False where it broke off before the last request. `token` is set where an answer came that
-    cannot be used as it is.
+    `token_may_exist` is False if it broke off before the last request. `token` is set if Upstox's answer holds a token
+    but cannot be used as it is.
     """
 
 
 class LoginSuperseded(LoginError):
-    """A token of this user that Upstox issued later is stored. Read that one; the one in `token` is dead or will be."""
+    """The store has a token that Upstox issued later. Read that one; the one in `token` is dead or soon will be."""
 
 
 class TokenNotStored(StorageError):
-    """A login gave a token, and the database then refused it.
+    """A login gave a token, and then the database refused it.
 
-    The token lives and the user's earlier one is dead, so it must not be lost: `error.token.reveal()` is it.
+    The token works and the user's earlier one is dead, so do not lose it: `error.token.reveal()` returns it.
 
     Attributes:
         token: the new token, masked when shown.
-        user_id: whose it is; None where the answer named nobody.
+        user_id: the token's owner; None if the answer named nobody.
     """
 
     token: Secret

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Write files that are either whole or absent."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .errors import StoreUnavailable
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, of mode 0600, which gets its name at the end, when it is on the disk.
+    """Yield a temporary file with mode 0600 beside `path`. It is renamed to `path` at the end, once it is on the disk.
 
     Raises:
-        StoreUnavailable: it cannot be written; what was there under that name stays.
+        StoreUnavailable: the file cannot be written. An existing file at `path` stays.
     """
     temporary = None
     try:

@@ -1,11 +1,11 @@
-"""Signals that wait: Ctrl-C between Upstox's answer and its token in the database would lose the token.
+"""Delay signals: Ctrl-C would lose a token that Upstox has sent and that is not in the database yet.
 
 Python runs a signal's handler in the main thread, between any two instructions, and most handlers raise an exception
-there. So while a login is under way in the main thread, a signal that has a Python handler is put off, and its handler
-runs when the token is stored. In other threads no handler ever runs.
+there. So while a login runs in the main thread, a signal that has a Python handler is put off, and its handler runs
+when the token is stored. Handlers never run in other threads.
 
-Rejected: to run the login in a thread of its own, which no signal reaches. A login of somebody's own may belong to the
-thread that made it, as a browser's does.
+Rejected: run the login in a thread of its own, which no signal reaches. A custom login may be tied to the thread that
+created it, as a browser is.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from typing import Any, Self
 
 logger = logging.getLogger(__name__)
 
-# Those whose handlers raise in some program: at Ctrl-C, at its end, or when a time is over. (To ask for the handlers of
-# all 64 signals takes longer than all else that a login does here.)
+# The signals whose handlers raise in some programs: at Ctrl-C, at shutdown, or at a timeout. (To look up the handlers
+# of all 64 signals takes longer than everything else that a login does here.)
 RAISING = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
 Handler = Callable[[int, FrameType | None], Any]
-_outermost: PutOff | None = None  # There is one main thread, so one login at the most puts signals off.
+_outermost: PutOff | None = None  # There is one main thread, so at most one login puts signals off.
 
 
 class PutOff:
-    """Put signals off inside a `with`.
+    """Put signals off inside a `with` block.
 
-    At its end their handlers run, in the order in which the signals came. A second signal of the same kind is not put
-    off: whoever presses Ctrl-C twice does not want to wait for the login.
+    The handlers run at the end of the block, in the order in which the signals came. A second signal of the same kind
+    is not put off: anyone who presses Ctrl-C twice does not want to wait for the login.
 
-    A login may itself use a store, and log in there. Then the outer one alone puts signals off, until its own end.
+    A login may itself use a store and log in there. Then only the outer login puts signals off, until it ends.
 
     Attributes:
-        raised_before_a_token: what a handler has raised at a moment when no token could exist yet (`raise_pending`).
+        raised_before_a_token: the exception that a handler raised when no token could exist yet (`raise_pending`).
     """
 
     def __init__(self) -> None:
         self.raised_before_a_token: BaseException | None = None
         self._process = os.getpid()
-        self._inner = 0  # how many logins are under way inside this one
+        self._inner = 0  # how many logins are running inside this one
         self._is_inside: PutOff | None = None
         self._handlers: dict[int, Handler] = {}
         self._pending: list[int] = []
@@ -55,7 +55,7 @@ class PutOff:
     def __enter__(self) -> Self:
         global _outermost
         if threading.current_thread() is threading.main_thread():
-            # A child that was forked during a login has its parent's state, and no part in that login.
+            # A child that was forked during a login inherits this state but takes no part in that login.
             if _outermost is not None and _outermost._process == self._process:
                 self._is_inside = _outermost
                 _outermost._inner += 1
@@ -66,7 +66,7 @@ class PutOff:
                     if callable(handler):
                         signal.signal(number, self._put_off)
                         self._handlers[number] = handler
-            except ValueError:  # A subinterpreter has a main thread as well, but no signals.
+            except ValueError:  # A subinterpreter has a main thread but no signals.
                 return self
             _outermost = self
         return self
@@ -79,13 +79,13 @@ class PutOff:
             return
         _outermost = None
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._put_off:  # and not one that the login has set for good
+            if signal.getsignal(number) == self._put_off:  # The login may have set a handler of its own; keep that.
                 signal.signal(number, handler)
         try:
             self._run_handlers()
         except BaseException as interrupt:
             if error is not None and getattr(error, "token", None) is not None:
-                raise error from interrupt  # It carries a token, which must not be hidden behind the interrupt.
+                raise error from interrupt  # The error carries a token, so the interrupt must not hide it.
             raise
 
     def _put_off(self, number: int, frame: FrameType | None) -> None:

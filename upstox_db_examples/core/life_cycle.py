@@ -1,10 +1,10 @@
 """The life cycle that all five stores share: find -> lock -> find again -> log in -> save.
 
-A store supplies what only its database can do: see backend.py.
+Each store supplies the database operations: see backend.py.
 
-A login at Upstox kills the user's earlier token. From then on two things must be true whatever happens: the new token
-is in the store or in the error that is raised, and the earlier one is not handed out. So the stored token is marked
-before the login, nobody trusts a mark whose login is over, and a save is tried once more before it is given up.
+A login at Upstox kills the user's earlier token. From then on two things must hold, whatever happens: the new token is
+in the store or in the raised error, and nobody gets the earlier one. So the stored token is marked before the login,
+nobody trusts a marked token once its login is over, and a failed save is retried once.
 """
 
 from __future__ import annotations
@@ -48,17 +48,16 @@ PROCESS = uuid.uuid4().hex  # in the audit entry of each login; a forked child s
 
 
 class Options(TypedDict, total=False):
-    """What every store takes, by keyword.
+    """The keyword arguments that every store takes.
 
     Attributes:
-        login: who logs in; `SdkLogin()` by default. Called only when a login is due.
-        keys: a `KeyRing`, or a callable that gives one (a vault, a KMS); `KeyRing.default()` by default.
-        clock: gives the present as an aware datetime; tests and notebooks set it.
-        actor: who acts, in the audit trail; `user@host:pid` by default.
-        policy: when tokens die.
+        login: the login; `SdkLogin()` by default. It is called only when a login is due.
+        keys: a `KeyRing`, or a callable that returns one (from a vault or a KMS); `KeyRing.default()` by default.
+        clock: returns the current time as an aware datetime; tests and notebooks set it.
+        actor: the name in the audit trail; `user@host:pid` by default.
+        policy: decides when tokens expire.
         login_wait: how long to wait for another caller's login of the same user, in seconds; 60 by default.
-        renew_pause: how long after `renew_token` has logged a user in it does not do so again, in seconds; 600 by
-            default.
+        renew_pause: how long `renew_token` waits before it logs the same user in again, in seconds; 600 by default.
     """
 
     login: Login
@@ -71,12 +70,12 @@ class Options(TypedDict, total=False):
 
 
 class Wish(NamedTuple):
-    """What a caller wants of a login.
+    """The kind of login that a caller wants.
 
     Attributes:
-        deliberate: a person wants it, whatever is stored and whatever was refused before.
-        replace: log in whatever is stored.
-        refused: the token that Upstox has refused; a login is due only while that one is stored.
+        deliberate: a person asked for the login, whatever is stored and whatever Upstox refused before.
+        replace: log in even if a working token is stored.
+        refused: the token that Upstox has refused; a login is due only while that token is stored.
     """
 
     deliberate: bool = False
@@ -85,7 +84,7 @@ class Wish(NamedTuple):
 
 
 class LifeCycle(Backend):
-    """What happens between a caller who wants a token and a database that may have one."""
+    """The steps between a caller who wants a token and a database that may have one."""
 
     def __init__(self, **options: Unpack[Options]) -> None:
         if unknown := sorted(set(options) - Options.__annotations__.keys()):
@@ -101,7 +100,7 @@ class LifeCycle(Backend):
         require_positive("renew_pause", self._renew_pause)
         self._key_ring: KeyRing | None = None
         self._seen_user: str | None = None
-        self._user_of: dict[str, str] = {}  # an account is always the same user's
+        self._user_of: dict[str, str] = {}  # an account always belongs to the same user
 
     def _log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
         user_id = user_id or self._known_user(guess=not wish.deliberate)
@@ -109,11 +108,11 @@ class LifeCycle(Backend):
             account = _account_of(self._login, None)
             lock = f"{ACCOUNT_LOCK}{account or 'default'}"
             with self._lock(lock):
-                # Somebody may have logged this account in meanwhile.
+                # Another caller may have logged this account in meanwhile.
                 user_id = self._known_user(guess=not wish.deliberate)
                 if user_id is None:
                     return self._log_in_locked(None, lock, wish)
-        # In upper case, because two spellings of one user must not be two locks.
+        # The lock name is in upper case, because two spellings of one user must share a lock.
         with self._lock(user_id.upper()):
             return self._log_in_locked(user_id, user_id.upper(), wish)
 
@@ -131,7 +130,7 @@ class LifeCycle(Backend):
             try:
                 self._begin_login(user_id, lock, now, {"process": PROCESS})
             except BaseException as error:
-                if not isinstance(error, StorageError):  # Ctrl-C: no login was made, so no mark may stay.
+                if not isinstance(error, StorageError):  # Ctrl-C came before the login, so no mark may stay.
                     self._end_quietly(lock)
                 raise
             logger.info("Logging %s in", user_id or "the default account")
@@ -144,7 +143,7 @@ class LifeCycle(Backend):
             return self._keep(minted, user_id, before, lock, now, wish, refusal)
 
     def _living(self, user_id: str, newest: StoredToken | None, wish: Wish) -> TokenResult | None:
-        """The user's token if no login is due. The caller holds the user's lock."""
+        """Return the user's token if no login is due. The caller holds the user's lock."""
         if wish.refused and newest and self._holds(newest, wish.refused):
             return None
         now = self._now()
@@ -155,7 +154,7 @@ class LifeCycle(Backend):
         return self._hand_out(found) if found else None
 
     def _doubt_is_cleared(self, user_id: str, alive_after: datetime) -> bool:
-        """Whether Upstox says that the token which is in doubt lives. A login would kill it for nothing."""
+        """Ask Upstox whether the token in doubt still works. If it does, a login would kill it for nothing."""
         token, owner_of = self._in_doubt(user_id), getattr(self._login, "owner_of", None)
         if token is None or owner_of is None or token.expires_at <= alive_after:
             return False
@@ -171,10 +170,10 @@ class LifeCycle(Backend):
         return True
 
     def _refuse_before_a_request(self, user_id: str | None, wish: Wish, applicant: Applicant) -> str | None:
-        """All that can be refused without asking Upstox. A missing key shows here as well.
+        """Raise every refusal that needs no request to Upstox. A missing key shows up here as well.
 
         Returns:
-            the name of a note about a refusal that this login goes past.
+            the name of the note about an earlier refusal that this login overrides.
         """
         if check := getattr(self._login, "check", None):
             check(user_id)
@@ -207,7 +206,7 @@ class LifeCycle(Backend):
     def _failed(
         self, error: BaseException, user_id: str | None, lock: str, applicant: Applicant, put_off: PutOff
     ) -> None:
-        """Write down that a login gave no token, or that nobody knows."""
+        """Record that a login gave no token, or that its outcome is unknown."""
         may_exist: bool = getattr(error, "token_may_exist", error is not put_off.raised_before_a_token)
         if isinstance(error, StorageError):
             may_exist = isinstance(error, LoginError) and error.token_may_exist
@@ -230,7 +229,7 @@ class LifeCycle(Backend):
         wish: Wish,
         refusal: str | None,
     ) -> TokenResult:
-        """Store the token that Upstox has made, whatever happens: nobody else has it, and the earlier one is dead."""
+        """Store the new token, whatever happens: nobody else has it, and the earlier one is dead."""
         as_asked = user_id is not None and same_user(user_id, minted.user_id)
         if user_id and as_asked:
             minted = minted._replace(user_id=user_id)
@@ -244,9 +243,9 @@ class LifeCycle(Backend):
                     self._end_quietly(lock)
                 raise
             except BaseException as error:
-                # Once more: it may have been the lock's connection that failed, or Ctrl-C that came in between.
+                # Try once more: perhaps only the lock's connection failed, or Ctrl-C interrupted the first attempt.
                 if last:
-                    if not as_asked:  # Else the mark says enough: its login is over in a moment.
+                    if not as_asked:  # Otherwise the mark says enough: the login ends now.
                         self._end_quietly(lock, doubted=minted.user_id)
                     reason = error if isinstance(error, StorageError) else StorageError(f"{type(error).__name__}.")
                     raise TokenNotStored(minted.token, minted.user_id, reason) from (interrupt or error)
@@ -264,11 +263,11 @@ class LifeCycle(Backend):
         return result
 
     def _tidy_up(self, minted: Minted, as_asked: bool, lock: str, wish: Wish, refusal: str | None) -> None:
-        """What follows on a token that is stored. Nothing that fails here may hide it."""
+        """Do what remains once the token is stored. A failure here must not hide the token."""
         if account := self._account_that_made(minted):
             self._user_of[account] = minted.user_id
         self._seen_user = minted.user_id
-        if not as_asked:  # Other users' tokens were marked, because nobody knew whose would be replaced.
+        if not as_asked:  # Other users' tokens were marked too, because the user was not known beforehand.
             self._end_quietly(lock)
         try:
             if refusal:
@@ -279,33 +278,32 @@ class LifeCycle(Backend):
             logger.warning("The token of %s is stored; the notes on its login are not: %s", minted.user_id, error)
 
     def _account_that_made(self, minted: Minted) -> str | None:
-        """The account to be bound to this token; None where the token itself names another user than the answer did.
+        """Return the account to bind to this token, or None if the token names a different user than the answer.
 
-        Such an answer would bind the account to a user whom it cannot log in.
+        Such an answer would bind the account to a user that it cannot log in.
         """
         whose = subject(minted.token)
         return None if whose and not same_user(whose, minted.user_id) else _account_of(self._login, minted.user_id)
 
     def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
-        """The marks of this login are taken away, but for that of a user whose token is in doubt."""
+        """Remove this login's marks, except for that of the `doubted` user."""
         try:
             for spelling in spellings(doubted) if doubted else ():
                 self._end_login(lock, in_doubt=True, user_id=spelling)
             self._end_login(lock, in_doubt=False)
-        except StorageError as error:  # The marks stay, and the lock is free in a moment: that is doubt as well.
+        except StorageError as error:  # The marks stay and the lock is released: in doubt too.
             logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
 
     def _save(self, minted: Minted, before: int | None, now: datetime, action: str) -> TokenResult:
-        """Store this token, unless one that was issued later is stored.
+        """Store this token, unless the store has one that was issued later.
 
         Args:
-            before: the user's latest generation when the login began, under the user's lock; None where that is not
-                known.
+            before: the user's latest generation when the login began under the user's lock; None if unknown.
         """
         issued = issued_at(minted.token)
         if before is None:
             minted = minted._replace(user_id=self._as_stored(minted.user_id))
-        latest, looked = before, before is not None  # Under the lock nobody else has stored one, as a rule.
+        latest, looked = before, before is not None  # The lock usually keeps other writers out.
         for _ in range(5):
             if not looked:
                 newest = self._newest(minted.user_id)
@@ -333,29 +331,29 @@ class LifeCycle(Backend):
             try:
                 token.token_id = self._insert(token, action, minted.odd_fields)
             except LoginSuperseded:
-                continue  # Somebody was faster. Whose token is the later one is looked at again.
+                continue  # Another writer was faster. Compare the two tokens again.
             logger.info("Stored token %s of %s", token.token_id, token.user_id)
             return result_of(minted.token, token)
         raise StoreUnavailable(f"Others store tokens of {minted.user_id} all the time. Try again.")
 
     def _is_later(self, minted: Minted, newest: StoredToken, before: int | None, action: str) -> bool:
-        """Whether Upstox issued this token after the newest stored one. No clock of this machine has a say."""
+        """Return whether Upstox issued this token after the newest stored one. This machine's clock does not matter."""
         mine, other = issued_at(minted.token), newest.issued_at
-        if newest.ciphertext:  # What is encrypted cannot be forged, and rows of earlier programs have no other time.
+        if newest.ciphertext:  # Nobody can forge a ciphertext, and rows of earlier versions have no other time.
             try:
                 other = issued_at(self._decrypt(newest))
             except (KeyUnavailable, TokenRefused) as error:
                 logger.info("The stored token of %s cannot be compared: %s", minted.user_id, error)
         elif other and other > self._now() + timedelta(days=1):
-            other = None  # Nobody but a forger writes such a time, and it would keep every later token out.
+            other = None  # Only a forger writes such a time, and it would keep every later token out.
         if mine is None or other is None:
-            return before is None  # A login that has lost its lock is behind; all others came later.
+            return before is None  # A login that lost its lock is the older one; all others are newer.
         if mine == other and newest.in_doubt:
-            return True  # A login began after that one was stored.
+            return True  # A login began after that token was stored.
         owner_of = getattr(self._login, "owner_of", None)
         if mine != other or owner_of is None or action == "adopted":
             return mine > other
-        try:  # Two logins within one second: only Upstox knows which was the later one.
+        try:  # For two logins within one second, only Upstox knows which came later.
             return owner_of(minted.token) is not None
         except LoginError:
             return False
@@ -363,21 +361,22 @@ class LifeCycle(Backend):
     # Who is who
 
     def _known_user(self, *, guess: bool) -> str | None:
-        """Whom the login logs in where nobody is named: it says so, or a token that its account made says so.
+        """Return the user for a caller who names none: the login knows it, or a token made by its account does.
 
         Args:
-            guess: also whom a login that tells no account has logged in last. One that tells its account may have
-                changed it since; and a deliberate login is not bound to what was before.
+            guess: if the login tells no account, take the user it logged in last. A login that tells its account may
+                have changed it since, and a deliberate login is not bound by the past.
         """
         declared: str | None = getattr(self._login, "user_id", None)
         account = _account_of(self._login, None)
         return declared or self._user_of_account(account) or (self._seen_user if guess and not account else None)
 
     def _user_of_account(self, account: str | None) -> str | None:
-        """The user whom this account has logged in, by a token that decrypts as this account's.
+        """Return the user of this account, from a token that decrypts as the account's.
 
-        Anybody who can write the database can insert a row that names the account, and a program would trade with
-        somebody else's token. Such a row, and one of an earlier program, which binds no account, is passed over.
+        Anyone who can write to the database can insert a row that names the account, and a program would then trade
+        with somebody else's token. So such a row is skipped, and so is one from an earlier version, which binds no
+        account.
         """
         if account is None or account in self._user_of:
             return self._user_of.get(account or "")
@@ -392,10 +391,10 @@ class LifeCycle(Backend):
         return None
 
     def _look_up(self, user_id: str) -> tuple[str, StoredToken | None]:
-        """The spelling under which the store keeps this user, and the latest token.
+        """Return the spelling under which the store keeps this user, and the latest token.
 
-        In upper case, as Upstox writes ids, if there is none yet. Two spellings would be two rows of one user, and the
-        token in one of them is dead.
+        A new user gets upper case, as Upstox writes ids. Two spellings would make two rows for one user, and the token
+        in one of them would be dead.
         """
         for spelling in spellings(user_id):
             if newest := self._newest(spelling):
@@ -415,8 +414,8 @@ class LifeCycle(Backend):
 
     @property
     def _login_notes(self) -> Notes:
-        # Made anew each time: kept, it would refer back to the store, and a store that nobody uses any more would not
-        # be closed before the garbage collector comes.
+        # Each call makes new Notes. A kept one would refer back to the store, and an unused store would then stay open
+        # until the garbage collector runs.
         return Notes(self, lambda: self._ring, self._kind)
 
     def _applicant(self, user_id: str | None) -> Applicant:
@@ -427,7 +426,7 @@ class LifeCycle(Backend):
         )
 
     def _holds(self, stored: StoredToken, token: Secret) -> bool:
-        """Whether that is the stored token, compared in constant time."""
+        """Return whether this is the stored token. The comparison takes constant time."""
         if not stored.ciphertext:
             return False
         try:
@@ -440,14 +439,14 @@ class LifeCycle(Backend):
         return result_of(self._decrypt(found), found)
 
     def _other_logins(self, seconds: float) -> list[float]:
-        """How many seconds ago other programs on this store began logins; see `Pace`."""
+        """Return how many seconds ago other programs on this store began logins; see `Pace`."""
         now = self._now()
         return [
             (now - begun).total_seconds() for begun in self._logins_since(now - timedelta(seconds=seconds), PROCESS)
         ]
 
     def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
-        """The token with this ciphertext; one that has a ciphertext of an earlier version keeps that version."""
+        """Return the token with the secret encrypted. A token with an older ciphertext version keeps that version."""
         earlier = token.ciphertext.partition(".")[0]
         version = earlier if earlier in READABLE else VERSION
         binding = Binding(token.user_id, token.expires_at, token.generation, self._kind, token.account)
@@ -455,25 +454,25 @@ class LifeCycle(Backend):
         return replace(token, ciphertext=ciphertext, key_id=self._ring.key_ids[0])
 
     def _decrypt(self, token: StoredToken, kind: str | None = None) -> Secret:
-        """The token; `kind` is that of the store it comes from, where that is another one."""
+        """Decrypt the token. `kind` is the kind of the store it comes from, if that is another store."""
         binding = Binding(token.user_id, token.expires_at, token.generation, kind or self._kind, token.account)
         try:
             return self._ring.decrypt(token.ciphertext, binding)
         except KeyUnavailable as error:
-            # A program that runs for long learns here of a key that was added meanwhile.
+            # A long-running program picks up a newly added key here.
             logger.info("Asking for the keys again: %s is not among them", error.key_id)
             self._key_ring = None
             return self._ring.decrypt(token.ciphertext, binding)
 
     @property
     def _ring(self) -> KeyRing:
-        # Made when first needed: history, audit and cleanup work without any key.
+        # The key ring is loaded on first use, because history, audit and cleanup need no key.
         if (ring := self._key_ring) is None:
             ring = self._key_ring = self._keys() if callable(self._keys) else self._keys
         return ring
 
     def _now(self) -> datetime:
-        """The present in UTC, in whole seconds, as all stores can keep it."""
+        """Return the current time in UTC and in whole seconds, which every store can keep."""
         return require_aware(self._clock(), "What the clock gives").replace(microsecond=0)
 
     @property
@@ -490,14 +489,14 @@ def _superseded(minted: Minted) -> LoginSuperseded:
 
 
 def _account_of(login: Login, user_id: str | None) -> str | None:
-    """A name of the credentials by which this login logs the user in, if it tells one."""
+    """Return the login's name for the credentials of this user, if it has one."""
     tells = getattr(login, "account_of", None)
     account: str | None = tells(user_id) if tells else getattr(login, "account", None)
     return account
 
 
 def spellings(user_id: str) -> list[str]:
-    """How a store may have written this id: an earlier version kept each as the login's answer had it."""
+    """Return the spellings a store may hold of this id: an earlier version kept the spelling of the login's answer."""
     return list(dict.fromkeys((user_id, user_id.upper(), user_id.lower())))
 
 
@@ -525,6 +524,6 @@ def result_of(secret: Secret, token: StoredToken) -> TokenResult:
 def _user_and_host() -> str:
     try:
         user = getpass.getuser()
-    except (OSError, KeyError):  # A container may run under a user id that has no name.
+    except (OSError, KeyError):  # A container may run as a user id without a name.
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"

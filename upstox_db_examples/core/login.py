@@ -1,8 +1,7 @@
-"""Who logs in: Upstox's SDK, its one-call login, one of these for each of many accounts, or any callable of your own.
+"""The logins: Upstox's SDK, Upstox's one-call login, one of these per account, or any callable of your own.
 
-A login is a callable `(user_id or None) -> answer`; `read_answer` says which answers are understood. `SdkLogin()` is
-the default. It reads the SDK's UPSTOX_* variables when a login is due and not before, so that reading a token needs no
-credentials.
+A login is a callable `(user_id or None) -> answer`; `read_answer` lists the answers it understands. `SdkLogin()` is the
+default. It reads the SDK's UPSTOX_* variables only when a login is due, so reading a token needs no credentials.
 """
 
 from __future__ import annotations
@@ -49,24 +48,24 @@ __all__ = [
 class Login(Protocol):
     """Anything that logs a user in: a function is enough.
 
-    A store uses these members as well where a login has them. Each is optional:
+    A login may also have these members. A store uses those that exist:
 
-    - `user_id`: whom it logs in, where that is known beforehand; None otherwise.
-    - `account`: a name of its credentials that shows nothing of them. With it a store finds the token of a caller who
-      names no user. None if there are no complete credentials, or those of several accounts.
+    - `user_id`: the user it logs in, or None if that is not known beforehand.
+    - `account`: a name for its credentials that reveals nothing about them. A store uses it to find the token of a
+      caller who names no user. It is None if the credentials are incomplete or belong to several accounts.
     - `account_of(user_id)`: the same for one user.
-    - `credentials_digest(user_id)`: another text whenever that user's credentials have changed. A store remembers a
-      refusal together with it, and only encrypted.
+    - `credentials_digest(user_id)`: a text that changes whenever the user's credentials change. A store keeps it with
+      a refusal, always encrypted.
     - `check(user_id)`: raise `LoginRefused` if a login cannot work, without any request.
     - `owner_of(token)`: ask Upstox whose token this is; None if it is dead.
-    - `log_out(token)`: end a token at Upstox; False if it was dead already.
+    - `log_out(token)`: end a token at Upstox; False if it was already dead.
 
-    It should raise `LoginError`s with `token_may_exist` set, so that a store knows whether the earlier token is in
-    doubt.
+    A login should raise `LoginError`s with `token_may_exist` set, so that a store knows whether the earlier token is
+    in doubt.
     """
 
     def __call__(self, user_id: str | None, /) -> object:
-        """Log in; `None` means the only account there is. `read_answer` says what can be returned."""
+        """Log in. `None` means the login's only account. `read_answer` says what this may return."""
 
 
 class Accounts:
@@ -75,10 +74,10 @@ class Accounts:
     User ids are compared without regard to case.
 
     Args:
-        accounts: user id -> credentials, as `Credentials` takes them. With nothing but client_id, pin_code and
-            totp_secret, the account is logged in by `TotpLogin`, and otherwise by `SdkLogin`. A ready login can stand
-            in place of credentials.
-        options: `base_domain`, `pause` and `timeout` of `SdkLogin`, for all that are made here.
+        accounts: user id -> credentials, as `Credentials` takes them. If they are only client_id, pin_code and
+            totp_secret, `TotpLogin` logs the account in; otherwise `SdkLogin` does. A ready login can replace the
+            credentials.
+        options: `base_domain`, `pause` and `timeout` for every `SdkLogin` made here.
     """
 
     def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret] | Login], **options: Any) -> None:
@@ -100,10 +99,10 @@ class Accounts:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **options: Any) -> Accounts:
-        """From a TOML file with one table an account: `[AB1234]`, `username = "…"`, and so on.
+        """Read a TOML file with one table per account: `[AB1234]`, `username = "…"`, and so on.
 
         Raises:
-            ConfigurationError: it cannot be read, others can read it, or it is not TOML.
+            ConfigurationError: the file cannot be read, is readable by others, or is not TOML.
             LoginRefused: the credentials of an account cannot work.
         """
         file = Path(path).expanduser()
@@ -117,38 +116,38 @@ class Accounts:
         except OSError as error:
             raise ConfigurationError(f"The accounts in {file} could not be read: {error.strerror}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError):
-            pass  # The parser's frames hold the file's text. Raised below, our error has no cause that shows it.
+            pass  # The parser's frames hold the file's text, so raise below, without a cause that shows it.
         raise ConfigurationError(f"{file} is not a TOML file with one table for each user id, such as [AB1234].")
 
     @property
     def user_ids(self) -> list[str]:
-        """Whom this can log in."""
+        """The users that this can log in."""
         return sorted(user_id for user_id, _ in self._logins.values())
 
     @property
     def user_id(self) -> str | None:
-        """The only account, where there is only one."""
+        """The user id, if there is only one account."""
         return self.user_ids[0] if len(self._logins) == 1 else None
 
     @property
     def account(self) -> str | None:
-        """A name of the only account's credentials; None where there are several."""
+        """A name for the only account's credentials; None if there are several accounts."""
         return self.account_of(self.user_id) if self.user_id else None
 
     def account_of(self, user_id: str | None = None) -> str | None:
-        """A name of this user's credentials that shows nothing of them; None for an unknown user."""
+        """Return a name for this user's credentials that reveals nothing about them; None for an unknown user."""
         login = self._find(user_id)
         account_of = getattr(login, "account_of", None)
         account: str | None = account_of(user_id) if account_of else getattr(login, "account", None)
         return account
 
     def credentials_digest(self, user_id: str | None = None) -> str | None:
-        """Another text whenever this user's credentials have changed; keep it encrypted. None for an unknown user."""
+        """Return a text that changes with the user's credentials, or None for an unknown user. Keep it encrypted."""
         digest: Callable[[str | None], str | None] | None = getattr(self._find(user_id), "credentials_digest", None)
         return digest(user_id) if digest else None
 
     def check(self, user_id: str | None = None) -> None:
-        """See whether a login could work, without any request.
+        """Check that a login could work, without any request.
 
         Raises:
             LoginRefused: there is no such account, or its credentials cannot be right.
@@ -164,12 +163,12 @@ class Accounts:
         return owner
 
     def log_out(self, token: Secret) -> bool:
-        """End this token at Upstox; False if it was dead already. See `upstox_api.log_out`."""
+        """End this token at Upstox; False if it was already dead. See `upstox_api.log_out`."""
         own = getattr(self._find(subject(token)), "log_out", None)
         return bool(own(token)) if own else upstox_api.log_out(token, self._base_domain or "")
 
     def __call__(self, user_id: str | None = None, /) -> Any:
-        """Log this user in; raises like `SdkLogin`."""
+        """Log this user in. This raises the same errors as `SdkLogin`."""
         name, login = self._known(user_id)
         return login(name)
 

@@ -1,12 +1,12 @@
-"""What all programs on a store have to know of earlier logins: a refusal, a limit, a renewal.
+"""Notes share facts about earlier logins between all programs on a store: a refusal, a limit, a renewal.
 
-Six programs with one wrong PIN must cost one attempt and not five and a locked account. So a login that Upstox has
-refused leaves a note in the store, and each program looks there before it logs in by itself.
+Six programs with one wrong PIN must cost one attempt, not five and a locked account. So a login that Upstox refused
+leaves a note in the store, and each program checks for one before it logs in on its own.
 
-A note is encrypted as a whole under the key ring. Somebody who has only the database can neither write one that is
-believed nor learn from one which credentials were tried: a plain hash of a PIN would be guessed in a moment. The times
-are the database's own, because the clocks of two machines differ. (Somebody who can write the database can still delete
-a note, or put an older one back.)
+The key ring encrypts the whole note. Someone who has only the database can neither forge a note nor learn from it which
+credentials were tried: a plain hash of a PIN would be guessed in no time. The times come from the database's clock,
+because the clocks of two machines differ. (Someone who can write to the database can still delete a note or put an
+older one back.)
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .cipher import Binding, KeyRing
 from .errors import KeyUnavailable, LoginError, LoginLimited, LoginRefused, TokenRefused
 from .token import Secret
 
-LONGEST_LIMIT = 1800.0  # seconds; longer than Upstox's longest, so that a wrong number holds nobody up for a day
-UNKNOWN_REFUSAL = 900.0  # seconds of pause after a refusal by a code that nobody knows: it may pass by itself
+LONGEST_LIMIT = 1800.0  # seconds; longer than Upstox's longest, so that a wrong number blocks nobody for a day
+UNKNOWN_REFUSAL = 900.0  # seconds of pause after a refusal with an unknown code: it may go away by itself
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Notepad(Protocol):
-    """Where notes are kept: a part of backend.py."""
+    """The storage for notes: a part of backend.py."""
 
     def _notes(self, names: list[str]) -> tuple[float, dict[str, str]]: ...
     def _write_note(self, name: str, text: str) -> None: ...
@@ -34,11 +34,11 @@ class Notepad(Protocol):
 
 
 class Applicant(NamedTuple):
-    """Who wants to log in.
+    """The account that wants to log in.
 
     Attributes:
-        who: the account, or the user where the login tells no account.
-        credentials: a digest of all the credentials; None where the login does not tell.
+        who: the account, or the user if the login tells no account.
+        credentials: a digest of all the credentials; None if the login tells none.
     """
 
     who: str
@@ -49,27 +49,27 @@ class Notes:
     """The notes of one store.
 
     Args:
-        pad: where they are kept.
-        ring: gives the key ring.
-        kind: of the store, so that a note from another kind of store is not believed.
+        pad: the storage for the notes.
+        ring: returns the key ring.
+        kind: the kind of store, so that a note from another kind of store is ignored.
     """
 
     def __init__(self, pad: Notepad, ring: Callable[[], KeyRing], kind: str) -> None:
         self._pad, self._ring, self._kind = pad, ring, kind
 
     def look(self, applicant: Applicant, *, deliberate: bool) -> str | None:
-        """Whether this login may be tried now.
+        """Check that this login may be tried now.
 
         Args:
-            deliberate: a person wants this login, and has perhaps mended the credentials at Upstox: a refusal does
-                not stand in its way. A limit does.
+            deliberate: a person wants this login and may have fixed the credentials at Upstox, so an earlier refusal
+                does not block it. A limit does.
 
         Returns:
-            the name of the note about a refusal of this applicant, if there is one: to be erased after a success.
+            the name of the note about a refusal of this applicant, if there is one. Erase it after a success.
 
         Raises:
-            LoginLimited: Upstox has told a program on this store to wait, and the time is not over.
-            LoginRefused: Upstox has refused these credentials, and they are still the same.
+            LoginLimited: Upstox told a program on this store to wait, and that time is not over.
+            LoginRefused: Upstox refused these credentials, and they have not changed since.
         """
         now, notes = self._read("limit", f"limit {applicant.who}", f"refusal {applicant.who}")
         for name in ("limit", f"limit {applicant.who}"):
@@ -96,13 +96,13 @@ class Notes:
         return name
 
     def failed(self, applicant: Applicant, error: BaseException, known: frozenset[str]) -> None:
-        """A login has failed: leave a note if others have to know.
+        """Leave a note about a failed login if other programs must know.
 
         Args:
-            known: the codes of refusals that only a person can mend.
+            known: the codes of refusals that only a person can fix.
         """
         if not isinstance(error, LoginError) or error.code is None:
-            return  # No request was made, or Upstox said nothing that holds for others.
+            return  # No request was made, or Upstox's answer does not concern other programs.
         note = {"credentials": applicant.credentials, "code": error.code, "seconds": None, "why": ""}
         if isinstance(error, LoginLimited):
             name = f"limit {applicant.who}" if error.account_only else "limit"
@@ -112,13 +112,13 @@ class Notes:
             self._write(f"refusal {applicant.who}", note | {"seconds": seconds, "why": str(error)})
 
     def since_renewal(self, user_id: str) -> float:
-        """How many seconds ago this user's token was renewed; infinite if it never was."""
+        """Return how many seconds ago this user's token was renewed; infinity if it never was."""
         now, notes = self._read(f"renewal {user_id}")
         note = notes.get(f"renewal {user_id}")
         return max(0.0, now - note["at"]) if note else float("inf")
 
     def renewed(self, user_id: str) -> None:
-        """This user's token was renewed now."""
+        """Record that this user's token was renewed now."""
         self._write(f"renewal {user_id}", {})
 
     def _read(self, *names: str) -> tuple[float, dict[str, dict[str, Any]]]:
@@ -128,7 +128,7 @@ class Notes:
             try:
                 notes[name] = json.loads(self._ring().decrypt(text, self._binding(name)).reveal())
             except (TokenRefused, KeyUnavailable):
-                continue  # Nobody who has a key of ours wrote it.
+                continue  # Its writer did not have one of our keys.
         return now, notes
 
     def _write(self, name: str, note: dict[str, Any]) -> None:
@@ -141,6 +141,6 @@ class Notes:
 
 
 def _left(note: dict[str, Any], now: float) -> float:
-    """Seconds until this note's time is over; never more than it began with, also if the database's clock goes back."""
+    """Return the seconds left for this note: never more than at the start, even if the database's clock goes back."""
     seconds: float = note["seconds"] or 0.0
     return min(seconds, float(note["at"]) + seconds - now)

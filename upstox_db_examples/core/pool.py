@@ -19,7 +19,7 @@ from typing import Any
 
 
 class PoolTimeout(Exception):
-    """No connection came free in time."""
+    """No connection became free in time."""
 
 
 class PoolClosed(Exception):
@@ -87,7 +87,7 @@ class Pool[C]:
                 self._close(conn)
 
     def __del__(self) -> None:
-        if hasattr(self, "_waiting"):  # It was made completely.
+        if hasattr(self, "_waiting"):  # The constructor finished.
             self.close()
 
     def _take(self, key: int) -> C:
@@ -127,7 +127,7 @@ class Pool[C]:
     def _give_back(self, key: int, *, broken: bool) -> None:
         """Stop waiting, and return what this loan has. In a forked child a loan of its parent has nothing."""
         try:
-            # Closed before the place is passed on, or there would be one connection too many for a moment.
+            # Close it before the place is passed on. Otherwise one connection too many would be open for a moment.
             if (broken or self._closed) and (conn := self._held.get(key)) is not None:
                 self._held[key] = None
                 self._close(conn)

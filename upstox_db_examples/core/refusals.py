@@ -1,4 +1,4 @@
-"""Upstox's refusals of a login, as errors that say what to do."""
+"""Turn Upstox's refusals of a login into errors that say what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from .answer import without_tokens
 from .errors import LoginError, LoginInterrupted, LoginLimited, LoginRefused
 
-# Upstox's codes: the API's are documented, the login service's were seen in its answers.
+# Upstox's codes. The API's codes are documented; the login service's were seen in real answers.
 FIX_CODES = {
     "UDAPI100016": "the client id or secret is wrong",
     "UDAPI100068": "the client id or the redirect URI is not the app's",
@@ -19,7 +19,7 @@ FIX_CODES = {
     "1017106": "the PIN is wrong; five wrong ones lock the account",
     "1017108": "the account is locked",
 }
-# How many seconds, and whether only this account has to wait: a one-time password is sent to one mobile number.
+# Seconds to wait, and whether only this account must wait: a one-time password goes to one mobile number.
 WAIT_CODES = {
     "UDAPI10005": ("too many requests", 60.0, False),
     "1017069": ("Upstox blocked this account's one-time passwords", 600.0, True),
@@ -29,20 +29,20 @@ AGAIN_CODES = {
     "1017076": "the one-time password was used up; a new one comes every 30 seconds",
     "UDAPI100500": "Upstox had a fault of its own",
 }
-# A limit that was seen under UDAPI100500, which otherwise is a passing fault. So the text counts and not the code.
+# This limit came under UDAPI100500, which is otherwise a temporary fault. So the text decides and not the code.
 OTP_LIMIT = "exceeded the maximum number of times you can generate an otp"
 OTP_LIMIT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back from one request.
+    """The response to one request.
 
     Attributes:
         status: the HTTP status; 0 if none came.
-        content: the body, whole or as much as came. It may hold a token, so it is never shown.
-        lost: why no whole answer came, as the name of an error; None if it did come.
-        sent: False if the request is known not to have left this machine.
+        content: the body, or the part of it that arrived. It may hold a token, so it is never shown.
+        lost: the name of the error that cut the response off; None if it is complete.
+        sent: False if the request certainly did not leave this machine.
     """
 
     status: int = 0
@@ -51,7 +51,7 @@ class Reply:
     sent: bool = True
 
     def json(self) -> object:
-        """The body as JSON, whatever its content type; None if it is something else."""
+        """Parse the body as JSON, whatever its content type; None if it is not JSON."""
         try:
             return json.loads(self.content)
         except (ValueError, RecursionError):
@@ -59,11 +59,11 @@ class Reply:
 
 
 def explain(reply: Reply, redact: Callable[[str], str] = without_tokens, *, mints: bool = False) -> LoginError:
-    """A reply without a usable answer, as an error.
+    """Turn a reply without a usable answer into an error.
 
     Args:
-        redact: takes secrets out of what Upstox said.
-        mints: this was the request that makes the token, so only a definite refusal means that none was made.
+        redact: removes secrets from Upstox's text.
+        mints: this request makes the token, so only a definite refusal means that no token was made.
     """
     if reply.lost:
         error: LoginError = LoginInterrupted(f"Upstox could not be reached or broke off ({reply.lost}). Try again.")
@@ -72,14 +72,14 @@ def explain(reply: Reply, redact: Callable[[str], str] = without_tokens, *, mint
     code, message = code_and_message(reply.json())
     error = by_code(code, redact(message), reply.status) if code or message else _by_status(reply.status)
     limited = isinstance(error, LoginLimited)
-    # UDAPI100500 is a fault and no refusal: nobody knows how far the request came.
+    # UDAPI100500 is a fault and not a refusal: nobody knows how far the request got.
     refused = bool(code) and code != "UDAPI100500" and reply.status < 500
     error.token_may_exist = mints and not limited and not refused
     return error
 
 
 def by_code(code: str | None, message: str, status: int = 0) -> LoginError:
-    """Upstox's code and words as an error; `message` must hold no secret any more."""
+    """Turn Upstox's code and text into an error. The caller has already removed secrets from `message`."""
     said = f"{' '.join(message.split())[:200] or 'nothing'} ({code or 'no code'})"
     if OTP_LIMIT in " ".join(message.lower().split()):
         wait = f"Wait {OTP_LIMIT_SECONDS:.0f} s: too many one-time passwords were made for this account."
@@ -99,7 +99,7 @@ def by_code(code: str | None, message: str, status: int = 0) -> LoginError:
 
 
 def code_and_message(body: object) -> tuple[str | None, str]:
-    """From an error answer in either of Upstox's forms; None and "" from anything else."""
+    """Read the code and the message from either form of Upstox's error answer; None and "" from anything else."""
     if not isinstance(body, Mapping):
         return None, ""
     data = body.get("data")
@@ -108,7 +108,7 @@ def code_and_message(body: object) -> tuple[str | None, str]:
     if not isinstance(first, Mapping):
         return None, ""
     code = str(first.get("errorCode") or first.get("error_code") or first.get("code") or "")
-    # The code is shown and stored, and it comes from outside: nothing that is not a code may pass for one.
+    # The code comes from outside, and we show and store it, so check that it looks like a code.
     return code if re.fullmatch(r"[A-Za-z0-9_-]{1,20}", code) else None, str(first.get("message") or "")
 
 

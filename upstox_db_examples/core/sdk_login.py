@@ -1,9 +1,9 @@
-"""The default login: the SDK upstox-totp, watched.
+"""The default login: it runs the SDK upstox-totp and watches its requests.
 
-The SDK's model of the last answer demands fields that real answers lack, and the token is made before the model sees
-it. So a watch on the session of our own client takes the answer out of the SDK's hands as it arrives. Two other ways
-were rejected: to patch the model would change it for every other user of the SDK in the process, and a subclass of the
-SDK's private API class would break with the next release.
+The SDK's model of the last answer requires fields that real answers lack, and by then the token already exists. So we
+watch the session of our own client and take the answer before the SDK parses it. Two other ways were rejected: a patch
+of the model would change it for every other user of the SDK in the process, and a subclass of the SDK's private API
+class would break with the next release.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from .token import Secret, subject
 from .upstox_api import checked_base_domain, is_this_machine, lost_reply
 
 if TYPE_CHECKING:
-    # Imported only when a login is due: the SDK brings an HTTP client along, and a reader of tokens needs none.
+    # Import these only when a login is due: the SDK loads an HTTP client, and a program that only reads needs none.
     from curl_cffi import Session
 
 logger = logging.getLogger(__name__)
 
 DIALOG = "/authorization/dialog"
-# How the paths end that never make a token. Any other one may, so that a newer SDK is watched as well.
+# Paths with these endings never make a token. Any other path may make one, so a newer SDK is watched as well.
 MAKE_NO_TOKEN = (DIALOG, "/otp/generate", "/otp-totp/verify", "/auth/2fa", "/oauth/authorize")
 
 
 class SingleLogin:
-    """What the logins of one account share: whom they log in, and where Upstox is."""
+    """The base of the logins for one account: they share the user id and Upstox's address."""
 
     _kind: type[Credentials] = Credentials
 
@@ -58,23 +58,23 @@ class SingleLogin:
 
     @property
     def user_id(self) -> str | None:
-        """Whom this logs in, where that was said."""
+        """The user that this logs in, if it was given one."""
         return self._user_id or os.environ.get("UPSTOX_USER_ID") or None
 
     @property
     def account(self) -> str | None:
-        """A name of the credentials that shows nothing of them; None where they are not complete."""
+        """A name for the credentials that reveals nothing about them; None if they are incomplete."""
         try:
             return self._current().fingerprint()
         except LoginRefused:
             return None
 
-    def account_of(self, user_id: str | None = None) -> str | None:  # noqa: ARG002  # one account, whoever asks
-        """As `account`: these credentials are one account's."""
+    def account_of(self, user_id: str | None = None) -> str | None:  # noqa: ARG002  # there is only one account
+        """Return `account`, because these credentials belong to one account."""
         return self.account
 
     def credentials_digest(self, user_id: str | None = None) -> str | None:  # noqa: ARG002
-        """Another text whenever any of the credentials has changed; None where they are not complete.
+        """Return a text that changes whenever any of the credentials changes; None if they are incomplete.
 
         Keep it encrypted: the PIN could be guessed from it.
         """
@@ -84,10 +84,10 @@ class SingleLogin:
             return None
 
     def check(self, user_id: str | None = None) -> None:
-        """See whether a login could work, without any request.
+        """Check that a login could work, without any request.
 
         Raises:
-            LoginRefused: credentials are missing or cannot be right, or they log another user in.
+            LoginRefused: credentials are missing or cannot be right, or they belong to another user.
         """
         self._check_user(user_id)
         self._current()
@@ -98,7 +98,7 @@ class SingleLogin:
         return upstox_api.owner_of(token, self._base_domain or "", timeout=self._timeout)
 
     def log_out(self, token: Secret) -> bool:
-        """End this token at Upstox; False if it was dead already. See `upstox_api.log_out`."""
+        """End this token at Upstox; False if it was already dead. See `upstox_api.log_out`."""
         return upstox_api.log_out(token, self._base_domain or "", timeout=self._timeout)
 
     def _current(self) -> Credentials:
@@ -114,13 +114,13 @@ class SdkLogin(SingleLogin):
     """Logs in through upstox-totp, with a new client for each login: a client is not safe to share or to reuse.
 
     Args:
-        credentials: one account's, as `Credentials` takes them; without them the UPSTOX_* variables, read at
-            each login.
-        user_id: whom these credentials log in, or else UPSTOX_USER_ID. With it a store finds the token of a caller
-            who names no user without any login, and a wrong account is refused before a login is spent.
-        base_domain: where Upstox is, with `{stage}` in it, or else UPSTOX_BASE_DOMAIN, or else the real one. Plain
-            http is taken only on this machine.
-        pause: seconds between the SDK's six requests; by default 1, and 0 on this machine.
+        credentials: one account's credentials, as `Credentials` takes them. The default is the UPSTOX_* variables,
+            read at each login.
+        user_id: the user that these credentials log in; UPSTOX_USER_ID by default. With it, a store needs no login to
+            find the token of a caller who names no user, and it refuses a wrong account before a login is spent.
+        base_domain: Upstox's address with `{stage}` in it. The default is UPSTOX_BASE_DOMAIN, or otherwise the real
+            Upstox. Plain http is accepted only on this machine.
+        pause: seconds between the SDK's six requests; 1 by default, and 0 on this machine.
         timeout: seconds for each request.
     """
 
@@ -134,7 +134,7 @@ class SdkLogin(SingleLogin):
         timeout: float = 15.0,
     ) -> None:
         if isinstance(credentials, Mapping):
-            credentials = wrapped(credentials)  # A traceback of what follows shows no value.
+            credentials = wrapped(credentials)  # From here on a traceback shows no value.
         super().__init__(credentials, user_id, base_domain, timeout)
         self._pause = pause
 
@@ -142,8 +142,8 @@ class SdkLogin(SingleLogin):
         """Log in: six requests, about seven seconds at Upstox.
 
         Raises:
-            LoginRefused, LoginLimited, LoginInterrupted: fix, wait, or try again. From the moment that the last answer
-                has arrived, its token is in the error.
+            LoginRefused, LoginLimited, LoginInterrupted: fix, wait, or try again. Once the last answer has arrived,
+                the error carries its token.
         """
         self._check_user(user_id)
         credentials, base_domain = self._current(), checked_base_domain(self._base_domain)
@@ -151,9 +151,9 @@ class SdkLogin(SingleLogin):
 
 
 class _Answered(BaseException):
-    """The last answer is here, and the SDK has nothing left to do.
+    """Raised when the last answer has arrived and the SDK has nothing left to do.
 
-    Not an Exception, because a newer SDK may catch those and try again, which would kill the token.
+    This is not an Exception, because a newer SDK may catch those and retry, which would kill the token.
     """
 
 
@@ -161,9 +161,9 @@ class _Watch:
     """Sees each request of one session before it is sent, and each reply before the SDK does.
 
     Attributes:
-        requests: how many were begun.
-        minting: whether the last of them was one that may make a token.
-        reply: what came back last.
+        requests: how many requests began.
+        minting: whether the last request may make a token.
+        reply: the last reply.
         in_doubt: whether a token may exist that nobody has.
         answer: the answer with the token, or an error that carries the token.
     """
@@ -191,7 +191,7 @@ class _Watch:
             self.requests, self.reply = self.requests + 1, None
             self.minting = self.in_doubt = not path.endswith(MAKE_NO_TOKEN)
             if self.minting:
-                # On a kept connection that turns out to be closed, curl would send the request a second time.
+                # If a kept connection turns out to be closed, curl would send the request a second time.
                 session.curl_options[CurlOpt.FRESH_CONNECT] = 1
             try:
                 response = send(method, url, *args, **kwargs)
@@ -221,8 +221,8 @@ class _Watch:
     def _look_at_answer(self, path: str) -> None:
         if not self.minting or self.reply is None:
             return
-        # In the answer of a step that is not known here, only a field named access_token counts: what looks like a
-        # token may be one of the login's own.
+        # In the answer of an unknown step, only a field named access_token counts: other text that looks like a token
+        # may be one that the login uses internally.
         if path.endswith("/token") or (fields_of(self.reply.json()) or {}).get("access_token"):
             self.answer = answer_in(self.reply, redact=self._redact)
         if self.answer is None:
@@ -240,7 +240,7 @@ class _Watch:
 def answer_in(
     reply: Reply, method: str = "upstox_totp_sdk", redact: Callable[[str], str] = without_tokens
 ) -> LoginAnswer | LoginError | None:
-    """The answer with the token in a reply, or an error that carries the token; None if there is no token."""
+    """Return the answer in a reply, or an error that carries its token; None if the reply has no token."""
     body = reply.json()
     fields = fields_of(body)
     if fields and reply.status < 400:
@@ -270,7 +270,7 @@ def _log_in(
     watch = _Watch(wanted, credentials.redact)
     outcome: LoginAnswer | BaseException
     try:
-        # debug is said outright: with UPSTOX_DEBUG the SDK would log every secret.
+        # Pass debug explicitly: with UPSTOX_DEBUG set, the SDK would log every secret.
         with UpstoxTOTP(**credentials.revealed(), debug=False) as client:  # type: ignore[arg-type]
             client.base_domain = base_domain or client.base_domain
             if pause is None:
@@ -286,10 +286,10 @@ def _log_in(
     except _Answered as error:
         outcome = watch.answer or error
     except BaseException as error:
-        # Ctrl-C, or a greenlet that is killed. It goes on, and takes along what is known of a token.
+        # Ctrl-C came, or a greenlet was killed. It is raised again below, with any token that has arrived.
         outcome = error
         outcome.__dict__.update(token=watch.token(), token_may_exist=watch.in_doubt)
-    # Raised after the except block: neither __cause__ nor __context__ leads to the SDK's frames and their secrets.
+    # Raise after the except block, so that neither __cause__ nor __context__ leads to the SDK's frames and secrets.
     if isinstance(outcome, LoginAnswer):
         logger.info("%s gave a token after %.1f s", where, time.monotonic() - begin)
         return outcome
@@ -300,7 +300,7 @@ def _log_in(
 
 
 def _returned(response: object, watch: _Watch, credentials: Credentials) -> LoginAnswer | LoginError:
-    """What the SDK returned although the watch saw no token: one that makes its requests in another way."""
+    """Handle a result of the SDK when the watch saw no token, because this SDK makes its requests in another way."""
     fields = fields_of(response)
     if fields:
         answer = LoginAnswer(fields)
@@ -318,7 +318,7 @@ def _returned(response: object, watch: _Watch, credentials: Credentials) -> Logi
 
 
 def _explain(error: object, watch: _Watch, credentials: Credentials) -> LoginError:
-    """Whatever the SDK raised or oddly returned, as one of our errors that says what to do."""
+    """Turn an exception or an odd result of the SDK into one of our errors, which says what to do."""
     from upstox_totp import ConfigurationError as SdkConfigurationError
     from upstox_totp import UpstoxError
 
@@ -339,11 +339,11 @@ def _explain(error: object, watch: _Watch, credentials: Credentials) -> LoginErr
             f"The SDK failed in a way that is not known here ({type(error).__name__}). Try again; if it stays, look "
             "for a newer version of this package and of upstox-totp, or pass a login of your own."
         )
-    # Without any reply seen, nobody knows which requests were made.
+    # If the watch saw no request, nobody knows which requests were made.
     failure.token_may_exist = watch.in_doubt or not watch.requests
     return failure
 
 
 def _no_debug(record: logging.LogRecord) -> bool:
-    """The SDK's debug messages hold the PIN, the secrets and the token."""
+    """Drop the SDK's debug messages, which hold the PIN, the secrets and the token."""
     return record.levelno > logging.DEBUG

@@ -1,4 +1,4 @@
-"""What callers use: the methods that all five stores have. The life of a token is in life_cycle.py."""
+"""The public interface: the methods that all five stores have. The life of a token is in life_cycle.py."""
 
 from __future__ import annotations
 
@@ -19,71 +19,71 @@ __all__ = ["Options", "TokenStorage"]
 
 logger = logging.getLogger(__name__)
 
-BATCH = 500  # rows a transaction in cleanup and key rotation, so that readers and writers are never locked out long
+BATCH = 500  # rows per transaction in cleanup and key rotation, so that nobody is locked out for long
 
 
 class TokenStorage(LifeCycle):
-    """Keeps one living Upstox token a user. Safe to share between threads; a context manager."""
+    """Keeps one working Upstox token per user. It is a context manager, and threads can share it."""
 
     def store_token(self, user_identifier: str | None = None) -> TokenResult:
-        """Log in, whatever is stored, and keep the new token. The user's earlier token dies by that.
+        """Log in, whatever is stored, and keep the new token. This kills the user's earlier token.
 
-        This is the deliberate way past a refusal that a program on this store has met before.
+        A call is deliberate, so it overrides an earlier refusal that a program on this store has recorded.
 
         Args:
-            user_identifier: the user to be logged in; None for the login's own account.
+            user_identifier: the user to log in; None for the login's own account.
 
         Returns:
             `token`, `user_id`, `user_name`, `email`, `token_id`, `created_at`, `expires_at`, `usage_count`.
 
         Raises:
-            LoginError: no token was obtained, or it was another user's, under whose name it is stored then.
-            StoreUnavailable: the database takes no write; no login was spent.
+            LoginError: the login gave no token, or gave another user's; that one is stored under that user's id.
+            StoreUnavailable: the database accepts no writes; no login was spent.
             TokenNotStored: the database failed after the login; the error carries the token.
         """
         return self._log_in(check_user_id(user_identifier), Wish(deliberate=True))
 
     def get_valid_token(self, user_id: str) -> TokenResult | None:
-        """The user's living token, or None. Never logs in and needs no credentials.
+        """Return the user's working token, or None. This never logs in and needs no credentials.
 
-        None also while it is in doubt whether the token lives: a login has begun that may have replaced it at Upstox,
-        and that came to no known end.
+        It also returns None while the token is in doubt: a login began that may have replaced it at Upstox, and the
+        outcome is unknown.
 
         Raises:
-            KeyUnavailable, TokenRefused: there is one, and it cannot be trusted or read.
+            KeyUnavailable, TokenRefused: there is a token, but it cannot be read or trusted.
         """
         now = self._now()
         found = self._find_as_written(require_user_id(user_id), now + self._policy.margin, now)
         return self._hand_out(found) if found else None
 
     def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
-        """The living token, else a new one. Of many callers at once one logs in and the others read its token.
+        """Return the working token, or log in for a new one. If many call at once, one logs in and all get its token.
 
         Args:
             user_id: the user; None for the login's own account.
 
         Raises:
-            as `store_token` and `get_valid_token`. LoginRefused also where Upstox has refused the same credentials
-            before, to any program on this store.
+            the errors of `store_token` and `get_valid_token`. It also raises LoginRefused if Upstox has already refused
+            the same credentials to any program on this store.
         """
         user_id = check_user_id(user_id) or self._known_user(guess=True)
         return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, Wish())
 
     def renew_token(self, user_id: str, refused_token: str | Secret | Mapping[str, Any]) -> TokenResult:
-        """For a caller to whom Upstox said 401 (UDAPI100050): a token other than the refused one.
+        """Return a token other than the refused one, for a caller that got a 401 (UDAPI100050) from Upstox.
 
-        Logs in only if the stored token still is the refused one. Of a thousand callers one logs in, and all get the
-        new token. A 401 has other causes too, such as a request from an unregistered IP, so a user is renewed once in
-        `renew_pause` seconds at the most.
+        This logs in only if the stored token is still the refused one. Of a thousand callers one logs in, and all get
+        the new token. A 401 has other causes too, such as a request from an unregistered IP, so a user is renewed at
+        most once in `renew_pause` seconds.
 
         Args:
             user_id: the user.
             refused_token: the token that was refused, or the result that held it.
 
         Raises:
-            LoginLimited: the stored token was renewed just now, and is refused as well; `retry_after` says how long
-                this will be so. `store_token` goes past it.
-            otherwise as `get_or_create_token`.
+            LoginLimited: the stored token was renewed just now and is refused as well; `retry_after` says how long to
+                wait. `store_token` logs in all the same.
+            It also raises the errors of `get_or_create_token`.
         """
         try:
             user_id, refused = require_user_id(user_id), _refused(refused_token)
@@ -94,26 +94,26 @@ class TokenStorage(LifeCycle):
         return (None if still_stored else self.get_valid_token(known)) or self._log_in(known, Wish(refused=refused))
 
     def save_token(self, response: object, *, verify: bool = False) -> TokenResult:
-        """Keep a token that another login has made: a notifier webhook, an OAuth code, a dashboard.
+        """Keep a token that was made elsewhere: by a notifier webhook, an OAuth code, or a dashboard.
 
-        Of two tokens of a user the one that Upstox issued later (`iat`) stays, in whatever order they arrive; where
-        the time of issue cannot be read, the one that arrives later. Saving a token again changes nothing.
+        Of two tokens for one user, the one that Upstox issued later (`iat`) stays, in whatever order they arrive. If
+        the time of issue cannot be read, the one that arrives later stays. Saving a token again changes nothing.
 
-        The token's signature cannot be checked here. Without `verify` the caller vouches for it: a webhook without
-        authentication accepts whatever anybody sends to it.
+        The token's signature cannot be checked here. Without `verify` the caller vouches for the token: a webhook
+        without authentication accepts whatever anybody sends.
 
         Args:
-            response: the SDK's `AccessTokenData`, or a mapping with `access_token`, `user_id` and whatever else is
-                known, such as the notifier's payload.
-            verify: ask Upstox's profile first whether the token lives, and whose it is.
+            response: the SDK's `AccessTokenData`, or a mapping with `access_token`, `user_id` and any other known
+                fields, such as the notifier's payload.
+            verify: first ask Upstox's profile API whether the token works and whose it is.
 
         Returns:
             the result for the token that is stored in the end.
 
         Raises:
-            InvalidInput: the token is dead, is another user's or another kind of token (an extended one lives for a
-                year), was issued in the future, or Upstox refuses it. Nothing is stored.
-            LoginInterrupted: Upstox could not be asked. Try again.
+            InvalidInput: the token is dead, belongs to another user, is of another kind (an extended token lives for a
+                year), was issued in the future, or is refused by Upstox. Nothing is stored.
+            LoginInterrupted: Upstox could not be reached. Try again.
             LoginSuperseded: a later token of this user was stored here and has ended since.
         """
         try:
@@ -139,63 +139,62 @@ class TokenStorage(LifeCycle):
     def store_token_batch(
         self, user_ids: Iterable[str], *, replace: bool = False, progress: bool = True, pace: Pace = PACE
     ) -> list[BatchResult]:
-        """A living token for each of these accounts. One after another, each committed by itself.
+        """Make sure that each of these accounts has a working token. Each one in turn has its own commit.
 
-        A living token is kept and costs no login, so a batch that was broken off can simply be run again. (Where reads
-        are counted, finding it counts as one.) What is wrong with one account does not stop the others. Wrong
-        credentials are tried once; after a limit or a broken connection an account is tried again, twice at the most,
-        and never with a one-time password it has used.
+        A working token is kept and costs no login, so an interrupted batch can simply run again. (A store that counts
+        reads counts this as one.) A failed account does not stop the others. Wrong credentials are tried once. After a
+        limit or a broken connection an account is retried at most twice, never with a used one-time password.
 
         Args:
-            user_ids: whose. One that is named twice is logged in once.
-            replace: log all of them in, whatever is stored. Their earlier tokens die by that.
-            progress: show a progress bar, where tqdm is installed.
-            pace: how fast. All batches of a process share Upstox's limits: 1 login a second, 10 a minute, 60 in half
-                an hour. So 100 accounts take at least 30 minutes.
+            user_ids: the users. A user named twice is logged in once.
+            replace: log all of them in, whatever is stored. This kills their earlier tokens.
+            progress: show a progress bar if tqdm is installed.
+            pace: the pace of the logins. All batches of a process share Upstox's limits: 1 login a second, 10 a minute,
+                60 in half an hour. So 100 accounts take at least 30 minutes.
 
         Returns:
             a dict for each of `user_ids`, in their order: `user_id`, `success`; then `token_id`, `expires_at` and
-            `kept` (no login was due), or `error` (what to do) and `error_type` (the name of its class). The error
-            itself is the attribute `exception`, with the token if it could not be stored.
+            `kept` (no login was due), or `error` (what to do) and `error_type` (the name of its class). The attribute
+            `exception` is the error itself, with the token if it could not be stored.
 
         Raises:
-            InvalidInput: `user_ids` is not a list of texts. No other error: a failed account is a result.
+            InvalidInput: `user_ids` is not a list of strings. There is no other error: a failed account is a result.
         """
         return store_batch(self, user_ids, replace=replace, progress=progress, pace=pace)
 
     def get_token_history(self, user_id: str, limit: int = 10) -> list[dict[str, Any]]:
-        """The user's tokens, newest first, without the tokens themselves.
+        """Return the records of the user's tokens, newest first, without the tokens themselves.
 
-        Each has `token_id`, `created_at`, `expires_at`, `is_active` (it could be handed out now), `user_name`,
-        `email`, `broker`, `usage_count`, `last_used_at`; times are ISO text in UTC.
+        Each has `token_id`, `created_at`, `expires_at`, `is_active` (a caller could get it now), `user_name`, `email`,
+        `broker`, `usage_count`, `last_used_at`. Times are ISO text in UTC.
         """
         user_id, limit, now = require_user_id(user_id), require_limit(limit), self._now()
         return self._history(user_id, limit, now) or self._history(user_id.upper(), limit, now)
 
     def get_user_statistics(self, user_id: str) -> dict[str, Any]:
-        """`total_tokens`, `active_tokens`, `total_usage`, `avg_usage_per_token`, `last_generation`, `last_usage`.
+        """Count `total_tokens`, `active_tokens`, `total_usage`, `avg_usage_per_token`; `last_generation`, `last_usage`.
 
         An unknown user has zeros, and None for the two times.
         """
         return self._statistics(self._as_stored(require_user_id(user_id)), self._now())
 
     def get_audit_trail(self, user_id: str, limit: int = 50) -> list[dict[str, Any]]:
-        """What was done to the user's tokens, by whom and when, newest first. Needs no key.
+        """Return the user's audit entries, newest first: what was done, by whom and when. This needs no key.
 
         Each entry has `action`, `performed_at`, `actor`, `metadata`, `user_id`, `token_id`, `token_created`. The
-        actions: login, login_failed, created, adopted, used, deactivated, revoked, expired. "created" names the fields
-        of Upstox's answer that were missing, null, of another type or unknown: names and no values.
+        actions are login, login_failed, created, adopted, used, deactivated, revoked, expired. "created" lists the
+        names, never the values, of fields in Upstox's answer that were missing, null, of another type or unknown.
         """
         user_id, limit = require_user_id(user_id), require_limit(limit)
         return self._audit(user_id, limit) or self._audit(user_id.upper(), limit)
 
     def revoke_token(self, user_id: str) -> bool:
-        """Forget the user's token: its ciphertext is erased and it is never handed out again.
+        """Forget the user's token: erase its ciphertext, so that nobody gets it again.
 
-        Upstox is not told: there the token lives until 03:30, the next login, or a logout.
+        Upstox is not told. The token works there until 03:30, the next login, or a logout.
 
         Returns:
-            whether there was one.
+            whether there was a token.
         """
         user_id = self._as_stored(require_user_id(user_id))
         revoked = self._revoke(user_id, self._now())
@@ -203,13 +202,13 @@ class TokenStorage(LifeCycle):
         return revoked
 
     def log_out(self, user_id: str) -> bool:
-        """End the user's token at Upstox and forget it here, as for a token that leaked.
+        """End the user's token at Upstox and forget it here, for example after a leak.
 
         Returns:
-            whether Upstox still knew it. False also where none is stored.
+            whether Upstox still knew the token. False if none is stored.
 
         Raises:
-            LoginInterrupted: Upstox could not be told. The token is still stored, so that this can be repeated.
+            LoginInterrupted: Upstox could not be told. The token is still stored, so you can try again.
         """
         user_id = self._as_stored(require_user_id(user_id))
         with self._lock(user_id.upper()):
@@ -233,13 +232,13 @@ class TokenStorage(LifeCycle):
         return removed
 
     def cleanup_old_audit_entries(self, days_to_keep: int = 90) -> int:
-        """Delete audit entries older than this many days, in batches; tokens' records and counts stay.
+        """Delete audit entries older than this many days, in batches. The records and counts of tokens stay.
 
         Returns:
             how many there were.
 
         Raises:
-            ConfigurationError: a role that may only store and read tokens cannot delete what was audited.
+            ConfigurationError: this role may only store and read tokens and cannot delete audit entries.
         """
         if type(days_to_keep) is not int or not 0 <= days_to_keep <= 36_500:
             raise InvalidInput("days_to_keep must be a whole number of days from 0 up.")
@@ -250,23 +249,23 @@ class TokenStorage(LifeCycle):
         return removed
 
     def rotate_keys(self) -> int:
-        """Encrypt every token again that is not under the key ring's first key.
+        """Re-encrypt every token that is not under the key ring's first key.
 
-        In three steps, so that no program meets a key it does not know: give every program the new key behind the
-        old one; then in front of it; then call this. Others may read and write meanwhile. Killed half-way, it can be
-        run again.
+        Rotate in three steps, so that no program meets an unknown key: give every program the new key after the old
+        one; then move it before the old one; then call this. Others may read and write meanwhile. If this is killed
+        half-way, run it again.
 
         Returns:
-            how many were encrypted again.
+            how many tokens were re-encrypted.
 
         Raises:
-            KeyUnavailable, TokenRefused: some tokens cannot be read; it names the users. All others were done.
+            KeyUnavailable, TokenRefused: some tokens cannot be read; the error names the users. All others are done.
         """
         rotated = 0
         refused: dict[str, StorageError] = {}
-        self._key_ring = None  # This program may run since before the newest key was made.
-        # The ring is asked for again also when a token's key is not in it. A batch under the key that was the first
-        # one before would then be encrypted again for ever.
+        self._key_ring = None  # This program may have started before the newest key was made.
+        # The ring is also reloaded when it lacks a token's key, and its first key may change then. So look at the first
+        # key again for each batch. Otherwise a batch under the old first key would be re-encrypted forever.
         while batch := self._under_other_keys(newest := self._ring.key_ids[0], BATCH):
             pairs = []
             for old in batch:
@@ -285,14 +284,14 @@ class TokenStorage(LifeCycle):
         return rotated
 
     def keys_in_use(self) -> dict[str, int]:
-        """How many stored tokens each key id encrypts.
+        """Return how many stored tokens each key id encrypts.
 
-        A key that is not named here can be thrown away, unless a backup or an export that you keep needs it.
+        A key that is not listed can be thrown away, unless you keep a backup or an export that needs it.
         """
         return self._count_keys()
 
     def get_storage_status(self) -> dict[str, Any]:
-        """Each database by name: "healthy", or "error: …" and what to do; and a `timestamp`. Never raises."""
+        """Return "healthy" or "error: …" with what to do for each database, and a `timestamp`. This never raises."""
         return {**self._health(), "timestamp": self._now().isoformat()}
 
     def __enter__(self) -> Self:
@@ -302,7 +301,7 @@ class TokenStorage(LifeCycle):
         self.close()
 
     def _refuse_another_kind(self, minted: Minted, now: datetime) -> None:
-        """Refuse what is not a living access token of that user, as far as the token itself tells."""
+        """Refuse anything but a working access token of that user, as far as the token itself tells."""
         if not is_unicode(minted.token.reveal()):
             raise InvalidInput(f"What is given as a token of {minted.user_id} holds half a character: it is no token.")
         dies, issued, whose = jwt_expiry(minted.token), issued_at(minted.token), subject(minted.token)
@@ -319,15 +318,15 @@ class TokenStorage(LifeCycle):
             )
 
     def _replace_token(self, user_id: str) -> TokenResult:
-        """For a batch: log in whatever is stored, but not past a refusal, as `store_token` does."""
+        """Log in for a batch, whatever is stored. Unlike `store_token`, this does not override an earlier refusal."""
         return self._log_in(check_user_id(user_id), Wish(replace=True))
 
 
 def _refused(token: str | Secret | Mapping[str, Any]) -> Secret:
-    """The refused token as a Secret.
+    """Return the refused token as a Secret.
 
     Raises:
-        InvalidInput: it is neither text nor a result.
+        InvalidInput: the argument is neither text nor a result.
     """
     if isinstance(token, Mapping):
         token = token.get("token") or token.get("access_token") or ""

@@ -1,8 +1,8 @@
-"""What a token is, when it dies, and how it stays out of sight.
+"""The token: its fields, its expiry, and how it stays out of sight.
 
-An Upstox access token dies at the next 03:30 in India, whenever it was made: one from 20:00 on Tuesday lives for
-7.5 hours, one from 02:30 on Wednesday for one. Source: Upstox's documentation of the token API, and the `exp` of
-real tokens, which is 22:00 UTC to the second.
+An Upstox access token expires at the next 03:30 in India, whenever it was made: a token from 20:00 on Tuesday lives for
+7.5 hours, and one from 02:30 on Wednesday lives for one hour. The sources are Upstox's documentation of the token API
+and the `exp` of real tokens, which is 22:00 UTC to the second.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, time, timedelta, timezone, tzinfo
 from typing import Any, NamedTuple, NoReturn
 
-# A fixed offset and not ZoneInfo("Asia/Kolkata"): India has had this one offset and no summer time since 1945,
-# and a slim container has no time zone database.
+# We use a fixed offset and not ZoneInfo("Asia/Kolkata"): India has had this offset without summer time since 1945, and
+# a slim container has no time zone database.
 IST = timezone(timedelta(hours=5, minutes=30), "IST")
 
 
 class Secret:
-    """A string that shows only its first characters and its length, wherever it is printed or logged.
+    """A string that shows only its first characters and its length wherever it is printed or logged.
 
-    A plain `str` would show itself in every traceback that prints local variables.
+    A plain `str` would show up in every traceback that prints local variables.
     """
 
     __slots__ = ("_value",)
@@ -31,7 +31,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """The whole string."""
+        """Return the whole string."""
         return self._value
 
     def __repr__(self) -> str:
@@ -46,19 +46,19 @@ class Secret:
 
 @dataclass(slots=True)
 class StoredToken:
-    """One token as a store keeps it: encrypted, with what is known about it beside it.
+    """One token as a store keeps it: the ciphertext and everything known about the token.
 
     Attributes:
         ciphertext: the encrypted token (see cipher.py).
         key_id: the key that encrypted it.
-        generation: 1 for the user's first token, one more for each that follows. Two logins that were under way
-            at once would write the same number, so the later write is refused.
-        account: which credentials made it, so that a caller who names no user finds the right one again.
+        generation: 1 for the user's first token, and one more for each later one. Two logins that ran at the same
+            time would write the same number, so the later write is refused.
+        account: the credentials that made it, so that a caller who names no user gets the right token.
         created_at, expires_at, last_used_at: aware datetimes, UTC.
-        issued_at: Upstox's own time of issue (`iat`), where it can be read; UTC. It stays after the token has ended.
-        in_doubt: a login may have replaced this token at Upstox, and its outcome is not known (yet).
+        issued_at: Upstox's own time of issue (`iat`) in UTC, if it can be read. It stays after the token has ended.
+        in_doubt: a login may have replaced this token at Upstox, and the outcome is not known (yet).
         token_id: the store's own id of the row, once it is stored.
-        source: which database answered, where a store has two.
+        source: the database that answered, if a store has two.
     """
 
     user_id: str
@@ -84,11 +84,11 @@ class StoredToken:
 
 
 class AuditEntry(NamedTuple):
-    """What was done, by whom and when, as it moves from one store to another.
+    """One audit entry in a form that moves between stores: what was done, by whom and when.
 
     Attributes:
-        generation: of the token to which it was done; None for what belongs to no token, such as a login.
-        position: the store's own id of the entry, by which it finds those that follow; of no meaning elsewhere.
+        generation: the generation of the token; None for an entry that belongs to no token, such as a login.
+        position: the store's own id of the entry, which it needs to find the next ones. It means nothing elsewhere.
     """
 
     action: str
@@ -100,10 +100,10 @@ class AuditEntry(NamedTuple):
 
 
 class TokenResult(Mapping[str, Any]):
-    """What a store hands out. Reads like a dict; `result["token"]` is the whole token, any display is masked.
+    """The result that a store returns. It reads like a dict: `result["token"]` is the whole token, output is masked.
 
-    A Mapping and not a dict: json.dumps, pprint, rich and pytest look inside a dict and would show the token. Times
-    are given as ISO text, made when they are looked at: most callers want the token alone.
+    This is a Mapping and not a dict, because json.dumps, pprint, rich and pytest look inside a dict and would show the
+    token. Times become ISO text only on access, because most callers want only the token.
     """
 
     __slots__ = ("_fields", "_token")
@@ -134,11 +134,11 @@ class TokenResult(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class ExpiryPolicy:
-    """When a token dies, and when a login is worth its price.
+    """Decides when a token expires, and when a login is worth its cost.
 
     Attributes:
-        time_of_day, zone: every token dies at this time, 03:30 in India.
-        margin: how far this machine's clock may be off. `get_valid_token` hands out nothing that dies sooner.
+        time_of_day, zone: every token expires at this time, 03:30 in India.
+        margin: how far this machine's clock may be off. `get_valid_token` returns no token that expires sooner.
     """
 
     time_of_day: time = time(3, 30)
@@ -146,7 +146,7 @@ class ExpiryPolicy:
     margin: timedelta = timedelta(minutes=1)
 
     def next_death(self, now: datetime) -> datetime:
-        """When a token made now dies, strictly after `now`; UTC."""
+        """Return when a token made now expires, in UTC. This is always after `now`."""
         local = now.astimezone(self.zone)
         death = datetime.combine(local.date(), self.time_of_day, self.zone)
         if death <= local:
@@ -154,29 +154,29 @@ class ExpiryPolicy:
         return death.astimezone(UTC)
 
     def expires_at(self, token: Secret, now: datetime) -> datetime:
-        """When this token dies: the earlier of its own `exp` and of 03:30 after it was issued; UTC.
+        """Return when this token expires, in UTC: its own `exp` or the first 03:30 after issue, whichever is earlier.
 
         Args:
-            now: in place of the time of issue, where the token does not tell that. Its own is better: this machine's
-                clock may be a day behind, and would have the token die before it is used.
+            now: replaces the time of issue if the token does not tell it. The token's own time is better: this
+                machine's clock may be a day behind, and then the token would expire before its first use.
         """
         own, rule = jwt_expiry(token), self.next_death(issued_at(token) or now)
         return min(own, rule) if own else rule
 
     def worth_keeping(self, now: datetime) -> datetime:
-        """A login is due only where no token dies after this moment; UTC.
+        """Return a moment in UTC. A login is due only if no stored token expires after it.
 
-        Inside the margin a new token would usually die at the very same 03:30. Logging in would only kill the
-        living one, so it is kept until its last second unless a new one would really live longer.
+        Inside the margin a new token would usually expire at the same 03:30, so a login would only kill a working
+        token. The stored one is kept until its last second, unless a new one would really live longer.
         """
         return min(now + self.margin, self.next_death(now) - timedelta(seconds=1))
 
 
 def jwt_claims(token: Secret) -> dict[str, Any]:
-    """What a JWT says of itself; empty for anything else.
+    """Return the claims of a JWT, or an empty dict for anything else.
 
-    The signature is not checked: the key is Upstox's. Upstox calls the token opaque, so a token that cannot be read is
-    never an error.
+    The signature is not checked, because only Upstox has the key. Upstox calls the token opaque, so an unreadable token
+    is never an error.
     """
     try:
         payload = token.reveal().split(".")[1]
@@ -187,7 +187,7 @@ def jwt_claims(token: Secret) -> dict[str, Any]:
 
 
 def jwt_expiry(token: Secret) -> datetime | None:
-    """The `exp` of a JWT in whole seconds, UTC; None for anything else.
+    """Return the `exp` of a JWT in whole seconds, UTC; None for anything else.
 
     It is not verified: a forged `exp` can only shorten the token's life here.
     """
@@ -195,12 +195,12 @@ def jwt_expiry(token: Secret) -> datetime | None:
 
 
 def issued_at(token: Secret) -> datetime | None:
-    """The `iat` of a JWT in whole seconds, UTC: when Upstox made it, by Upstox's clock. None for anything else."""
+    """Return the `iat` of a JWT, the time of issue by Upstox's clock, in whole seconds, UTC; None for anything else."""
     return _moment(jwt_claims(token).get("iat"))
 
 
 def subject(token: Secret) -> str | None:
-    """The `sub` of a JWT: the user id that it was made for, unverified. None for anything else."""
+    """Return the `sub` of a JWT, the user id it was made for, unverified; None for anything else."""
     named = jwt_claims(token).get("sub")
     return named if isinstance(named, str) else None
 

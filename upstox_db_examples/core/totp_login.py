@@ -21,22 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 class TotpLogin(SingleLogin):
-    """Logs in with one request, which needs no mobile number, password or client secret.
+    """Logs in with one request, without mobile number, password or client secret.
 
-    Nothing of this was tried on the real service. What is known, and how surely:
+    None of this has been tried on the real service. This is what we know, and how sure we are:
 
     - The path, the header `x-api-key` and the JSON body: one program quotes Upstox's documentation (fairly sure). Two
       others send form fields or name the header differently, so a subclass can change `path` and `form`.
     - The answer is the same flat JSON as that of the other login (fairly sure).
     - It ends the user's active token (fairly sure), so it is a login like any other.
     - TOTP has to be switched on for the account (fairly sure).
-    - At most 1 a second, 10 a minute and 60 in half an hour (fairly sure).
-    - A TOTP code serves once in its 30 seconds (sure of the other login, likely here).
+    - Upstox allows at most 1 login a second, 10 a minute and 60 in half an hour (fairly sure).
+    - A TOTP code works once in its 30 seconds (sure for the other login, likely here).
 
     Args:
-        credentials: `client_id`, `pin_code` and `totp_secret`; without them UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and
+        credentials: `client_id`, `pin_code` and `totp_secret`. The default is UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and
             UPSTOX_TOTP_SECRET, read at each login.
-        user_id, base_domain, timeout: as those of `SdkLogin`.
+        user_id, base_domain, timeout: the same as for `SdkLogin`.
     """
 
     path = "/v2/totp-login/authorization/token"
@@ -51,12 +51,12 @@ class TotpLogin(SingleLogin):
         timeout: float = 15.0,
     ) -> None:
         if isinstance(credentials, Mapping):
-            credentials = wrapped(credentials)  # A traceback of what follows shows no value.
+            credentials = wrapped(credentials)  # From here on a traceback shows no value.
         super().__init__(credentials, user_id, base_domain, timeout)
 
     @staticmethod
     def form(client_id: Secret, pin_code: Secret, totp: Secret) -> tuple[dict[str, str | Secret], Secret]:
-        """The headers and the body of the request: all of its form but the path."""
+        """Return the headers and the body of the request."""
         headers: dict[str, str | Secret] = {"x-api-key": client_id, "Content-Type": "application/json"}
         return headers, Secret(json.dumps({"totp": totp.reveal(), "pin": pin_code.reveal()}))
 
@@ -64,8 +64,8 @@ class TotpLogin(SingleLogin):
         """Log in: one request.
 
         Raises:
-            LoginRefused, LoginLimited, LoginInterrupted: fix, wait, or try again. From the moment that the answer has
-                arrived, its token is in the error.
+            LoginRefused, LoginLimited, LoginInterrupted: fix, wait, or try again. Once the answer has arrived, the
+                error carries its token.
         """
         self._check_user(user_id)
         credentials, base_domain = self._current(), checked_base_domain(self._base_domain)
@@ -73,7 +73,7 @@ class TotpLogin(SingleLogin):
         headers, body = self.form(credentials["client_id"], credentials["pin_code"], totp)
         where, begin = urlsplit(base_domain.replace("{stage}", "api")).hostname or "Upstox", time.monotonic()
         raise_pending()
-        # No redirect is followed: the secrets would go along to wherever it leads.
+        # `ask` follows no redirect, because the secrets would travel along.
         headers = {"Accept": "application/json", **headers}
         reply = ask("POST", base_domain, self.path, headers=headers, body=body, timeout=self._timeout)
         outcome = answer_in(reply, "upstox_totp_login", credentials.redact)

@@ -1,7 +1,7 @@
-"""Where Upstox is, and the few requests that do not go through the SDK.
+"""Upstox's address, and the few requests that do not go through the SDK.
 
-Each request has a connection of its own: curl sends a request silently again when a kept connection turns out to be
-closed, and a login that is sent twice kills its own first token.
+Each request uses a new connection: if a kept connection turns out to be closed, curl silently sends the request again,
+and a login that is sent twice kills its own first token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .token import Secret
 logger = logging.getLogger(__name__)
 
 REAL = "https://{stage}.upstox.com"
-# What curl calls the failures that come before a request is sent on a new connection.
+# curl's names for the failures that happen before a request is sent on a new connection.
 NOT_SENT = (
     *("UNSUPPORTED_PROTOCOL", "URL_MALFORMAT", "COULDNT_RESOLVE_PROXY", "COULDNT_RESOLVE_HOST", "COULDNT_CONNECT"),
     *("SSL_CONNECT_ERROR", "PEER_FAILED_VERIFICATION", "SSL_CACERT_BADFILE", "INTERFACE_FAILED"),
@@ -30,10 +30,10 @@ NOT_SENT = (
 
 
 def checked_base_domain(base_domain: str | None) -> str:
-    """The argument, or else UPSTOX_BASE_DOMAIN; "" means the real Upstox.
+    """Return the argument, or otherwise UPSTOX_BASE_DOMAIN; "" means the real Upstox.
 
     Raises:
-        LoginRefused: it lacks {stage}, or is neither https nor on this machine.
+        LoginRefused: the address lacks {stage}, or is neither https nor on this machine.
     """
     base_domain = base_domain or os.environ.get("UPSTOX_BASE_DOMAIN") or ""
     if not base_domain:
@@ -65,9 +65,9 @@ def ask(
     body: Secret | None = None,
     timeout: float = 15.0,
 ) -> Reply:
-    """Send one request to the API and say what came back. A failure is a reply too, with `lost`.
+    """Send one request to the API and return the reply. A failure is a reply too, with `lost` set.
 
-    No redirect is followed, because the headers and the body hold secrets.
+    This follows no redirect, because the headers and the body hold secrets.
     """
     from curl_cffi import CurlOpt, Session
 
@@ -90,13 +90,13 @@ def ask(
         return lost_reply(error)
     except BaseException as error:
         stopped = error
-    # Ctrl-C came. Raised here, it does not lead to the frames of curl_cffi, which hold the plain secrets.
+    # Ctrl-C came. Raise it here, so that it does not lead to curl_cffi's frames, which hold the plain secrets.
     stopped.__traceback__ = stopped.__context__ = stopped.__cause__ = None
     raise stopped
 
 
 def lost_reply(error: Exception) -> Reply:
-    """What an error of curl_cffi says of a request, and as much of the body as came before it."""
+    """Turn an error of curl_cffi into a reply, with the part of the body that arrived before it."""
     from curl_cffi import CurlECode
     from curl_cffi.requests.exceptions import RequestException
 
@@ -107,7 +107,7 @@ def lost_reply(error: Exception) -> Reply:
         getattr(response, "status_code", 0),
         getattr(response, "content", None) or b"",
         lost=type(error).__name__,
-        # curl_cffi gives a plain number, whatever its annotation says.
+        # `code` is a plain number, whatever curl_cffi's annotation says.
         sent=error.code not in [getattr(CurlECode, name, None) for name in NOT_SENT],
     )
 
@@ -116,10 +116,10 @@ def owner_of(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> 
     """Ask Upstox whose access token this is.
 
     Returns:
-        the user id, or None if Upstox does not accept the token: it is dead.
+        the user id, or None if Upstox does not accept the token because it is dead.
 
     Raises:
-        LoginInterrupted: Upstox could not be asked, or said something else.
+        LoginInterrupted: Upstox could not be reached, or gave an unexpected answer.
     """
     reply = _ask_with(token, "GET", "/v2/user/profile", base_domain, timeout)
     if reply is None or reply.status == 401:
@@ -136,10 +136,10 @@ def log_out(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> b
     """End an access token at Upstox.
 
     Returns:
-        False if Upstox does not accept the token: it was dead already.
+        False if Upstox does not accept the token because it was already dead.
 
     Raises:
-        LoginInterrupted: Upstox could not be asked, or said something else. The token may live.
+        LoginInterrupted: Upstox could not be reached, or gave an unexpected answer. The token may still work.
     """
     reply = _ask_with(token, "DELETE", "/v2/logout", base_domain, timeout)
     if reply is None or reply.status == 401:
@@ -151,7 +151,7 @@ def log_out(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> b
 
 
 def _ask_with(token: Secret, method: str, path: str, base_domain: str, timeout: float) -> Reply | None:
-    """None if this can be no token: what does not fit into a header was never handed out by Upstox."""
+    """Send a request with this token. Return None if it does not fit into a header: Upstox issues no such token."""
     token, base_domain = as_secret(token), checked_base_domain(base_domain)
     if not re.fullmatch(r"[!-~]+", token.reveal()):
         return None

@@ -1,9 +1,9 @@
-"""The file of an export: what is in it, in which order, and why a part of it is never taken for the whole.
+"""The export file: its contents, their order, and how a reader detects an incomplete file.
 
-A line in plain text, which names the format, the kind of store, the key and this one export. Then a line a part, and
-a last one with the counts and a checksum over all before it, each encrypted and bound to the first line and to its own
-number: so that a line that was changed, moved, left out or taken from another export is refused, as is a file without
-its last line.
+The first line is plain text. It names the format, the kind of store, the key and this one export. Then comes one line
+per part, and a last line with the counts and a checksum over everything before it. All of these lines are encrypted,
+and bound to the first line and to their line number. So a reader refuses a line that was changed, moved, left out or
+taken from another export, and a file without its last line.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from ..core.files import written_whole
 from ..core.token import AuditEntry, Secret, StoredToken
 
 FORMAT = "upstox_db_examples export, version 2"
-# Written by earlier programs, which in turn refuse a newer one: they would take its tokens' new fields for damage.
+# Earlier versions wrote this format. They refuse the newer one, because they would mistake new token fields for damage.
 EARLIER_FORMAT = "upstox_db_examples export, version 1"
 
 
 class Part(NamedTuple):
-    """A part of what is kept of a user: the first has the tokens, those that follow the audit entries, oldest first.
+    """One part of a user's data. The first part has the tokens; later parts have the audit entries, oldest first.
 
-    In parts, for a user whose token is read a thousand times an hour has more audit entries than memory can hold.
+    The data is split, because a user whose token is read a thousand times an hour has more audit entries than memory
+    can hold.
     """
 
     user_id: str | None
@@ -40,7 +41,7 @@ class Part(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How much was in what was transferred; with `new_` how much of it the target did not have."""
+    """How much was transferred. The `new_` fields count only what the target did not have before."""
 
     users: int = 0
     tokens: int = 0
@@ -49,7 +50,7 @@ class Counts(NamedTuple):
     new_audit_entries: int = 0
 
     def plus(self, **more: int) -> Counts:
-        """The same with so much more of these."""
+        """Return the counts with these numbers added."""
         return self._replace(**{name: getattr(self, name) + number for name, number in more.items()})
 
 
@@ -58,7 +59,7 @@ def by_user(parts: Iterator[Part]) -> Iterator[tuple[str | None, Iterator[Part]]
 
 
 def write_export(path: Path, kind: str, ring: KeyRing, parts: Iterator[Part], advance: Callable[[], object]) -> Counts:
-    """See `transfer.export_tokens`. `advance` is called after each user."""
+    """Write an export; see `transfer.export_tokens`. It calls `advance` after each user."""
     _refuse_another_file(path)
     header = f"{FORMAT}, {kind}, {ring.key_ids[0]}, {secrets.token_hex(8)}"
     counts, digest, number = Counts(), hashlib.sha256(), 0
@@ -82,7 +83,7 @@ def write_export(path: Path, kind: str, ring: KeyRing, parts: Iterator[Part], ad
 
 
 def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
-    """The parts of an export. It was whole only if this comes to its end without an error."""
+    """Yield the parts of an export. The file is complete only if this ends without an error."""
     damaged = BackupDamaged(f"{path} is not a whole export: it was cut off or changed. Nothing was imported from it.")
     digest, counts, previous, number = hashlib.sha256(), Counts(), None, 0
     last_user: object = object()
@@ -93,7 +94,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
             key_id = header.split(", ")[3]
             begins = tuple(f"{version}.{key_id}." for version in READABLE)
             for line in file:
-                # Else one wrong letter in a key's id would be taken for a key that is missing.
+                # Otherwise one wrong letter in a key id would look like a missing key.
                 if not line.startswith(begins) or not line.endswith("\n"):
                     raise damaged
                 if previous is not None:
@@ -117,7 +118,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
 
 
 def kind_of(path: Path) -> str:
-    """What the tokens in it are bound to. What it says is proved by each line that can be decrypted."""
+    """Return the kind of store that the export's tokens are bound to. Each line that decrypts proves it."""
     try:
         with path.open(encoding="ascii", errors="replace") as file:
             return _header(path, file.readline()).split(", ")[2]
@@ -137,13 +138,13 @@ def _refuse_another_file(path: Path) -> None:
         with path.open("rb") as file:
             ours = file.read(len(FORMAT)) in (FORMAT.encode(), EARLIER_FORMAT.encode(), b"")
     except OSError:
-        return  # Nothing is there, or what is wrong with it is said when it is written.
+        return  # There is no such file, or the write below will report the problem.
     if not ours:
         raise InvalidInput(f"{path} is no export and would be lost. Name another file.")
 
 
 def _place(header: str, number: int) -> Binding:
-    """Where a line belongs: a line of another export, or in another place, is refused. -1 is the last one."""
+    """Return the binding of a line, so that a moved line or one from another export is refused. -1 is the last line."""
     return Binding(header, datetime.fromtimestamp(number + 1, tz=UTC), number, kind="export")
 
 

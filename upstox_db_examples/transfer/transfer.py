@@ -1,9 +1,9 @@
-"""From any store to any other: export to an encrypted file, import, migrate. All of it can be repeated.
+"""Move data between any two stores: export to an encrypted file, import, migrate. Each of them can be repeated.
 
-One user after another: first the tokens, in one transaction of the target (MongoDB: in an order of writes that may be
-cut off anywhere), then the audit entries, some hundreds at a time. What is there already is left alone, so a transfer
-that was killed is simply run again. Tokens are encrypted again and not moved as they lie: so the two stores may have
-different keys, and a token that cannot be read is found out before anything is written.
+Users are transferred one by one. Their tokens go first, in one transaction of the target (MongoDB: in an order of
+writes that is safe to interrupt anywhere). The audit entries follow, a few hundred at a time. Existing data is left
+alone, so you simply run a killed transfer again. Tokens are re-encrypted and not copied as they are. So the two stores
+may have different keys, and an unreadable token is found before anything is written.
 """
 
 from __future__ import annotations
@@ -34,20 +34,19 @@ COMPARED = (
 
 
 def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True) -> Counts:
-    """Bring all that `source` keeps into `target`, and compare.
+    """Copy everything from `source` to `target`, and then compare the two.
 
-    Tokens are encrypted again, under the target's first key. A user who has logged in at the target since keeps that
-    newer token. Stop the programs that use the source first: a login there during the migration would have to be
-    brought over by another one.
+    Tokens are re-encrypted under the target's first key. A user who has since logged in at the target keeps that newer
+    token. Stop the programs that use the source first: a login there during the migration would need another one.
 
     Returns:
-        what the source keeps, and how much of it was new to the target.
+        how much the source holds, and how much of it was new to the target.
 
     Raises:
-        InvalidInput: for some user the two have histories that never were one. Nothing is changed; where the two
-            parted while this ran, nothing of that user.
-        KeyUnavailable, TokenRefused: a living token of the source cannot be read. Nothing is changed.
-        StorageError: afterwards the two still differ; somebody wrote meanwhile. Run it again.
+        InvalidInput: the two stores have unrelated histories for some user. Nothing is changed. If they diverged while
+            this ran, nothing of that user is changed.
+        KeyUnavailable, TokenRefused: a working token of the source cannot be read. Nothing is changed.
+        StorageError: the two still differ at the end, because somebody wrote meanwhile. Run it again.
     """
     tokens = (Part(user_id, source._tokens_of(user_id), []) for user_id in source._users())
     users = _checked(tokens, target, source._decrypt)
@@ -55,13 +54,13 @@ def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True
 
 
 def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
-    """All that the store keeps, in one file of mode 0600, each line encrypted under the store's first key.
+    """Write everything in the store to one file with mode 0600, encrypted under the store's first key.
 
-    The file is whole or not there: it gets its name, in place of an older one, when it is on the disk.
+    The file is either complete or absent: it gets its name, and replaces an older export, once it is on the disk.
 
     Raises:
-        InvalidInput: something else lies there under that name.
-        StoreUnavailable: it cannot be written, or the store cannot be read.
+        InvalidInput: a file that is not an export has that name.
+        StoreUnavailable: the file cannot be written, or the store cannot be read.
     """
     with progress_bar(len(store._users()), "user", progress) as advance:
         counts = write_export(Path(path), store._kind, store._ring, _parts(store), advance)
@@ -70,13 +69,13 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
 
 
 def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
-    """Bring what `export_tokens` wrote into a store, of whatever kind. As `migrate`; the file is checked first.
+    """Import a file of `export_tokens` into a store of any kind. This checks the file first and then works like `migrate`.
 
     Raises:
-        BackupDamaged: it is not a whole export, or was changed. Nothing is imported.
-        KeyUnavailable: its key, or that of a token in it, is not in the store's key ring; the error names it. Nothing
-            is imported.
-        InvalidInput: as `migrate`.
+        BackupDamaged: the file is incomplete or was changed. Nothing is imported.
+        KeyUnavailable: the store's key ring lacks the key of the file or of a token in it; the error names the key.
+            Nothing is imported.
+        InvalidInput: see `migrate`.
     """
     file = Path(path)
     kind = kind_of(file)
@@ -89,7 +88,7 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
 
 
 def _checked(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]) -> int:
-    """How many users there are; all that can be refused is refused here, before anything is written."""
+    """Count the users. Everything that can be refused is refused here, before anything is written."""
     users, now = 0, target._now()
     for _, parts_of_user in by_user(parts):
         users += 1
@@ -113,17 +112,18 @@ def _bring(
     with progress_bar(users, "user", progress) as advance:
         for user_id, parts in by_user(source()):
             tokens = next(parts).tokens
-            # The lock of logins, so that none comes in between.
+            # Take the login lock, so that no login comes in between.
             with target._lock(user_id or NOBODY_LOCK):
                 there = target._tokens_of(user_id)
-                _refuse_another_history(user_id, tokens, there)  # Since it was checked, there may have been a login.
+                _refuse_another_history(user_id, tokens, there)  # A login may have happened since the check.
                 known = {token.generation for token in there}
                 if changed := _merged(tokens, there, target._now()):
                     target._put_in(user_id, [_encrypted_again(t, known, target, decrypt) for t in changed], [])
                 brought |= {(user_id, t.generation) for t in changed if t.ciphertext and t.generation not in known}
             new = sum(token.generation not in known for token in tokens)
             counts = counts.plus(users=1, tokens=len(tokens), new_tokens=new)
-            # Another lock, for these may take long and stand in no login's way; but two imports would double them.
+            # Use another lock here, because entries may take long and must not block logins. Without a lock, two imports
+            # would write every entry twice.
             with target._lock(ENTRIES_LOCK):
                 entries = _Counted(entry for part in parts for entry in part.entries)
                 for batch in itertools.batched(_missing(entries, _entries(target, user_id)), BATCH):
@@ -148,7 +148,7 @@ def _parts(store: TokenStorage) -> Iterator[Part]:
     for user_id in store._users():
         tokens = store._tokens_of(user_id)
         yield Part(user_id, tokens, [])
-        # What belongs to a token that came since is left to the next time, as is that token.
+        # A token that arrived since then waits for the next run, and so do its entries.
         known = {None, *(token.generation for token in tokens)}
         entries = (entry._replace(position=None) for entry in _entries(store, user_id) if entry.generation in known)
         for batch in itertools.batched(entries, BATCH):
@@ -163,7 +163,7 @@ def _entries(store: TokenStorage, user_id: str | None) -> Iterator[AuditEntry]:
 
 
 class _Counted:
-    """Counts what is taken from it."""
+    """Counts the items taken from an iterable."""
 
     def __init__(self, entries: Iterable[AuditEntry]) -> None:
         self._entries, self.number = entries, 0
@@ -198,7 +198,7 @@ def _alive(token: StoredToken, now: datetime) -> bool:
 
 
 def _merged(tokens: list[StoredToken], there: list[StoredToken], now: datetime) -> list[StoredToken]:
-    """What has to be written so that the target has these tokens. Whatever happened later wins, on either side."""
+    """Return the tokens to write so that the target has all of these. The later event wins, on either side."""
     known = {token.generation: token for token in there}
     latest = max(known, default=0)
     changed = []
@@ -215,7 +215,7 @@ def _merged(tokens: list[StoredToken], there: list[StoredToken], now: datetime) 
             usage_count=max(mine.usage_count, token.usage_count),
             last_used_at=max(used, default=None),
         )
-        # A dead token's ciphertext is the cleanup's business.
+        # The cleanup takes care of a dead token's ciphertext.
         if merged != (mine if mine.expires_at > now else replace(mine, ciphertext="")):
             changed.append(merged)
     return changed
@@ -228,9 +228,9 @@ def _agree(
     target: TokenStorage,
     decrypt: Callable[[StoredToken], Secret],
 ) -> bool:
-    """Whether the target has all of these tokens, and those that live, `living` among them, are the same to the letter.
+    """Return whether the target has all of these tokens. Working tokens, `living` among them, must match exactly.
 
-    Not by `_merged`, which would take its own mistakes for an agreement.
+    This does not use `_merged`, which would not notice its own mistakes.
     """
     known, now = {token.generation: token for token in there}, target._now()
     for token in tokens:
@@ -246,9 +246,9 @@ def _agree(
 
 
 def _missing(entries: Iterable[AuditEntry], there: Iterator[AuditEntry]) -> Iterator[AuditEntry]:
-    """Entries that the target lacks, both sides oldest first.
+    """Yield the entries that the target lacks. Both sides come oldest first.
 
-    Ids differ between databases, and two uses in one second look the same: so equal ones of a second are counted.
+    Ids differ between databases, and two uses in one second look the same. So equal entries in a second are counted.
     """
     seconds = itertools.groupby(there, key=_when)
     second, kept = next(seconds, (None, iter(())))
