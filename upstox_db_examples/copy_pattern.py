@@ -103,7 +103,7 @@ def _init(copy: Copy) -> str:
 def packages(copy: Copy) -> tuple[list[str], list[str]]:
     """Return the packages that the copy needs and those that are optional, from this distribution's metadata.
 
-    The command's own packages are not among the needed ones, because no copied file imports them.
+    The command's own packages are in neither list, because no copied file imports them.
     """
     imported = {_INSTALLED_AS.get(name, name).replace("_", "-") for name in copy.outside}
     found: tuple[list[str], list[str]] = [], []

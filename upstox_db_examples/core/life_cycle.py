@@ -108,7 +108,7 @@ class LifeCycle(Backend):
             account = _account_of(self._login, None)
             lock = f"{ACCOUNT_LOCK}{account or 'default'}"
             with self._lock(lock):
-                # Another caller may have logged this account in meanwhile.
+                # Another caller may have logged in with this account since.
                 user_id = self._known_user(guess=not wish.deliberate)
                 if user_id is None:
                     return self._log_in_locked(None, lock, wish)
@@ -358,7 +358,7 @@ class LifeCycle(Backend):
         except LoginError:
             return False
 
-    # Who is who
+    # Users and accounts
 
     def _known_user(self, *, guess: bool) -> str | None:
         """Return the user for a caller who names none: the login knows it, or a token made by its account does.

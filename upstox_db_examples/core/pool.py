@@ -57,20 +57,20 @@ class Pool[C]:
         self._lock = threading.RLock()
         self._free: list[C | None] = [None] * size  # None: not opened. The last one is lent next.
         self._held: dict[int, C | None] = {}
-        self._waiting: dict[int, threading.Lock] = {}  # in the order in which they came; empty while a place is free
+        self._waiting: dict[int, threading.Lock] = {}  # in order of arrival; empty while a place is free
         _pools.add(self)
 
     def borrow(self) -> Loan[C]:
-        """A connection for the length of a `with`. After an exception in there it is closed, and replaced when needed.
+        """Lend a connection for a `with` block. After an exception in the block it is closed, and replaced when needed.
 
         Raises:
-            PoolTimeout: no connection came free in time.
+            PoolTimeout: no connection became free in time.
             PoolClosed: the pool is closed, or was closed during the wait.
         """
         return Loan(self)
 
     def counts(self) -> tuple[int, int]:
-        """How many connections are in use, and how many are idle, at one moment."""
+        """Return how many connections are in use and how many are idle, both at the same moment."""
         with self._lock:
             return len(self._held), sum(conn is not None for conn in self._free)
 
@@ -103,7 +103,7 @@ class Pool[C]:
         return conn
 
     def _take_free_place(self, key: int, turn: threading.Lock | None = None) -> bool:
-        """Take a place if one is free; if none is, join those who wait, given a lock to be woken by."""
+        """Take a place if one is free. Otherwise join the waiting threads, if `turn`, the lock to wake by, is given."""
         with self._lock:
             if self._closed:
                 raise PoolClosed
@@ -125,7 +125,7 @@ class Pool[C]:
             raise PoolClosed if self._closed else PoolTimeout(f"All {self.size} were in use for {self._timeout:g} s.")
 
     def _give_back(self, key: int, *, broken: bool) -> None:
-        """Stop waiting, and return what this loan has. In a forked child a loan of its parent has nothing."""
+        """Stop waiting, and return this loan's place. In a forked child, a loan of the parent has no place."""
         try:
             # Close it before the place is passed on. Otherwise one connection too many would be open for a moment.
             if (broken or self._closed) and (conn := self._held.get(key)) is not None:
@@ -150,11 +150,11 @@ class Pool[C]:
                         else:
                             self._free += [conn]
         if self._closed:
-            self.close()  # It may have been closed since the look above.
+            self.close()  # It may have been closed since the check above.
 
 
 class Loan[C]:
-    """A connection on loan. A class and not a generator: only `__del__` can finish a return that was interrupted."""
+    """A connection on loan. This is not a generator, because only `__del__` can finish an interrupted return."""
 
     __slots__ = ("_pool",)
 
@@ -172,7 +172,7 @@ class Loan[C]:
         self._pool._give_back(id(self), broken=error is not None)
 
     def __del__(self) -> None:
-        # Ctrl-C at the very start of `__exit__` keeps the rest of it from running. At the start of `__init__`, too:
+        # Ctrl-C at the very start of `__exit__` skips the rest of it. It can also come at the start of `__init__`, and
         # then there is no `_pool`.
         pool = getattr(self, "_pool", None)
         if pool is not None and (id(self) in pool._held or id(self) in pool._waiting):
@@ -184,9 +184,9 @@ _of_the_parent: list[object] = []
 
 
 def _empty_the_pools() -> None:
-    """A forked child may not use its parent's connections, nor close them, nor wait for a lock that a thread held.
+    """Give a forked child empty pools. It must not use or close its parent's connections, or wait for a thread's lock.
 
-    They are kept here, because Python would close them as soon as nothing refers to them.
+    The connections are kept here, because Python would close them as soon as nothing refers to them.
     """
     for pool in list(_pools):
         _of_the_parent.append((pool._free, pool._held))

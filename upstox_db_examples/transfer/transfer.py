@@ -69,9 +69,7 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
 
 
 def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
-    """Import a file of `export_tokens` into a store of any kind.
-
-    This checks the file first and then works like `migrate`.
+    """Import a file of `export_tokens` into a store of any kind. Check the file first, then proceed like `migrate`.
 
     Raises:
         BackupDamaged: the file is incomplete or was changed. Nothing is imported.
@@ -124,7 +122,7 @@ def _bring(
                 brought |= {(user_id, t.generation) for t in changed if t.ciphertext and t.generation not in known}
             new = sum(token.generation not in known for token in tokens)
             counts = counts.plus(users=1, tokens=len(tokens), new_tokens=new)
-            # Use another lock here, because entries may take long and must not block logins. Without a lock, two
+            # Use another lock here, because entries may take long and must not block logins. Without any lock, two
             # imports would write every entry twice.
             with target._lock(ENTRIES_LOCK):
                 entries = _Counted(entry for part in parts for entry in part.entries)
