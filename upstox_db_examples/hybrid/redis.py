@@ -298,7 +298,7 @@ class RedisTokens:
                 logger.warning("A key of ours holds something else in Redis. PostgreSQL answers for this user.")
                 return None
             if not self._failed:
-                logger.warning("Redis does not answer (%s). PostgreSQL does it alone.", type(error).__name__)
+                logger.warning("Redis does not answer (%s). PostgreSQL answers alone.", type(error).__name__)
             self._failed, self._ask_again_at = True, time.monotonic() + self._pause
             return None
         if self._failed:

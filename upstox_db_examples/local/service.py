@@ -128,7 +128,7 @@ class Service:
         if shown["grant_type"] != "authorization_code":
             raise no("UDAPI100036", "The grant_type is not authorization_code.")
         if owner is not user:
-            raise no("UDAPI100057", "This code is not one, or is used up.")
+            raise no("UDAPI100057", "This code is invalid, or is used up.")
         return self._log_in(user, shown)
 
     def _one_call(self, shown: Shown) -> Answer:

@@ -131,7 +131,7 @@ class _Borrowed:
         # After an error the pool closes the connection, which rolls back. It opens another when it needs one.
         self._loan.__exit__(kind, error, traceback)
         if error is not None:
-            logger.info("A connection to %s met %s and is not used again", self._connections.path, type(error).__name__)
+            logger.info("Closed a connection to %s after %s", self._connections.path, type(error).__name__)
         if isinstance(error, sqlite3.Error):
             raise self._connections.explained(error) from error
         if error is not raised and error is not None:

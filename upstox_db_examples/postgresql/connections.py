@@ -213,7 +213,7 @@ class PostgreSQLConnections:
         # If it has data that nobody asked for, the server closed it. If it still owes an answer, we gave up on it.
         # Closing it frees its locks at the server, too.
         if not held.closed and (held.isexecuting() or _readable(held)):
-            logger.warning("The connection to %s that held a lock is lost, another one goes on", self.where)
+            logger.warning("The connection to %s that held a lock is lost. Using another one.", self.where)
             held.close()
         return None if held.closed else held
 
@@ -262,7 +262,7 @@ class PostgreSQLConnections:
             try:
                 return self._connect_to(host, seconds)
             except (psycopg2.Error, TimeoutError) as error:
-                logger.info("One host of %s did not serve (%s), the next is tried", self.where, type(error).__name__)
+                logger.info("One host of %s failed (%s). Trying the next one.", self.where, type(error).__name__)
         return self._connect_to(last, seconds)
 
     def _connect_to(self, host: Secret, seconds: float) -> connection:
@@ -295,7 +295,7 @@ class PostgreSQLConnections:
         # An idle connection has no data to read. If there is some, the server closed it.
         if not _readable(conn):
             return True
-        logger.info("The server had ended a connection to %s, another is opened", self.where)
+        logger.info("The server closed a connection to %s. Opening another one.", self.where)
         return False
 
     @contextmanager
