@@ -1,4 +1,4 @@
-"""What the hybrid store asks PostgreSQL besides."""
+"""The additional PostgreSQL statements of the hybrid store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s AND {
 """
 ACTIVE_USERS = "SELECT user_id FROM upstox_tokens WHERE is_active"
 MARK_OF = "SELECT login_lock FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND login_lock IS NOT NULL"
-# The audit trail itself knows which uses are in it, so folding them twice changes nothing.
+# The audit trail knows which uses it holds, so folding a use twice changes nothing.
 FOLDED_ONCE = """
 CREATE UNIQUE INDEX one_entry_a_use ON upstox_token_audit ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL
 """

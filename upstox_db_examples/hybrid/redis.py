@@ -1,4 +1,4 @@
-"""The copies of tokens in Redis: what is asked first, may be lost at any time, and is never believed for long."""
+"""The copies of tokens in Redis. We ask them first, may lose them at any time, and never believe them for long."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from redis.retry import Retry
 from ..core.errors import ConfigurationError, StoreUnavailable, TokenRefused
 from ..core.token import StoredToken
 
-__all__ = ["runtime_acl"]  # what a reader calls; the rest is the hybrid store's own
+__all__ = ["runtime_acl"]  # for callers; the rest belongs to the hybrid store
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +45,18 @@ NO_CONFIGURATION = (
 )
 
 
-# A cluster's own exceptions are no RedisError.
+# A cluster's exceptions are not subclasses of RedisError.
 NO_ANSWER = (RedisError, RedisClusterException, OSError)
 
 
 class Found(NamedTuple):
-    """What Redis says of a user.
+    """What Redis says about a user.
 
     Attributes:
-        what: "used" (here is the token, and this use is counted), "old" (there is one that has to be confirmed),
-            "nothing", "gone" (it is being replaced, or was revoked), "dead", or "no answer".
+        what: "used" (here is the token, and this use is counted), "old" (there is a copy that has to be confirmed),
+            "nothing", "gone" (the token is being replaced, or was revoked), "dead", or "no answer".
         time: Redis's clock, in milliseconds.
-        token: with "used".
+        token: the token, if `what` is "used".
         waiting: how many uses have not been folded into PostgreSQL yet.
     """
 
@@ -67,14 +67,14 @@ class Found(NamedTuple):
 
 
 class Buried(NamedTuple):
-    """A tombstone: what stands there, and whether it is certain that it, or nothing, stands in place of each copy."""
+    """A tombstone: its value, and whether it is certain that no copy is left."""
 
     tombstone: str
     certain: bool
 
 
 class Use(NamedTuple):
-    """A use that was counted in Redis: `entry` is its id in the stream, `use` one that no other use has."""
+    """A use that was counted in Redis. `entry` is its id in the stream, and `use` is a globally unique id."""
 
     entry: str
     token: int
@@ -85,18 +85,19 @@ class Use(NamedTuple):
 
 
 class RedisTokens:
-    """
+    """The store's keys in Redis: copies of tokens, counts, tombstones, and the stream of uses.
+
     Args:
-        client: of `client_of`.
+        client: the client that `client_of` returned.
         owned: whether `close` closes it.
-        timeout: seconds that replicas have for a tombstone.
-        pause: seconds for which Redis is left alone after it gave no answer, so that not every read waits for it.
+        timeout: seconds for each answer; replicas get half of that to confirm a tombstone.
+        pause: seconds for which we do not ask Redis again after it gave no answer, so that not every read waits for it.
         believed: seconds for which a copy is believed without asking PostgreSQL.
         replicas: how many replicas must have a tombstone before it counts as written.
-        prefix: of all keys.
+        prefix: the prefix of all keys.
 
     Raises:
-        ConfigurationError: the configuration is none, or Redis refuses the user or the password.
+        ConfigurationError: the configuration is invalid, or Redis refuses the user or the password.
     """
 
     def __init__(
@@ -119,9 +120,9 @@ class RedisTokens:
         self._client, self._owned = client, owned
         self._pause = pause
         self._believed_ms = int(believed * 1000)
-        self._timeout_ms = max(1, int(timeout * 500))  # replicas that are slow are no Redis that gives no answer
+        self._timeout_ms = max(1, int(timeout * 500))  # half, so that slow replicas do not look like a dead Redis
         self._replicas = replicas
-        # In braces, so that a Redis Cluster keeps all of it in one slot: a script may touch only keys of one.
+        # The braces make a Redis Cluster keep all keys in one slot, because a script may only touch keys of one slot.
         self._prefix = f"{{{prefix}}}:"
         self._uses = f"{self._prefix}uses"
         self._use = self._client.register_script((LUA / "use.lua").read_text())
@@ -136,11 +137,11 @@ class RedisTokens:
     def use(
         self, user_id: str, alive_after: datetime, now: datetime, actor: str, use: str, *, insist: bool = False
     ) -> Found:
-        """One round trip: the token, if it is there and may be believed, with its use counted.
+        """Get the token in one round trip, if it is there and still believed, and count the use.
 
         Args:
-            use: an id that no other use has.
-            insist: hand out a copy that is not believed any more, too.
+            use: a unique id for this use.
+            insist: also hand out a copy that is no longer believed.
         """
         keys = [*self._keys(user_id), self._uses]
         values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use, int(insist)]
@@ -152,7 +153,7 @@ class RedisTokens:
             return Found(_text(what), int(clock))  # type: ignore[arg-type]
         text, count, waiting = more
         token = _loaded(user_id, _text(text), int(count))
-        if token is None:  # PostgreSQL is asked, and by the id of this use it is counted once.
+        if token is None:  # Now PostgreSQL is asked. The id of this use ensures that it counts once.
             return Found("nothing", int(clock))
         return Found("used", int(clock), token, int(waiting))
 
@@ -161,10 +162,10 @@ class RedisTokens:
 
         Args:
             since: Redis's time when a reader found nothing.
-            tombstone: what a writer put there before it stored the token; the copy is taken only in its place.
+            tombstone: the tombstone that a writer wrote before it stored the token. The copy may only replace that one.
 
         Returns:
-            the number of uses; -1 if there was something newer, None without an answer.
+            the number of uses, -1 if there was something newer, or None if Redis gave no answer.
         """
         lifetime = int((token.expires_at - now).total_seconds() * 1000)
         if lifetime <= 0:
@@ -176,14 +177,14 @@ class RedisTokens:
         return None if answer is None else int(answer)
 
     def bury(self, user_ids: Iterable[str], seconds: float) -> Buried:
-        """A tombstone in place of each copy: it is gone, and who comes late with another one cannot put it there."""
+        """Replace each copy with a tombstone, so that a late reader cannot put an old copy back."""
         keys, tombstone = [self._keys(user_id)[0] for user_id in user_ids], f"tombstone-{uuid.uuid4().hex}"
         if not keys:
             return Buried(tombstone, True)
 
         def write() -> bool:
             try:
-                # One connection, for it is this connection's writes that WAIT asks about.
+                # Use one connection, because WAIT asks about the writes of its own connection.
                 with self._client.pipeline(transaction=False) as pipeline:
                     for key in keys:
                         pipeline.set(key, tombstone, px=max(1, int(seconds * 1000)))
@@ -191,23 +192,23 @@ class RedisTokens:
                         pipeline.execute_command("WAIT", self._replicas, self._timeout_ms)
                     answers = pipeline.execute()
             except OutOfMemoryError:
-                self._client.delete(*keys)  # In a moment there may be room again, for a copy that comes late.
+                self._client.delete(*keys)  # Not certain: there may soon be room again for a late copy.
                 return False
             return not self._replicas or int(answers[-1]) >= self._replicas
 
         return Buried(tombstone, bool(self._answer(write, insist=True)))
 
     def dig_up(self, user_ids: Iterable[str], tombstone: str) -> None:
-        """Take this tombstone away wherever it still stands: from now on readers may put copies there."""
+        """Remove this tombstone wherever it still is, so that readers may put copies there again."""
         keys = [self._keys(user_id)[0] for user_id in user_ids]
         self._answer(lambda: self._dig_up(keys=keys, args=[tombstone, self._believed_ms]))
 
     def drop(self, user_id: str) -> None:
-        """Take away a copy that is not believed any more, for PostgreSQL knows no such token."""
+        """Remove a copy that is no longer believed, because PostgreSQL has no such token."""
         self._answer(lambda: self._drop(keys=self._keys(user_id)[:1]))
 
     def uses(self, limit: int) -> list[Use]:
-        """Uses that wait to be folded, the oldest first."""
+        """Return uses that wait to be folded into PostgreSQL, oldest first."""
         entries = self._answer(lambda: self._client.xrange(self._uses, count=limit)) or []
         uses, foreign = [], []
         for entry, fields in entries:
@@ -224,12 +225,13 @@ class RedisTokens:
         self._answer(lambda: self._client.xdel(self._uses, *(use.entry for use in uses)))
 
     def status(self) -> dict[str, Any]:
-        """`latency_ms`, `role`, `uses_waiting`, and `in_use`: how many connections are.
+        """Return `latency_ms`, `role`, `uses_waiting`, and `in_use`, the number of connections in use.
 
-        A key is written that lives for a second: a full Redis, or one that has become a replica, still answers a PING.
+        This writes a key that lives for a second, because a full Redis, or one that became a replica, still answers a
+        PING.
 
         Raises:
-            StoreUnavailable: it does not answer, takes no writes, or does not allow all that is due.
+            StoreUnavailable: Redis does not answer, takes no writes, or does not allow all that the store needs.
         """
         if self._closed:
             raise StoreUnavailable("This store is closed.")
@@ -247,7 +249,7 @@ class RedisTokens:
             why = f"takes no writes ({type(error).__name__}). Check that it has room and is no replica"
         except NO_ANSWER as error:
             why = f"gave no answer ({type(error).__name__}). Check that it runs"
-        # Raised out here, our error has no cause: a cluster's own frames hold the password.
+        # We raise out here, so that our error has no cause: a cluster's frames hold the password.
         raise StoreUnavailable(f"Redis {why}.")
 
     def answers(self) -> bool:
@@ -259,11 +261,11 @@ class RedisTokens:
             self._client.close()
 
     def _refuse_a_wrong_configuration(self) -> None:
-        """Only at the start: a password that is changed later is an outage, which PostgreSQL bridges."""
+        """Check the configuration, only at the start. If the password changes later, PostgreSQL takes over."""
         try:
             self._client.ping()
             return
-        except (ValueError, TypeError):  # redis-py looks at a port, for one, only when it connects.
+        except (ValueError, TypeError):  # redis-py checks some options, such as the port, only when it connects.
             raise ConfigurationError(NO_CONFIGURATION) from None
         except (AuthenticationError, NoPermissionError):
             wrong = "the user or the password"
@@ -271,23 +273,23 @@ class RedisTokens:
             if not isinstance(error.__context__, ssl.SSLError):
                 raise
             wrong = "TLS: its certificate, or the authority that should vouch for it"
-        # Raised out here our error has no cause: redis-py's own frames hold the password.
+        # We raise out here, so that our error has no cause: redis-py's frames hold the password.
         raise ConfigurationError(f"Redis and this configuration do not agree on {wrong}. Check redis_config.")
 
     def _keys(self, user_id: str) -> list[str]:
         return [f"{self._prefix}token:{user_id}", f"{self._prefix}count:{user_id}"]
 
     def _answer(self, ask: Callable[[], Any], *, insist: bool = False) -> Any:
-        """What Redis answers, or None: then PostgreSQL is asked, and Redis again after a while.
+        """Return Redis's answer, or None. Then the caller asks PostgreSQL, and we ask Redis again after a pause.
 
         Args:
-            insist: ask also while Redis is left alone. A write does: who cannot tell Redis has to wait longer.
+            insist: ask even during the pause. Writes do, because a write that cannot reach Redis has to wait longer.
         """
         with self._lock:
             if self._closed or (time.monotonic() < self._ask_again_at and not insist):
                 return None
             if self._failed:
-                # One caller finds out whether it is back; the others need not wait for that.
+                # One caller finds out whether Redis is back, and the others need not wait.
                 self._ask_again_at = time.monotonic() + self._pause
         try:
             answer = ask()
@@ -296,7 +298,7 @@ class RedisTokens:
                 logger.warning("A key of ours holds something else in Redis. PostgreSQL answers for this user.")
                 return None
             if not self._failed:
-                logger.warning("Redis does not answer (%s). PostgreSQL does it alone.", type(error).__name__)
+                logger.warning("Redis does not answer (%s). PostgreSQL answers alone.", type(error).__name__)
             self._failed, self._ask_again_at = True, time.monotonic() + self._pause
             return None
         if self._failed:
@@ -306,9 +308,10 @@ class RedisTokens:
 
 
 def runtime_acl(prefix: str = "upstox", *, cluster: bool = False) -> list[str]:
-    """The rules of a Redis user who can do what the store does and no more, on the store's own keys.
+    """Return the rules for a Redis user with the least rights that the store needs, on the store's own keys.
 
-    `redis.execute_command("ACL", "SETUSER", "upstox_app", *runtime_acl(), "on", ">password")`, or the same in a file.
+    Run `redis.execute_command("ACL", "SETUSER", "upstox_app", *runtime_acl(), "on", ">password")`, or put the same in
+    an ACL file.
     """
     commands = (
         "ping get set del incr pttl pexpire time xadd xlen xrange xdel evalsha script|load wait info hello select"
@@ -319,24 +322,24 @@ def runtime_acl(prefix: str = "upstox", *, cluster: bool = False) -> list[str]:
 
 
 def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
-    """A client for keyword arguments of `redis.Redis` or a URL, or the client of redis-py that was given.
+    """Make a client from keyword arguments of `redis.Redis` or from a URL, or return the given client of redis-py.
 
     Args:
-        timeout: seconds for each answer; a ready client has its own.
+        timeout: seconds for each answer. A given client has its own.
 
     Returns:
-        the client, None if the configuration is none; and whether it was made here. (It does not raise: the traceback
-        would show the configuration, and with it a password.)
+        the client, or None if the configuration is invalid; and whether it was made here. (This does not raise, because
+        the traceback would show the configuration and its password.)
     """
     if isinstance(config, redis.Redis | RedisCluster):
         return config, False
-    # Without these a dead server takes seconds to be noticed, a stalled one longer, and a use may be counted twice.
+    # Without these, we take seconds to notice a dead server, longer for a stalled one, and may count a use twice.
     options: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": timeout,
         "retry": Retry(NoBackoff(), 0),
         "health_check_interval": 0,
-        "max_connections": 10_000,  # With fewer than there are threads, one too many would look like an outage.
+        "max_connections": 10_000,  # If threads outnumber this, it looks like an outage.
     }
     try:
         if isinstance(config, str):
@@ -356,8 +359,8 @@ def _dumped(token: StoredToken) -> str:
 
 
 def _loaded(user_id: str, text: str, count: int) -> StoredToken | None:
-    """The copy; None if a program put it there that leaves out the account, to which the ciphertext is bound."""
-    # The user who was asked for and not one that the copy names: else another user's copy would be let through.
+    """Load the copy. Return None if the program that made it left out the account that the ciphertext is bound to."""
+    # Use the requested user and not one that the copy names. Otherwise another user's copy would get through.
     try:
         fields = json.loads(text)
         for name in ("created_at", "expires_at"):

@@ -1,4 +1,4 @@
-"""Pattern 4: Redis in front of PostgreSQL. PostgreSQL is the truth, and Redis answers most reads in one round trip."""
+"""Pattern 4: Redis in front of PostgreSQL. PostgreSQL has the truth, and Redis answers most reads in one round trip."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ from .redis import Config, RedisTokens, Use, client_of
 
 logger = logging.getLogger(__name__)
 
-FOLD_AT = 500  # uses that wait in Redis
+FOLD_AT = 500  # waiting uses in Redis
 
 
 class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
     """Tokens in PostgreSQL, with copies of their ciphertexts in Redis.
 
-    A copy is believed for `believed` seconds; then one read asks PostgreSQL again. A new or revoked token is out of
-    Redis before the call returns: first a tombstone takes the place of the copy, then PostgreSQL commits, then the new
-    copy is put there. If Redis cannot be reached for that, the call takes `believed` seconds longer: by then nobody
-    believes an older copy, also when Redis comes back with one.
+    A copy is believed for `believed` seconds; then one read asks PostgreSQL again. When a token is stored or revoked,
+    the old copy is out of Redis before the call returns: first a tombstone replaces the copy, then PostgreSQL commits,
+    then the new copy is put there. If Redis cannot be reached, the call waits `believed` seconds longer, so that
+    cached copies expire. After that, nobody believes an older copy, even if Redis comes back with one.
 
-    Before a login the copies of all tokens that it may replace are taken out of Redis in the same way, and none is put
-    there until it is known how the login ended: Redis cannot tell whether a login is still under way.
+    Before a login, the copies of all tokens that it may replace are removed from Redis in the same way. No copy is put
+    there until it is known how the login ended, because Redis cannot tell whether a login is still running.
 
-    Without Redis all goes on from PostgreSQL. Without PostgreSQL reads go on from Redis, also of copies older than
-    `believed`; nothing can be stored then, and no login is spent. `result["source"]` says who answered.
+    Without Redis, PostgreSQL does everything. Without PostgreSQL, Redis still answers reads, even from copies older
+    than `believed`; nothing can be stored then, and no login is spent. `result["source"]` says who answered.
 
-    Uses that Redis counts wait there, in a stream, until they are folded into PostgreSQL: after 500 of them, at the
-    next login, and before statistics, history and audit are read.
+    Uses that Redis counts wait there in a stream, until they are folded into PostgreSQL. That happens after 500 of
+    them, at the next login, and before statistics, history and audit are read.
 
     Args:
-        redis_config: keyword arguments of `redis.Redis`, a URL, or a client of redis-py (for Sentinel or a cluster),
-            which remains its owner's to close. Give that client a `socket_timeout` and a `socket_connect_timeout` of
-            0.25 and `retry=Retry(NoBackoff(), 0)`, or a dead server holds reads up.
+        redis_config: keyword arguments of `redis.Redis`, a URL, or a client of redis-py (for Sentinel or a cluster).
+            You close your own client. Give it a `socket_timeout` and a `socket_connect_timeout` of 0.25 and
+            `retry=Retry(NoBackoff(), 0)`. Otherwise a dead server delays reads.
         postgres_config: as `PostgreSQLUpstoxStorage` takes it.
         redis_timeout: seconds for each answer of Redis.
-        redis_pause: seconds for which Redis is left alone after it gave none.
-        believed: seconds, see above. The same for all programs that share a Redis.
-        replicas: how many replicas of Redis must know of a tombstone; else `believed` is waited for as well. Not with
-            a cluster.
-        redis_prefix: of all keys in Redis, for installations that share one.
+        redis_pause: seconds for which Redis is not asked again after it gave no answer.
+        believed: seconds, see above. It must be the same for all programs that share a Redis.
+        replicas: how many replicas of Redis must confirm a tombstone. If they do not, the call waits `believed` seconds
+            as well. This does not work with a cluster.
+        redis_prefix: the prefix of all keys in Redis, for installations that share one.
         options: `pool_size`, `timeout`, and see `Options`.
 
     Raises:
-        ConfigurationError: PostgreSQL or Redis refuses what it was given.
+        ConfigurationError: PostgreSQL or Redis refuses its configuration.
         StoreUnavailable: neither PostgreSQL nor Redis can be reached.
     """
 
@@ -80,11 +80,11 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         for name, seconds in (("believed", believed), ("redis_timeout", redis_timeout), ("redis_pause", redis_pause)):
             require_positive(name, seconds)
         self._believed = believed
-        # Longer than a commit can take, and than a reader who was here before may bring a copy.
+        # Longer than a commit can take, and longer than an earlier reader may still bring a copy.
         self._buried_for = max(2 * timeout, believed)
         self._postgres_failed, self._postgres_again_at = False, 0.0
         self._asking, self._folding = threading.Lock(), threading.Lock()
-        self._tombstones: dict[str, str] = {}  # that logins of this process have put in place of users' copies
+        self._tombstones: dict[str, str] = {}  # by user; from logins of this process
         client, owned = client_of(redis_config, redis_timeout)
         del redis_config  # A traceback that prints local variables must not show its password.
         self._redis = RedisTokens(
@@ -103,7 +103,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             if not self._redis.answers():
                 self.close()
                 raise
-            # A program that starts while PostgreSQL is away reads on from Redis, as one that runs already does.
+            # If a program starts while PostgreSQL is down, it reads from Redis, as a running program does.
             self._schema_unseen = True
             logger.warning("Reads come from Redis alone: %s", error)
 
@@ -121,7 +121,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         self._schema_unseen = False
 
     def fold_uses(self) -> int:
-        """Bring the uses that wait in Redis into PostgreSQL, each exactly once, whoever is killed meanwhile.
+        """Copy the uses that wait in Redis to PostgreSQL, each exactly once, even if a process is killed meanwhile.
 
         Returns:
             how many were new there.
@@ -150,8 +150,8 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         self._connections.refuse_if_closed()
         use = uuid.uuid4().hex
         if locked:
-            # From the truth alone: a login that could not tell Redis, and was killed while it waited, has left a copy
-            # that is still believed. PostgreSQL is there, because it has just given the lock.
+            # Ask only PostgreSQL: if a login could not reach Redis and was killed while it waited, it left a copy that
+            # is still believed. PostgreSQL is up, because it has just given us the lock.
             token = self._use(user_id, alive_after, now, json.dumps({"use": use}), locked=True)
             return replace(token, source="postgresql") if token else None
         found = self._redis.use(user_id, alive_after, now, self._actor, use)
@@ -162,23 +162,23 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
                 self._fold_quietly()
             return found.token
         try:
-            # A Redis that gave no answer may still count this use when it wakes up: by its id it is folded once.
+            # If Redis gave no answer, it may still count this use when it wakes up. The id ensures that it counts once.
             token = self._use(user_id, alive_after, now, json.dumps({"use": use}))
         except StoreUnavailable as error:
             if violated(error) != "one_entry_a_use":
                 return self._find_without_postgresql(user_id, alive_after, now, use, error)
-            # It was counted by Redis after all, and somebody has folded it already.
+            # Redis did count it, and somebody has folded it already.
             rows = self._run(queries.LOOK, user_id=user_id, alive_after=alive_after)
             token = _token(rows[0]) if rows else None
         self._postgres_failed = False
         if (token is None or token.in_doubt) and found.what == "old":
-            self._redis.drop(user_id)  # It would be handed out when PostgreSQL is away.
+            self._redis.drop(user_id)  # Otherwise it would be handed out when PostgreSQL is down.
         if token is None:
             return None
         token.source = "postgresql"
-        if token.in_doubt:  # A login is under way. How it ends Redis would not know.
+        if token.in_doubt:  # A login is running, and Redis would not know how it ends.
             return token
-        # A copy only where none was, or an older one of the same token: never in place of a tombstone.
+        # Put a copy only where there was none or an older one of the same token. Never replace a tombstone.
         if found.what in ("old", "nothing", "dead"):
             token.usage_count = max(token.usage_count, self._redis.put(token, now, since=found.time) or 0)
         return token
@@ -195,7 +195,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return found.token
 
     def _postgres_is_left_alone(self) -> bool:
-        """While it gives no answer, one read finds out from time to time whether it is back; the others do not wait."""
+        """Tell whether to skip PostgreSQL. While it is down, one read checks it now and then, and the others go on."""
         with self._asking:
             if not self._postgres_failed or time.monotonic() < self._postgres_again_at:
                 return self._postgres_failed
@@ -214,9 +214,9 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return token_id
 
     def _is_marked_by_this_thread(self, user_id: str) -> bool:
-        """Whether a login of this thread has marked the user's token, and has waited if Redis could not be told.
+        """Tell whether a login of this thread marked the user's token, and so waited if Redis could not be reached.
 
-        The 0 is that of a token which had a mark already when this login began.
+        The key is 0 if the token already had a mark when this login began.
         """
         keys = {0, *self._connections.logins.values()}
         return len(keys) > 1 and any(row["login_lock"] in keys for row in self._run(queries.MARK_OF, user_id=user_id))
@@ -225,8 +225,8 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         users = {user_id} if user_id else {row["user_id"] for row in self._run(queries.ACTIVE_USERS)}
         self._redis.bury(users, self._buried_for)
         marked = self._mark(user_id, lock, now, metadata)
-        # Once more, as in _revoke: a reader may have put a copy there since, of a token without a mark yet. Those who
-        # are marked already are among them, because this thread does not wait again before it stores the new token.
+        # Bury again, as in _revoke: a reader may have put a copy there before the token was marked. This includes users
+        # who already had a mark, because this thread does not wait again before it stores the new token.
         users.update(marked)
         buried = self._redis.bury(users, self._buried_for)
         self._tombstones.update(dict.fromkeys(marked, buried.tombstone))
@@ -235,7 +235,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
     def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         ended = self._unmark(lock, in_doubt, user_id)
         if in_doubt:
-            # A Redis that was away when the login began may be back, with a copy for the time without PostgreSQL.
+            # If Redis was down when the login began, it may be back with a copy that is used when PostgreSQL is down.
             tombstone = self._redis.bury(ended, self._buried_for).tombstone
             self._tombstones.update(dict.fromkeys(ended, tombstone))
         else:
@@ -246,7 +246,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         self._dig_up([token.user_id])
 
     def _dig_up(self, user_ids: Iterable[str]) -> None:
-        """Let the next reader of each of these users put a copy into Redis again."""
+        """Let the next reader put a copy into Redis again for each of these users."""
         users_of: dict[str, list[str]] = {}
         for user_id in user_ids:
             if tombstone := self._tombstones.pop(user_id, None):
@@ -257,7 +257,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
     def _revoke(self, user_id: str, now: datetime) -> bool:
         self._redis.bury([user_id], self._buried_for)
         revoked = super()._revoke(user_id, now)
-        # Once more: the token that was revoked may be one that was stored, and copied, since the first tombstone.
+        # Bury again, because the revoked token may have been stored and copied after the first tombstone.
         self._wait_until_unbelieved(self._redis.bury([user_id], self._buried_for).certain)
         return revoked
 
@@ -269,7 +269,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
         return replaced
 
     def _forget_entries(self, before: datetime, limit: int) -> int:
-        self.fold_uses()  # A use that was folded and waits in Redis all the same is known by its entry.
+        self.fold_uses()  # First, because only its audit entry shows that a waiting use was already folded.
         return super()._forget_entries(before, limit)
 
     def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
@@ -313,11 +313,11 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             role = "standby" if standby else "primary"
             details["postgresql"] = {"latency_ms": latency, "role": role, **self._connections.pool_use()}
         except StorageError:
-            pass  # Said above.
+            pass  # super()._health() has reported it.
         return {"redis": health.pop("redis"), **health, "details": details}
 
     def _fold_quietly(self) -> None:
-        """If somebody folds already, or PostgreSQL does not answer, the uses go on waiting."""
+        """Fold the uses. If somebody else is folding, or PostgreSQL does not answer, they keep waiting."""
         if self._folding.acquire(blocking=False):
             try:
                 self.fold_uses()

@@ -1,1 +1,1 @@
-"""What runs here in place of the outside world."""
+"""Local stand-ins for Upstox and the database servers."""

@@ -1,4 +1,4 @@
-"""Made-up accounts of the local Upstox, and what it remembers about each."""
+"""The made-up accounts of the local Upstox, and what it remembers about each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Account:
-    """A made-up account. What identifies or opens it stays out of its repr."""
+    """A made-up account. Its repr shows nothing that identifies or opens it."""
 
     user_id: str
     user_name: str
@@ -24,10 +24,10 @@ class Account:
     client_secret: str = field(repr=False)
     email: str = field(repr=False)
     client_active: bool = True
-    totp_login: bool = True  # whether the user has switched TOTP on, which the one-call login asks for
+    totp_login: bool = True  # whether the user has enabled TOTP, which the one-call login requires
 
     def credentials(self) -> dict[str, str]:
-        """What `UpstoxTOTP(**...)` takes."""
+        """Return the arguments for `UpstoxTOTP(**...)`."""
         return {
             "username": self.mobile,
             "password": self.pin,
@@ -39,11 +39,11 @@ class Account:
         }
 
     def environ(self) -> dict[str, str]:
-        """The same as the UPSTOX_* variables that the SDK reads."""
+        """Return the same as the UPSTOX_* variables that the SDK reads."""
         return {f"UPSTOX_{name.upper()}": value for name, value in self.credentials().items()}
 
     def profile(self) -> dict[str, Any]:
-        """What Upstox tells about the user, with every field that is documented."""
+        """Return what Upstox tells about the user, with every documented field."""
         who = {"email": self.email, "user_id": self.user_id, "user_name": self.user_name}
         what = {"broker": "UPSTOX", "user_type": "individual", "poa": False, "ddpi": False, "is_active": True}
         lists = {"exchanges": "NSE NFO BSE CDS BFO BCD", "products": "D CO I", "order_types": "MARKET LIMIT SL SL-M"}
@@ -56,14 +56,14 @@ class User:
 
     account: Account
     wrong_pins: int = 0
-    used_totps: set[int] = field(default_factory=set)  # the 30-second steps whose code has served
+    used_totps: set[int] = field(default_factory=set)  # the 30-second steps whose code was used
     token: str | None = field(default=None, repr=False)
     expires: datetime = datetime.min  # noqa: DTZ901  # read only where there is a token
     extended_tokens: set[str] = field(default_factory=set, repr=False)
 
 
 def make_up(user_id: str, overrides: dict[str, Any]) -> Account:
-    """Make up an account, always the same for the same user id."""
+    """Make up an account. The same user id always gives the same account."""
 
     def made_up(what: str, alphabet: str, length: int) -> str:
         digest = hashlib.sha256(f"{user_id} {what}".encode()).digest()

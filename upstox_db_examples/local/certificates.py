@@ -1,4 +1,4 @@
-"""A certificate authority and a server's certificate for this machine, to show TLS that is really verified."""
+"""A certificate authority and a server certificate for this machine, to show TLS with real verification."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-# This and the key identifiers are what RFC 5280 asks for. Python 3.13 refuses certificates without them.
+# RFC 5280 requires this and the key identifiers. Python 3.13 refuses certificates without them.
 SIGNS_CERTIFICATES = x509.KeyUsage(
     key_cert_sign=True,
     crl_sign=True,
@@ -26,7 +26,7 @@ SIGNS_CERTIFICATES = x509.KeyUsage(
 
 
 def make_certificates(folder: Path) -> tuple[Path, Path, Path]:
-    """The files of the authority's certificate, of the server's, and of its private key (mode 0600), new each time."""
+    """Make new files: the authority's certificate, the server's certificate, and its private key (mode 0600)."""
     authority_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     authority_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "local authority")])
     server_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])

@@ -1,4 +1,4 @@
-"""A server process of our own: started on a free port, made to fail on demand, and never outliving who started it."""
+"""A server process of our own. It uses a free port, fails on demand, and never outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ import psutil
 
 from ..core.errors import ConfigurationError, StoreUnavailable
 
-PATIENCE = 20.0  # seconds for a start, and for an end
+PATIENCE = 20.0  # seconds to wait for a start, and for an end
 
-# Waits in a session of its own, so that neither Ctrl-C nor Jupyter's interrupt reaches it, until the pipe to the
-# process that started it is closed: by close(), by the end of that process, or by its kill -9. Handlers at exit
-# would not run then. (A child that is forked while the server runs holds the pipe, too: after a kill -9 the server
-# lives until that child ends as well. close() does not wait for it, for it says "end".) The last number that came
-# through the pipe is the server's process id, 0 while there is none: the system gives a free id to somebody else.
+# The watchdog waits until the pipe to the process that started it is closed: by close(), or when that process ends or
+# gets a kill -9. (Exit handlers do not run after a kill -9.) It has its own session, so that neither Ctrl-C nor
+# Jupyter's interrupt reaches it. (A child that is forked while the server runs holds the pipe, too: after a kill -9 the
+# server lives until that child ends as well. close() does not wait for the child, because it sends "end".) The last
+# number from the pipe is the server's process id. It is 0 while there is no server, because the system reuses ids.
 WATCHDOG = """
 import shutil, signal, sys, psutil
 pid, folder = 0, sys.argv[1]
@@ -50,16 +50,16 @@ if folder:
 
 
 class Server(ABC):
-    """A server of our own, that can also be made to fail.
+    """A server of our own that we can also make fail.
 
     Args:
-        folder: where its data is kept, to be found again next time; None for a temporary one that is removed.
+        folder: where its data is kept for the next time; None for a temporary folder that is removed.
         tls: also speak TLS, with a certificate for localhost and 127.0.0.1 that `ca_file` verifies.
         settings: the server's own settings.
 
     Raises:
-        ConfigurationError: the wheel is not installed, or there is none for this platform.
-        StoreUnavailable: the server did not start; it says why.
+        ConfigurationError: the wheel is not installed, or there is no wheel for this platform.
+        StoreUnavailable: the server did not start; the message says why.
     """
 
     name: str
@@ -113,24 +113,24 @@ class Server(ABC):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self._reap()
                 said = log.read_bytes()[already:].decode(errors="replace")
-                # MongoDB says much more after the reason, so the reason is sought in all that this start has said.
+                # MongoDB logs much more after the reason, so we search the whole output of this start.
                 why = [line for line in said.splitlines() if "in use" in line.lower()]
                 last_words = why[-2:] + said.splitlines()[-5:]
                 raise StoreUnavailable(f"{self.name} did not start: {' / '.join(last_words)}")
             time.sleep(0.01)
 
     def stop(self) -> None:
-        """Stop as an administrator would: sessions end, the data is safe."""
+        """Stop as an administrator would: sessions end, and the data is safe."""
         self._signal(signal.SIGINT)
         self._reap(wait=10)
 
     def kill(self) -> None:
-        """kill -9 of all its processes. When it returns they are gone, and what they held can be taken again."""
+        """Kill all its processes with -9. When this returns they are gone, and what they held is free again."""
         self._signal(signal.SIGKILL)
         self._reap()
 
     def pause(self) -> None:
-        """Stall: all its processes stand still, and their connections stay open."""
+        """Stall the server: all its processes stop, and their connections stay open."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -141,7 +141,7 @@ class Server(ABC):
         if self._process:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._signal(signal.SIGCONT)
-                # Data that is kept is closed in order; data that is removed need not be.
+                # Data that we keep needs an orderly shutdown. Data that we remove does not.
                 self._signal(signal.SIGINT if self._kept else signal.SIGQUIT)
             self._reap(wait=10 if self._kept else 2)
         if self._watchdog:
@@ -150,7 +150,7 @@ class Server(ABC):
             self._watchdog = None
 
     def _make(self) -> None:
-        self._started_with: dict[str, Any] = {}  # options of Popen: whom it runs as, its environment
+        self._started_with: dict[str, Any] = {}  # options of Popen: the user, the environment
         folder = self._kept or Path(tempfile.mkdtemp(prefix=f"{self.name.lower()}-"))
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder.resolve()
@@ -167,7 +167,7 @@ class Server(ABC):
             try:
                 self.start()
                 break
-            except StoreUnavailable as error:  # Between choosing a port and taking it another program may be faster.
+            except StoreUnavailable as error:  # Another program may take the port before we do.
                 if attempt == 4 or "in use" not in str(error):
                     raise
         port_file.write_text(str(self._port))
@@ -184,19 +184,19 @@ class Server(ABC):
         self._refuse_if_given()
         if self._process is None:
             return
-        # Each of PostgreSQL's processes is a group of its own, so there is no group to signal.
+        # Each PostgreSQL process has its own process group, so there is no group to signal.
         main = psutil.Process(self._process.pid)
         if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT):
             main.send_signal(number)
             return
         if number != signal.SIGCONT:
-            main.send_signal(signal.SIGSTOP)  # It starts no more children while they are listed.
+            main.send_signal(signal.SIGSTOP)  # Now it starts no more children while we list them.
         everyone = [*main.children(recursive=True), main]
         for process in everyone:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
         if number == signal.SIGKILL:
-            # A process that writes to the disk dies a moment later, and PostgreSQL refuses to start while one is left.
+            # A process that is writing to the disk dies a moment later. PostgreSQL does not start while one is left.
             deadline = time.monotonic() + PATIENCE
             while any(map(_is_alive, everyone)):
                 if time.monotonic() > deadline:
@@ -215,12 +215,12 @@ class Server(ABC):
 
     def _tell_watchdog(self, word: int | str) -> None:
         if self._watchdog and self._watchdog.stdin:
-            with contextlib.suppress(BrokenPipeError):  # It was killed; then nobody needs to be told.
+            with contextlib.suppress(BrokenPipeError):  # The watchdog was killed.
                 self._watchdog.stdin.write(f"{word}\n")
                 self._watchdog.stdin.flush()
 
     def _listens(self) -> bool:
-        """Whether the port is ours: another server may have been faster, and answer in place of this one."""
+        """Tell whether the port is ours. Another server may have taken it first, and would answer instead of ours."""
         with contextlib.suppress(psutil.Error):
             for each in psutil.Process(self._process.pid).net_connections("tcp4") if self._process else []:
                 if each.status == psutil.CONN_LISTEN and each.laddr.port == self._port:
@@ -246,7 +246,7 @@ class Server(ABC):
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    """A zombie is not: it holds nothing more, and in some containers nobody ever collects it."""
+    """Tell whether a process is alive. A zombie is not: it holds nothing, and some containers never collect it."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

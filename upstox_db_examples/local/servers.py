@@ -1,11 +1,11 @@
-"""Genuine database servers from PyPI wheels, on a free port of this machine, for learning and for tests.
+"""Real database servers from PyPI wheels, on a free port of this machine, for learning and for tests.
 
     >>> with postgresql() as url:
     ...     print(url.partition(":")[0])
     postgresql
 
 A URL in the environment (POSTGRES_URL, MONGODB_URL, REDIS_URL) always wins: then nothing is started. A server dies with
-the process that started it, also when that is killed.
+the process that started it, even if that process is killed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..core.errors import ConfigurationError, StoreUnavailable
 from .certificates import make_certificates
 from .processes import Server
 
-NOBODY = 65534  # whom PostgreSQL runs as where we are root, for it refuses to be root itself
+NOBODY = 65534  # PostgreSQL runs as this user if we are root, because it refuses to run as root
 
 
 class PostgreSQLServer(Server):
     """PostgreSQL 17, with scram-sha-256 passwords.
 
-    It is as durable as by default (fsync on), although that is slower: tests kill it and count what it acknowledged.
+    It keeps the durable default (fsync on), although that is slower: tests kill it and count what it acknowledged.
     """
 
     name = "PostgreSQL"
@@ -54,7 +54,7 @@ class PostgreSQLServer(Server):
         if not (data / "PG_VERSION").exists():
             options = ["-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--no-locale"]
             if not self._kept:
-                options.append("--no-sync")  # Nothing is kept, so nothing has to reach the disk yet.
+                options.append("--no-sync")  # The data is temporary, so it need not be on the disk yet.
             self._run("initdb", "-D", str(data), "--pwfile", str(self._folder / "password"), *options)
         self._settings = {
             "listen_addresses": "127.0.0.1",
@@ -65,7 +65,7 @@ class PostgreSQLServer(Server):
         if self._tls:
             self.ca_file, certificate, key = make_certificates(self._folder)
             if os.geteuid() == 0:
-                for file in (certificate, key):  # The certificate as well: under umask 077 root alone could read it.
+                for file in (certificate, key):  # Both: under umask 077 only root could read the certificate.
                     shutil.chown(file, NOBODY, NOBODY)
             self._settings |= {"ssl": "on", "ssl_cert_file": str(certificate), "ssl_key_file": str(key)}
 
@@ -74,7 +74,7 @@ class PostgreSQLServer(Server):
         return [str(self._binaries / "postgres"), "-D", str(self._folder / "data"), *settings]
 
     def _is_ready(self) -> bool:
-        # What pg_ctl looks at, too: the eighth line of this file.
+        # pg_ctl also looks at the eighth line of this file.
         try:
             lines = (self._folder / "data" / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -97,7 +97,7 @@ class PostgreSQLServer(Server):
 class MongoDBServer(Server):
     """MongoDB 6.0, a replica set of one, so that transactions work.
 
-    It needs libcurl.so.4: the system's (on Debian: libcurl4) or, where there is none, the one in pycurl's wheel.
+    It needs libcurl.so.4. It uses the system's (on Debian: libcurl4), or otherwise the one in pycurl's wheel.
     """
 
     name = "MongoDB"
@@ -110,7 +110,7 @@ class MongoDBServer(Server):
             self._started_with["env"] = _with_libcurl_of_a_wheel(self._folder)
         _refuse_unless_it_runs(self._binary, self)
         (self._folder / "data").mkdir(exist_ok=True)
-        key_file = self._folder / "key"  # by which members of a replica set know each other; here there is one
+        key_file = self._folder / "key"  # A replica set needs it for its members, even with one member.
         key_file.touch(mode=0o600)
         key_file.write_text(self._password())
         if self._tls:
@@ -138,14 +138,14 @@ class MongoDBServer(Server):
         with pymongo.MongoClient[Any]("127.0.0.1", self._port, directConnection=True, **seconds) as client:
             try:
                 if client.admin.command("hello").get("isWritablePrimary"):
-                    # The first user may be made without a login, from this machine.
+                    # From this machine, the first user can be made without a login.
                     with contextlib.suppress(PyMongoError):
                         client.admin.command("createUser", "root", pwd=self._password(), roles=["root"])
                     return True
                 members = [{"_id": 0, "host": f"127.0.0.1:{self._port}"}]
                 client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
             except PyMongoError:
-                pass  # It is starting, or electing itself.
+                pass  # The server is starting, or electing itself.
         return False
 
     def _url(self) -> str:
@@ -169,7 +169,7 @@ class RedisServer(Server):
         _refuse_unless_it_runs(self._binary, self)
 
     def _command(self) -> list[str]:
-        # In a file, for all users can read the command line of a process.
+        # Use a file, because all users can read the command line of a process.
         file = self._folder / "valkey.conf"
         file.touch(mode=0o600)
         settings = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "requirepass": self._password()}
@@ -179,7 +179,7 @@ class RedisServer(Server):
 
     def _is_ready(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1) as connection:
-            # While it loads its data it says so instead, but only to whom it knows.
+            # While it loads its data, it says so instead of PONG, but only to a client that has logged in.
             connection.sendall(f"AUTH {self._password()}\r\nPING\r\n".encode())
             with connection.makefile("rb") as answers:
                 return [answers.readline(), answers.readline()] == [b"+OK\r\n", b"+PONG\r\n"]
@@ -193,7 +193,7 @@ class RedisServer(Server):
 def postgresql(
     folder: Path | None = None, *, tls: bool = False, settings: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """The URL of a PostgreSQL server: POSTGRES_URL, else of one that is started here. See `Server`."""
+    """Give the URL of a PostgreSQL server: POSTGRES_URL, or that of a server that is started here. See `Server`."""
     with PostgreSQLServer(folder, tls=tls, settings=settings) as server:
         yield server.url
 
@@ -202,21 +202,21 @@ def postgresql(
 def mongodb(
     folder: Path | None = None, *, tls: bool = False, settings: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """The URL of a MongoDB server: MONGODB_URL, else of one that is started here. See `Server`."""
+    """Give the URL of a MongoDB server: MONGODB_URL, or that of a server that is started here. See `Server`."""
     with MongoDBServer(folder, tls=tls, settings=settings) as server:
         yield server.url
 
 
 @contextmanager
 def redis(folder: Path | None = None, *, settings: Mapping[str, str] | None = None) -> Iterator[str]:
-    """The URL of a Redis server: REDIS_URL, else of one that is started here. See `Server`."""
+    """Give the URL of a Redis server: REDIS_URL, or that of a server that is started here. See `Server`."""
     with RedisServer(folder, settings=settings) as server:
         yield server.url
 
 
 def _module(wheel: str, server: Server) -> Path:
-    """The folder of a wheel's module."""
-    if sys.platform == "win32":  # There is a wheel, but no signals to stall and to stop a server with.
+    """Find the folder of a wheel's module."""
+    if sys.platform == "win32":  # There is a wheel, but Windows has no signals to stall and stop a server.
         raise ConfigurationError(
             f"{server.name} is not started here on Windows. Set {server.variable} to a server of yours, use WSL, "
             "or start Docker for the tests."
@@ -232,7 +232,7 @@ def _module(wheel: str, server: Server) -> Path:
 
 
 def _why_it_does_not_run(binary: Path, **options: Any) -> str:
-    """In the words of the system, the last line of them; nothing where it runs."""
+    """Return the last line of the system's error message, or "" if the binary runs."""
     try:
         done = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=False, **options)
     except OSError as error:
@@ -249,10 +249,10 @@ def _refuse_unless_it_runs(binary: Path, server: Server) -> None:
 
 
 def _with_libcurl_of_a_wheel(folder: Path) -> dict[str, str]:
-    """The environment in which mongod finds the libcurl that pycurl's wheel brings, linked in a folder of its own.
+    """Return an environment in which mongod finds the libcurl of pycurl's wheel, linked in a separate folder.
 
-    It is for that one process. Ours does not load the library, as an import of pycurl would: the login has a libcurl
-    of its own. The link is made each time, for in a kept folder it may lead to an environment that is gone.
+    Only that process uses it. Our process must not load the library, as an import of pycurl would, because the login
+    brings its own libcurl. The link is made each time, because in a kept folder it may point to a deleted environment.
     """
     with contextlib.suppress(metadata.PackageNotFoundError):
         for file in metadata.files("pycurl") or []:
@@ -262,7 +262,7 @@ def _with_libcurl_of_a_wheel(folder: Path) -> dict[str, str]:
                 link.parent.mkdir(exist_ok=True)
                 link.unlink(missing_ok=True)
                 link.symlink_to(library)
-                # What the library needs lies beside it, but the loader looks beside the link.
+                # The library's dependencies are beside it, but the loader looks beside the link.
                 paths = [str(link.parent), str(library.parent), os.environ.get("LD_LIBRARY_PATH")]
                 return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
     raise ConfigurationError(
@@ -272,11 +272,14 @@ def _with_libcurl_of_a_wheel(folder: Path) -> dict[str, str]:
 
 
 def _within_reach(binaries: Path, folder: Path) -> Path:
-    """Where the other user can run them: an environment below a private folder such as root's home is copied."""
+    """Return a folder where the other user can run the binaries.
+
+    They are copied if they are below a private folder, such as root's home.
+    """
     if not _why_it_does_not_run(binaries / "postgres", user=NOBODY, group=NOBODY, extra_groups=[]):
         return binaries
-    # Copied each time: a kept folder may hold half a copy, or an older release. The copy is made that user's own, for
-    # a wheel that was installed under umask 077 is readable by its owner only.
+    # Copy each time, because a kept folder may hold half a copy or an older release. The other user gets to own the
+    # copy, because only the owner can read a wheel that was installed under umask 077.
     copy = folder / "install"
     shutil.copytree(binaries.parent, copy, dirs_exist_ok=True)
     for path in (copy, *copy.rglob("*")):

@@ -1,4 +1,4 @@
-"""What the local Upstox does for each request. The steps and their codes are described in `upstox.py`."""
+"""What the local Upstox does for each request. `upstox.py` describes the steps and their codes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .accounts import Account, User
 from .answers import PAGE, Failure, Shape, no, token_answer, yes
 from .web import Answer, Shown
 
-# The rule of 03:30 is written out here once more and not taken from token.py, which this server is there to test.
+# The rule of 03:30 is repeated here and not imported from token.py, because this server is there to test token.py.
 INDIA = timezone(timedelta(hours=5, minutes=30))
 PINS_BEFORE_LOCK = 5
 WRONG_REDIRECT = ("UDAPI100068", "Check your 'client_id' and 'redirect_uri'; one or both are incorrect.")
 INACTIVE = ("UDAPI100073", "Your 'client_id' is inactive.")
-INNER_REDIRECT_URI = "https://api-v2.upstox.com/login/authorization/redirect"  # what the SDK shows in 4 and 5
+INNER_REDIRECT_URI = "https://api-v2.upstox.com/login/authorization/redirect"  # what the SDK sends in steps 4 and 5
 
 
 class Service:
@@ -38,21 +38,21 @@ class Service:
         self._now = now
         self._totp_once = totp_once
         self._signing_key = secrets.token_bytes(32)
-        self._handed_out: dict[tuple[str, str], User] = {}  # what and its random value -> to whom
+        self._handed_out: dict[tuple[str, str], User] = {}  # (what, random value) -> the user who got it
 
     def answer(self, route: str, shown: Shown) -> Answer:
-        """Do what the request asks for, or refuse it."""
+        """Do what the request asks, or refuse it."""
         try:
             return ROUTES[route][1](self, shown) if route in ROUTES else no("UDAPI10000", "No such request.", 404)
         except Answer as refusal:
             return refusal
 
     def owner(self, token: str) -> User | None:
-        """Whose living access token this is."""
+        """Find the user of this living access token."""
         return next((u for u in self.users.values() if u.token == token and self._now() < u.expires), None)
 
     def client(self, client_id: str) -> User | None:
-        """Whose app this is."""
+        """Find the user of this app."""
         return next((user for user in self.users.values() if user.account.client_id == client_id), None)
 
     def mint(self, user: User, *, dead: bool = False) -> str:
@@ -64,7 +64,7 @@ class Service:
         return user.token
 
     def token_body(self, user: User, *, dead: bool = False) -> dict[str, Any]:
-        """Make an access token and an extended one, and the documented answer with them."""
+        """Make an access token and an extended one, and return the documented answer with them."""
         now = self._now()
         extended_token = self._jwt(user.account, now, now + timedelta(days=365))
         user.extended_tokens.add(extended_token)
@@ -119,7 +119,7 @@ class Service:
         return yes(redirectUri=f"{user.account.redirect_uri}?code={code}", isApproved=True)
 
     def _token(self, shown: Shown) -> Answer:
-        owner = self._handed_out.pop(("code", shown["code"]), None)  # It serves once, whatever comes of it.
+        owner = self._handed_out.pop(("code", shown["code"]), None)  # A code works once, even if this request fails.
         user = self.client(shown["client_id"])
         if user is None or shown["client_secret"] != user.account.client_secret:
             raise no("UDAPI100069", "Check your 'client_id' and 'client_secret'; one or both are incorrect.")
@@ -128,7 +128,7 @@ class Service:
         if shown["grant_type"] != "authorization_code":
             raise no("UDAPI100036", "The grant_type is not authorization_code.")
         if owner is not user:
-            raise no("UDAPI100057", "This code is not one, or is used up.")
+            raise no("UDAPI100057", "This code is invalid, or is used up.")
         return self._log_in(user, shown)
 
     def _one_call(self, shown: Shown) -> Answer:
@@ -185,7 +185,7 @@ class Service:
         return user
 
     def _take_totp(self, user: User, code: str) -> tuple[int, str] | None:
-        """Use up this code, or tell why not: code and message."""
+        """Use up this code, or return why not: code and message."""
         totp, now = pyotp.TOTP(user.account.totp_secret), int(time.time()) // 30
         step = next((step for step in (now, now - 1, now + 1) if totp.generate_otp(step) == code), None)
         if step is None:
@@ -203,7 +203,7 @@ class Service:
         return f"{signed}.{_base64url(hmac.digest(self._signing_key, signed.encode(), 'sha256'))}"
 
 
-# The number of the step, or 0 for a request that is not part of a login, and the method that does it.
+# The step's number (0 if the request is not part of a login), and the method that handles it.
 ROUTES: dict[str, tuple[int, Callable[[Service, Shown], Answer]]] = {
     "GET /api/v2/login/authorization/dialog": (1, Service._dialog),
     "POST /service/login/open/v6/auth/1fa/otp/generate": (2, Service._generate_otp),
@@ -219,12 +219,12 @@ ROUTES: dict[str, tuple[int, Callable[[Service, Shown], Answer]]] = {
 
 
 def step_of(route: str) -> int:
-    """The step of a login that this route is, or 0."""
+    """Return the login step of this route, or 0."""
     return ROUTES[route][0] if route in ROUTES else 0
 
 
 def _take_pin(user: User, right: bool) -> tuple[int, str] | None:
-    """Count a wrong PIN and tell what is wrong: code and message."""
+    """Count a wrong PIN and return what is wrong: code and message."""
     if user.wrong_pins < PINS_BEFORE_LOCK:
         user.wrong_pins = 0 if right else user.wrong_pins + 1
     if user.wrong_pins == PINS_BEFORE_LOCK:

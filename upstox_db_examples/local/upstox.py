@@ -1,38 +1,38 @@
-"""A local Upstox that the real SDK logs in to: no account, no network, and every check that a login has to pass.
+"""A local Upstox that the real SDK logs in to. It needs no account and no network, and checks what a login must show.
 
-A login is six requests. Each gets something that a later one has to show:
+A login is six requests. Each returns something that a later one has to send:
 
-1. `GET  /api/v2/login/authorization/dialog`: an app shows its client id and redirect URI. It is sent on to a page
-   whose address says who the user is, and names a second client id that only this login uses.
-2. `POST /service/login/open/v6/auth/1fa/otp/generate`: the mobile number and the user. Gets an OTP token.
-3. `POST /service/login/open/v4/auth/1fa/otp-totp/verify`: the OTP token and a TOTP. Gets a session, in a cookie.
-4. `POST /service/login/open/v3/auth/2fa`: the session and the PIN in base64. Five wrong PINs lock the account.
-5. `POST /service/login/v2/oauth/authorize`: the session and the user's approval. Gets a code that serves once.
-6. `POST /api/v2/login/authorization/token`: the code and the client secret. Gets the access token, and the user's
-   earlier one dies.
+1. `GET  /api/v2/login/authorization/dialog`: an app sends its client id and redirect URI. It is redirected to a page
+   whose address names the user, and a second client id that only this login uses.
+2. `POST /service/login/open/v6/auth/1fa/otp/generate`: send the mobile number and the user, get an OTP token.
+3. `POST /service/login/open/v4/auth/1fa/otp-totp/verify`: send the OTP token and a TOTP, get a session in a cookie.
+4. `POST /service/login/open/v3/auth/2fa`: send the session and the PIN in base64. Five wrong PINs lock the account.
+5. `POST /service/login/v2/oauth/authorize`: send the session and the user's approval, get a code that works once.
+6. `POST /api/v2/login/authorization/token`: send the code and the client secret, get the access token. The user's
+   earlier token dies.
 
-The official login in one call is a login of its own, and is counted as step 7:
+The official one-call login is separate. It counts as step 7:
 
-7. `POST /api/v2/totp-login/authorization/token`: the client id in the header `x-api-key`, and a JSON body with `totp`
-   and `pin`, six digits each. Gets the same answer as step 6. It is limited to 1 request in a second, 10 in a minute
+7. `POST /api/v2/totp-login/authorization/token`: send the client id in the header `x-api-key`, and a JSON body with
+   `totp` and `pin`, six digits each. The answer is that of step 6. The limits are 1 request in a second, 10 in a minute
    and 60 in 30 minutes.
 
-A token also arrives when the user approves an access token request in Upstox's own app: `LocalUpstox.notify`.
+A token also arrives when the user approves an access token request in Upstox's own app: see `LocalUpstox.notify`.
 
-Beside them, `GET /api/v2/user/profile` tells whether a token lives, and `DELETE /api/v2/logout` ends it. How often one
-logs in by steps 1 to 6 is not limited: `fail()` says when it is.
+In addition, `GET /api/v2/user/profile` tells whether a token lives, and `DELETE /api/v2/logout` ends it. Steps 1 to 6
+have no limit: use `fail()` to simulate one.
 
 **The answer with the token** is what real accounts get, not what the documentation shows: by default it has no `poa`,
-its `ddpi` is null, and it has a field that nobody knows. The SDK's own model (upstox-totp 1.0.8) demands `poa` and
-`ddpi`, so the bare SDK fails on this answer although the token was made. `shape_answers()` sets what it looks like.
+its `ddpi` is null, and it has an unknown field. The SDK's own model (upstox-totp 1.0.8) requires `poa` and `ddpi`, so
+the bare SDK fails on this answer although the token was made. `shape_answers()` changes the answer.
 
-**How sure the error codes are.** Documented, and used for what they are documented for: UDAPI10005, UDAPI100050,
-UDAPI100067, UDAPI100068, UDAPI100069 and UDAPI100073. Seen in real answers: 1017069, 1017076, 1017106, and UDAPI100500
-with the message of `Failure.OTP_LIMIT`. Not published, so the numbers here are made up: 1017001 (mobile number),
-1017070 (wrong TOTP) and 1017108 (locked).
+**How certain the error codes are.** These are documented, and used as documented: UDAPI10005, UDAPI100050, UDAPI100067,
+UDAPI100068, UDAPI100069 and UDAPI100073. These were seen in real answers: 1017069, 1017076, 1017106, and UDAPI100500
+with the message of `Failure.OTP_LIMIT`. These are not published, so the numbers here are made up: 1017001 (mobile
+number), 1017070 (wrong TOTP) and 1017108 (locked).
 
-What step 7 refuses is documented, but its codes are not. All of these are guesses: UDAPI100036 and status 400 for a
-missing or malformed field, UDAPI100016 for an unknown client id and for an account without TOTP, and the login
+It is documented what step 7 refuses, but not with which codes. All of these are guesses: UDAPI100036 and status 400 for
+a missing or malformed field, UDAPI100016 for an unknown client id and for an account without TOTP, and the login
 service's 1017070, 1017076, 1017106 and 1017108 in the API's form with status 401:
 `{"status": "error", "errors": [{"errorCode": "1017106", ...}]}`.
 """
@@ -60,19 +60,19 @@ class LocalUpstox:
     """A local Upstox on 127.0.0.1 and a free port, safe to share between threads.
 
     Args:
-        clock: the time that tokens are made and die by. TOTPs go by the real time, because the SDK's do.
-        totp_once: whether a TOTP serves only once, as at Upstox. With False one can log in twice in 30 seconds.
-        limits: whether the one-call login (step 7) has its limits. With False one can log in twice in a second.
-        monotonic: the seconds that the limits go by. A test passes its own clock instead of sleeping.
+        clock: the clock for the start and the expiry of tokens. TOTPs use the real time, because the SDK's do.
+        totp_once: whether a TOTP works only once, as at Upstox. With False you can log in twice in 30 seconds.
+        limits: whether the one-call login (step 7) has its limits. With False you can log in twice in a second.
+        monotonic: the clock for the limits, in seconds. A test passes its own clock instead of sleeping.
 
     Attributes:
-        base_domain: what to set as the SDK client's `base_domain`; known once the server has started.
+        base_domain: what to set as the SDK client's `base_domain`. It is known once the server has started.
         login_seconds: how long steps 6 and 7 take to answer. The token is made at once, before that time.
         stall_seconds: how long a `Failure.STALL` takes to answer.
         on_step: a function that the server calls twice for each request of a login, in the thread of that request:
-            with the step and "request" before the request is worked on, and with the step and "answer" when the work
-            is done and the answer is not sent yet. The request waits until the function returns, other requests do
-            not. If it raises, the request gets no answer and the error is printed.
+            with the step and "request" before it processes the request, and with the step and "answer" before it sends
+            the answer. The request waits until the function returns; other requests do not. If the function raises,
+            the request gets no answer and the error is printed.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class LocalUpstox:
         self._clock = clock or (lambda: datetime.now(UTC))
         self._server: WebServer | None = None
         self._closing = Event()
-        self._lock = Lock()  # around all that follows
+        self._lock = Lock()  # protects everything below
         self._service = Service(self.now, totp_once)
         self._limits = Limits(monotonic) if limits else None
-        self._failures: list[tuple[Failure, Collection[int]]] = []  # what, and at which steps
+        self._failures: list[tuple[Failure, Collection[int]]] = []  # the failure and its possible steps
         self._attempts: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
@@ -103,7 +103,7 @@ class LocalUpstox:
         self.close()
 
     def start(self) -> Self:
-        """Listen."""
+        """Start to listen."""
         if self._server is None:
             self._closing.clear()
             self._server = WebServer(self._answer)
@@ -111,14 +111,14 @@ class LocalUpstox:
         return self
 
     def close(self) -> None:
-        """Hang up on everyone. No thread and no socket stays; accounts and counts do."""
+        """Hang up on everyone. No thread or socket is left, but accounts and counts stay."""
         server, self._server = self._server, None
         if server:
             self._closing.set()
             server.close()
 
     def add_account(self, user_id: str, **overrides: Any) -> Account:
-        """Make up an account, always the same for the same user id; `overrides` are fields of `Account`."""
+        """Make up an account. The same user id always gives the same one. `overrides` are fields of `Account`."""
         account = make_up(user_id, overrides)
         with self._lock:
             self._service.users[user_id] = User(account)
@@ -130,22 +130,22 @@ class LocalUpstox:
             self._service.users[user_id].wrong_pins = 0
 
     def logins(self, user_id: str | None = None) -> int:
-        """How many tokens were made, for one user or for all."""
+        """Count the tokens that were made, for one user or for all."""
         with self._lock:
             return self._service.logins[user_id] if user_id else self._service.logins.total()
 
     def attempts(self, user_id: str | None = None) -> int:
-        """How many logins were tried, for one user or for all, whatever came of it: requests of steps 2 and 7."""
+        """Count the login attempts, for one user or for all, failed ones included: requests of steps 2 and 7."""
         with self._lock:
             return self._attempts[user_id] if user_id else self._attempts.total()
 
     def is_living(self, token: str) -> bool:
-        """Whether Upstox would still take this access token."""
+        """Tell whether Upstox would still accept this access token."""
         with self._lock:
             return self._service.owner(token) is not None
 
     def kill_token(self, user_id: str) -> None:
-        """End the user's token before its time, as a change of the app's static IPs does."""
+        """End the user's token early, as a change of the app's static IPs does."""
         with self._lock:
             self._service.users[user_id].token = None
 
@@ -155,14 +155,14 @@ class LocalUpstox:
         The times are strings of milliseconds, as in the documentation's example.
 
         Args:
-            user_id: who approves.
-            url: where to POST the message, without any authentication. It is only returned if there is none.
+            user_id: the user who approves.
+            url: where to POST the message, without any authentication. Without a URL, the message is only returned.
 
         Returns:
             The message.
 
         Raises:
-            OSError: the URL did not take the message: no connection, or a status of 400 or more. The token was made.
+            OSError: the URL did not accept the message: no connection, or a status of 400 or more. The token was made.
         """
         with self._lock:
             user = self._service.users[user_id]
@@ -178,7 +178,7 @@ class LocalUpstox:
             }
         if url is not None:
             request = urllib.request.Request(url, json.dumps(message).encode(), {"Content-Type": "application/json"})  # noqa: S310  # the caller's own URL
-            # A proxy of this machine would look for the receiver on its own machine.
+            # Use no proxy, because a proxy would look for the receiver on its own machine.
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5):
                 pass
         return message
@@ -193,16 +193,16 @@ class LocalUpstox:
     ) -> None:
         """Set what later answers of steps 6 and 7 look like. Each call starts from the complete documented answer.
 
-        So `shape_answers()` gives the complete answer, which is the one that the bare SDK can read.
+        So `shape_answers()` gives the complete answer, which the bare SDK can read.
 
         Args:
             missing: fields to leave out.
             null: fields to set to null.
-            changed: fields with another value, which can be of another type.
+            changed: fields that get another value, which may have another type.
             added: new fields.
 
         Raises:
-            ValueError: the answer has no such field, or has the new one already.
+            ValueError: the answer has no such field, or already has the new one.
             TypeError: a value cannot be written as JSON.
         """
         shape = Shape(missing, null, changed or {}, added or {})
@@ -210,7 +210,7 @@ class LocalUpstox:
             self._service.shape = shape
 
     def fail(self, kind: Failure | str, times: int = 1, step: int | None = None) -> None:
-        """Let the next `times` requests of a login fail, or the next ones of that step."""
+        """Make the next `times` requests of a login fail, or those of one step."""
         kind = Failure(kind)
         possible = steps_of(kind)
         if step is not None and step not in possible:
@@ -219,7 +219,7 @@ class LocalUpstox:
             self._failures += [(kind, [step] if step else possible)] * times
 
     def now(self) -> datetime:
-        """The time by the server's clock."""
+        """Return the time by the server's clock."""
         return self._clock()
 
     def set_clock(self, moment: datetime) -> None:
@@ -229,19 +229,19 @@ class LocalUpstox:
         self._clock = lambda: moment
 
     def move_clock(self, delta: timedelta) -> None:
-        """Put the clock forward or back. If it ran it runs on, if it stood it stands."""
+        """Move the clock forward or back. A running clock keeps running, and a stopped one stays stopped."""
         with self._lock:
             before = self._clock
             self._clock = lambda: before() + delta
 
     def _answer(self, route: str, shown: Shown) -> Answer:
-        """Answer one request, by its route and all that it shows."""
+        """Answer one request, given its route and everything that it sends."""
         step = step_of(route)
         self._tell(step, "request")
         with self._lock:
             failure, answer = self._work(step, route, shown)
         self._tell(step, "answer")
-        # Without the lock, so that others can log in meanwhile. Closing the server ends the wait.
+        # Wait without the lock, so that others can log in meanwhile. Closing the server ends the wait.
         slow = self.login_seconds if step in (6, 7) else 0
         seconds = self.stall_seconds if failure is Failure.STALL else slow
         if seconds and self._closing.wait(seconds):

@@ -1,4 +1,4 @@
-"""The HTTP under the local Upstox: requests into plain fields, answers into JSON, and a server that really closes."""
+"""HTTP for the local Upstox: requests become plain fields, answers become JSON, and the server really closes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from threading import Thread
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-# What a request shows: query, fields, body (the whole JSON object), session, bearer, x-api-key. What it lacks is "".
+# What a request sends: query, fields, body (the whole JSON object), session, bearer, x-api-key. A missing one is "".
 type Shown = defaultdict[str, Any]
 
 
 class Answer(Exception):
-    """A page (str) or JSON. Returned, or raised where the answer is no. A Content-Type in `headers` goes first."""
+    """A page (str) or JSON. It is returned, or raised for a refusal. A Content-Type in `headers` overrides ours."""
 
     def __init__(self, body: str | dict[str, Any], status: int = 200, **headers: str) -> None:
         self.body, self.status, self.headers = body, status, headers
@@ -31,7 +31,7 @@ HANG_UP = Answer("")
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # Keeps connections open.
-    disable_nagle_algorithm = True  # Else an answer's body waits until the client has acknowledged its headers.
+    disable_nagle_algorithm = True  # Otherwise the body waits until the client acknowledges the headers.
     server: WebServer
 
     def _serve(self) -> None:
@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         is_page = isinstance(answer.body, str)
         content = (str(answer.body) if is_page else json.dumps(answer.body)).encode()
-        # The SDK compares the type with ==: with a charset behind it, it would not read the body as JSON.
+        # The SDK compares the type with ==. If a charset followed it, the SDK would not read the body as JSON.
         headers = {"Content-Type": "text/html" if is_page else "application/json"} | answer.headers
         self.send_response(answer.status)
         for name, value in headers.items():
@@ -70,11 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_DELETE = _serve
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _fields(content_type: str, sent: bytes) -> dict[str, Any]:
-    """The fields of a form or of the `data` of a JSON object, and as `body` the whole JSON object."""
+    """Return the fields of a form, or of `data` in a JSON object, and the whole JSON object as `body`."""
     if content_type == "application/x-www-form-urlencoded":
         return dict(parse_qsl(sent.decode(errors="replace"))) | {"body": {}}
     try:
@@ -88,8 +88,8 @@ def _fields(content_type: str, sent: bytes) -> dict[str, Any]:
     return {name: value for name, value in fields if isinstance(value, str | bool)} | {"body": body}
 
 
-class WebServer(ThreadingTCPServer):  # http.server's own would look up the machine's name, which can take seconds.
-    request_queue_size = 128  # The default of 5 keeps clients waiting that come all at once.
+class WebServer(ThreadingTCPServer):  # http.server's class looks up the machine's name, which can take seconds.
+    request_queue_size = 128  # The default of 5 makes clients wait if many come at once.
 
     def __init__(self, answer: Callable[[str, Shown], Answer]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -99,7 +99,7 @@ class WebServer(ThreadingTCPServer):  # http.server's own would look up the mach
         self._loop.start()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """As the library does it, but its threads either outlive close() or block it for as long as a client stays."""
+        """Start our own thread, because the library's either outlive close() or block it while a client stays."""
         thread = Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
         self._connections = [living for living in self._connections if living[0].is_alive()] + [(thread, request)]
         thread.start()
@@ -114,6 +114,6 @@ class WebServer(ThreadingTCPServer):  # http.server's own would look up the mach
         self._loop.join()
         self.server_close()
         for thread, connection in self._connections:
-            with contextlib.suppress(OSError):  # It is closed already.
+            with contextlib.suppress(OSError):  # It is already closed.
                 connection.shutdown(socket.SHUT_RDWR)
             thread.join()

@@ -1,4 +1,4 @@
-"""A connection to MongoDB: each call within a set time, each error in our words, nothing of the URL shown."""
+"""A connection to MongoDB. Each call has a time limit, each error becomes one of ours, and the URL never shows."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class MongoDBConnection:
     Args:
         url: as `pymongo.MongoClient` takes it.
         name: the database.
-        timeout: seconds for all that one `with database()` does, elections of a new primary included.
+        timeout: seconds for everything in one `with database()`, including the election of a new primary.
 
     Raises:
-        ConfigurationError: the URL or the name is none.
+        ConfigurationError: the URL or the name is invalid.
     """
 
     def __init__(self, url: Secret, name: str, timeout: float) -> None:
@@ -48,14 +48,14 @@ class MongoDBConnection:
 
     @contextmanager
     def database(self) -> Iterator[Database[Document]]:
-        """The database, for one call's time.
+        """Lend the database for one call.
 
         Raises:
-            StoreUnavailable, ConfigurationError: whatever pymongo raised inside, in our words.
+            StoreUnavailable, ConfigurationError: pymongo raised an error inside; this is its translation.
         """
         if self._closed:
             raise StoreUnavailable("This store is closed.")
-        if self._process != os.getpid():  # A forked child may not use the parent's connections, nor close them.
+        if self._process != os.getpid():  # A forked child must neither use nor close the parent's connections.
             self._inherited = self._client
             self._connect()
         try:
@@ -77,7 +77,7 @@ class MongoDBConnection:
         client: MongoClient[Document] | None = None
         try:
             client = MongoClient(self._url.reveal(), tz_aware=True, tzinfo=UTC, appname="upstox_db_examples")
-            # Whatever the URL says: a secondary may not know yet that a token was revoked, and a write that only one
+            # These override the URL: a secondary may not know yet that a token was revoked, and a write that only one
             # server has can be lost.
             self._db = client.get_database(
                 self._name,
@@ -90,21 +90,21 @@ class MongoDBConnection:
         except (PyMongoError, ValueError, TypeError):
             if client:
                 client.close()
-        # Raised out here, our error has no cause that shows the URL.
+        # We raise out here, so that our error has no cause that shows the URL.
         raise ConfigurationError(f"{self.where} is not a database that pymongo can use. Check the URL and the name.")
 
 
 def _described(url: Secret, name: str) -> str:
-    """Where the database is, without any password."""
+    """Say where the database is, without any password."""
     try:
-        if url.reveal().startswith("mongodb+srv://"):  # The hosts are in the DNS.
+        if url.reveal().startswith("mongodb+srv://"):  # DNS has the hosts.
             before, _, after = url.reveal().removeprefix("mongodb+srv://").rpartition("@")
-            # With a second @ it cannot be told what belongs to a password.
+            # If there is a second @, we cannot tell what belongs to a password.
             return ("mongodb+srv" if "@" in before else after.partition("/")[0].partition("?")[0]) + f"/{name}"
         hosts = parse_uri(url.reveal(), validate=False)["nodelist"]
         return ",".join(f"{host}:{port}" for host, port in hosts) + f"/{name}"
     except (PyMongoError, ValueError, TypeError, AttributeError):
-        pass  # Its text may hold the password. Raised below, our error has no cause that shows it.
+        pass  # This error may hold the password. We raise ours below, so that it has no cause.
     raise ConfigurationError(
         "The connection string is not one that MongoDB understands, such as mongodb://user:password@host/. A password "
         "with special characters is written by urllib.parse.quote_plus."
@@ -112,7 +112,7 @@ def _described(url: Secret, name: str) -> str:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """pymongo's own frames hold credentials and documents, which a traceback with local variables would show."""
+    """Drop pymongo's frames. They hold credentials and documents, and a traceback with locals would show them."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
@@ -131,7 +131,7 @@ _EXPLANATIONS: dict[int, tuple[type[StorageError], str]] = {
 
 
 def index_keys(error: DuplicateKeyError) -> tuple[str, ...]:
-    """On what the unique index is that refused a document."""
+    """Return the keys of the unique index that refused a document."""
     return tuple((error.details or {}).get("keyPattern", {}))
 
 

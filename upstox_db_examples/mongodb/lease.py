@@ -1,4 +1,4 @@
-"""One holder at a time, where the database has no lock that dies with its holder: a lease."""
+"""A lease allows one holder at a time. MongoDB needs one, because it has no lock that dies with its holder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Lease(NamedTuple):
 
 
 class _Holding(threading.local):
-    """What this thread holds: its leases, the outer one first; and by name the owner it was last."""
+    """What this thread holds: its leases, the outer one first, and for each name the last owner id it used."""
 
     def __init__(self) -> None:
         self.leases: list[_Lease] = []
@@ -37,15 +37,15 @@ class _Holding(threading.local):
 
 
 class Leases:
-    """Leases in the collection `leases`. Only the server's clock counts, for those of two machines differ.
+    """Leases in the collection `leases`. Only the server's clock counts, because the clocks of two machines differ.
 
-    A holder renews its lease as long as it lives. One that was stopped, or cut off from the server, for longer than
-    the lease may lose it without knowing. So a login is kept apart from another by the generation that it writes, and
-    what has none to write proves first that the lease is still held: see `prove_held`.
+    A holder renews its lease as long as it lives. If it is stopped or cut off from the server for longer than the
+    lease, it may lose the lease without knowing. So the generation that a login writes tells it apart from another
+    login. Any step without a generation first proves that the lease is still held: see `prove_held`.
 
     Args:
-        database: gives the database.
-        seconds: how long a lease lasts after its holder's death.
+        database: returns the database.
+        seconds: how long a lease lasts after its holder dies.
     """
 
     def __init__(
@@ -58,9 +58,10 @@ class Leases:
 
     @contextmanager
     def held(self, name: str, wait: float) -> Iterator[None]:
-        """
+        """Hold the lease of this name.
+
         Raises:
-            StoreUnavailable: not had within `wait` seconds.
+            StoreUnavailable: the lease did not become free within `wait` seconds.
         """
         deadline = time.monotonic() + wait
         with self._local_locks.hold(name, wait):
@@ -68,7 +69,7 @@ class Leases:
             while not self._take(lease):
                 if time.monotonic() >= deadline:
                     raise lock_not_had(name, wait)
-                time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - so that a crowd does not ask all at once
+                time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - spreads a crowd's requests
             outer = self._holding.leases
             self._holding.leases = [*outer, lease]
             self._holding.owners[name] = lease.owner
@@ -78,39 +79,41 @@ class Leases:
                 renewing.start()
                 yield
             except (StoreUnavailable, TokenNotStored):
-                # The server may not answer now either, and this caller has waited long enough. So the other thread
-                # releases the lease. To let it end by itself would be to call a login under way that is over.
+                # The server may still not answer, and this caller has waited long enough. So the other thread releases
+                # the lease. If we just let it expire, a login that is over would look as if it were still running.
                 unanswered.set()
                 raise
             finally:
                 self._holding.leases = outer
-                released.set()  # A renewal that is under way finds another owner, or none.
+                released.set()  # A renewal in progress finds another owner, or no lease.
                 if not unanswered.is_set():
                     self._release(lease)
 
     def owner_of(self, name: str) -> str:
-        """The owner of the lease of this name that this thread holds or held last; "", which owns none, if it had none.
+        """Return the owner of this thread's current or last lease of this name, or "", which owns no lease.
 
-        Also after its end, so that a login that outlived its lease takes its own marks away and nobody else's.
+        This works after the lease has ended, so that a login that outlived its lease removes only its own marks.
         """
         return self._holding.owners.get(name, "")
 
     def lives(self, db: Database[dict[str, Any]], name: str, owner: str) -> bool:
-        """Whether this owner holds the lease of this name, by the server's clock."""
+        """Tell whether this owner holds the lease of this name, by the server's clock."""
         alive = {"$expr": {"$gt": ["$until", "$$NOW"]}}
         return db.leases.find_one({"_id": name, "owner": owner, **alive}, {"_id": 1}) is not None
 
     def prove_held(self) -> None:
-        """To be called just before what must not happen twice: a login, or a write of what was read under the lease.
+        """Check the leases just before anything that must not happen twice.
+
+        That is a login, or writing back what was read under the lease.
 
         Raises:
-            StoreUnavailable: another caller has taken a lease of this thread over.
+            StoreUnavailable: another caller has taken over a lease of this thread.
         """
         if not all(self._renew(lease) for lease in self._holding.leases):
             raise StoreUnavailable("This took so long that another caller took over. Nothing was changed; try again.")
 
     def _take(self, lease: _Lease) -> bool:
-        """The lease, if it is free. One atomic change, by the server's clock ($$NOW)."""
+        """Take the lease if it is free. This is one atomic change, by the server's clock ($$NOW)."""
         free = {"$lte": [{"$ifNull": ["$until", LONG_AGO]}, "$$NOW"]}
         with self._database() as db:
             after = db.leases.find_one_and_update(
@@ -146,7 +149,7 @@ class Leases:
                 pause = self._seconds / 3
             except StorageError as error:
                 logger.warning("The lease of %s is not renewed: %s", lease.name, error)
-                pause = self._seconds / 30  # Soon again, while it can still succeed.
+                pause = self._seconds / 30  # Retry soon, while it can still succeed.
         if unanswered.is_set():
             self._release(lease)
 

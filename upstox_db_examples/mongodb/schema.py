@@ -1,4 +1,4 @@
-"""The collections of the MongoDB store: what a document may hold, and by which index each query is answered."""
+"""The collections of the MongoDB store: what a document may hold, and which index answers each query."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pymongo.errors import OperationFailure
 
 from ..core.errors import ConfigurationError
 
-__all__ = ["runtime_role"]  # what a reader calls; the rest is the MongoDB store's own
+__all__ = ["runtime_role"]  # for callers; the rest belongs to the MongoDB store
 
 logger = logging.getLogger(__name__)
 
-# Never change what a released version made: a later one only adds, for programs of an earlier version may still run.
+# Never change what a released version made. A later version only adds, because older programs may still be running.
 VERSION = 2
 UNAUTHORIZED = 13
 ALREADY_THERE = 48
@@ -36,8 +36,8 @@ def _only(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
 
 
 VALIDATORS: dict[str, dict[str, Any]] = {
-    # The one active token of a user is the one document with that user's id, so `_id` is the unique index that forbids
-    # a second one. Only ciphertext is let in. A revoked token's document stays without it until it expires.
+    # A user's active token is the document with that user's id, so the unique index on `_id` forbids a second one. The
+    # pattern lets only ciphertext in. A revoked token's document stays, without ciphertext, until it expires.
     "active_tokens": _only(
         {
             "_id": {"bsonType": "string"},
@@ -51,7 +51,7 @@ VALIDATORS: dict[str, dict[str, Any]] = {
         ended={"bsonType": "object"},
         account=_TEXT_OR_NONE,
         issued_at=_DATE_OR_NONE,
-        # The mark of a login: which lease it holds. Empty if nobody will ever say how that login ended.
+        # The mark of a login names the lease that it holds. It is empty if nobody can ever say how that login ended.
         login={
             "bsonType": "object",
             "properties": {"lock": {"bsonType": "string"}, "owner": {"bsonType": "string"}},
@@ -86,7 +86,7 @@ VALIDATORS: dict[str, dict[str, Any]] = {
 
 INDEXES: dict[str, list[tuple[list[tuple[str, int]], dict[str, Any]]]] = {
     "active_tokens": [
-        # The only index on this key. A plain one beside it is what made the guide's program fail with code 85.
+        # This is the only index on this key. The guide's program made a plain one as well, and failed with code 85.
         ([("expires_at", ASCENDING)], {"expireAfterSeconds": 0}),
         ([("key_id", ASCENDING)], {"sparse": True}),
         ([("account", ASCENDING), ("created_at", DESCENDING)], {}),
@@ -96,18 +96,18 @@ INDEXES: dict[str, list[tuple[list[tuple[str, int]], dict[str, Any]]]] = {
         ([("user_id", ASCENDING), ("generation", DESCENDING)], {"unique": True}),
         ([("created_at", DESCENDING)], {}),
         ([("is_active", ASCENDING), ("expires_at", ASCENDING)], {"partialFilterExpression": {"is_active": True}}),
-        # Of the few records that hold audit entries. A further entry of the same user changes no index.
+        # This covers the few records that hold audit entries. Another entry of the same user changes no index.
         ([("audit.user_id", ASCENDING)], {"sparse": True}),
     ],
     "token_audit": [
         ([("user_id", ASCENDING), ("performed_at", DESCENDING), ("_id", DESCENDING)], {}),
         ([("performed_at", ASCENDING)], {}),
-        # Of logins alone: between two of them there may be a million uses.
+        # This covers logins only, because there may be a million uses between two logins.
         ([("performed_at", DESCENDING)], {"partialFilterExpression": {"action": "login"}}),
     ],
 }
 
-# What a program needs that stores and reads tokens. It can drop nothing and delete no history.
+# The rights of a program that stores and reads tokens. It cannot drop anything or delete history.
 RUNTIME_ACTIONS = {
     "active_tokens": ["find", "insert", "update", "remove"],
     "tokens": ["find", "insert", "update"],
@@ -119,12 +119,12 @@ RUNTIME_ACTIONS = {
 
 
 def runtime_role(name: str, database_name: str = "upstox_db") -> dict[str, Any]:
-    """The command that makes a role for such a program: `client[database_name].command(runtime_role("upstox_app"))`.
+    """Return the command that makes a role with the least rights that storing and reading tokens need.
 
-    Run it as an administrator, and open the store once as the owner, who makes the collections. Or let the store's
-    `init_database(runtime_role="upstox_app")` do both. The role's audit entries can then only be added to, but for the
-    last hundred uses of a token, which are inside its record: MongoDB knows no right to change one field and not
-    another.
+    Run `client[database_name].command(runtime_role("upstox_app"))` as an administrator, and open the store once as the
+    owner, to make the collections. Or let the store's `init_database(runtime_role="upstox_app")` do both. The role can
+    then only add audit entries. The last hundred uses of a token are an exception, because they are inside its record:
+    MongoDB has no rights for single fields.
     """
     privileges = [
         {"resource": {"db": database_name, "collection": collection}, "actions": actions}
@@ -134,10 +134,10 @@ def runtime_role(name: str, database_name: str = "upstox_db") -> dict[str, Any]:
 
 
 def make_runtime_role(db: Database[dict[str, Any]], name: str, where: str) -> None:
-    """Make the role, or give it what it has not yet.
+    """Make the role, or add the rights that it lacks.
 
     Raises:
-        ConfigurationError: that is no name for a role, or this user may not grant it.
+        ConfigurationError: the name is not valid for a role, or this user may not grant it.
     """
     making = runtime_role(name, db.name)
     try:
@@ -146,7 +146,7 @@ def make_runtime_role(db: Database[dict[str, Any]], name: str, where: str) -> No
         except OperationFailure as error:
             if error.code != ROLE_ALREADY_THERE:
                 raise
-            # Not updateRole: only a user who can revoke roles in all databases may call it.
+            # Not updateRole, because only a user who can revoke roles in all databases may call it.
             db.command("grantPrivilegesToRole", name, privileges=making["privileges"])
     except OperationFailure as error:
         if error.code in BAD_ROLE_NAMES:
@@ -161,13 +161,13 @@ def make_runtime_role(db: Database[dict[str, Any]], name: str, where: str) -> No
 
 
 def make_collections(db: Database[dict[str, Any]], where: str) -> None:
-    """Make what is missing, and bring what an earlier version made forward.
+    """Make what is missing, and upgrade what an earlier version made.
 
-    Safe to repeat, to run at once, and to be cut off.
+    This is safe to repeat, to run concurrently, and to interrupt.
 
     Raises:
-        ConfigurationError: the database holds another program's tokens, or a later version of this one's; or this
-            user may not change it.
+        ConfigurationError: the database holds another program's tokens or a later schema version, or this user may
+            not change it.
     """
     found = db.schema_version.find_one({"_id": "upstox"})
     version = found["version"] if found else 0
@@ -189,7 +189,7 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
 
 def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> None:
     foreign = not is_ours and (db.tokens.find_one({}, {"_id": 1}) or db.token_audit.find_one({}, {"_id": 1}))
-    if foreign and not db.schema_version.find_one({"_id": "upstox"}):  # Another opener may have made it meanwhile.
+    if foreign and not db.schema_version.find_one({"_id": "upstox"}):  # Another process may have made it meanwhile.
         raise ConfigurationError(
             f"{where} has a collection tokens that was made by another program and may hold plaintext tokens. Name "
             "another database."
@@ -197,7 +197,7 @@ def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> Non
     for name in ("tokens", "token_audit"):
         if any("expireAfterSeconds" in index for index in db[name].list_indexes()):
             raise ConfigurationError(f"{where} has a TTL index on {name}, which would delete history. Drop it first.")
-    # From here on these collections are ours, also if this is cut off before its end.
+    # From here on these collections are ours, even if this is interrupted.
     db.schema_version.update_one({"_id": "upstox"}, {"$setOnInsert": {"version": 0}}, upsert=True)
     for name, validator in VALIDATORS.items():
         _make_collection(db, name, validator)
@@ -213,7 +213,7 @@ def _make_collection(db: Database[dict[str, Any]], name: str, validator: dict[st
     except OperationFailure as error:
         if error.code != ALREADY_THERE:
             raise
-        # Of several that begin at once all but one come here, and maybe with a right to make and none to change.
+        # If several processes start at once, all but one get here. They may have the right to create, not to change.
         if db[name].options().get("validator") != validator:
             db.command("collMod", name, validator=validator)
 
@@ -231,6 +231,6 @@ def _make_index(
                 f"{where} has another index on {', '.join(key for key, _ in keys)} of {name}. Drop it, and open the "
                 "store again."
             ) from error
-        # A plain index, or a TTL of another length, is turned into ours where it stands.
+        # Turn a plain index, or a TTL of another length, into ours in place.
         db.command("collMod", name, index={"keyPattern": dict(keys), **options})
         logger.warning("%s had an index on %s of %s, which is a TTL now", where, ", ".join(dict(keys)), name)

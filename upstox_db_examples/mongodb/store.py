@@ -1,4 +1,4 @@
-"""Pattern 3: MongoDB with a TTL. What is dangerous disappears by itself, what is history stays."""
+"""Pattern 3: MongoDB with a TTL. Ciphertexts disappear by themselves, and history stays."""
 
 from __future__ import annotations
 
@@ -26,36 +26,37 @@ from .schema import make_collections, make_runtime_role
 logger = logging.getLogger(__name__)
 
 MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
-ATTEMPTS = 10  # at a read or a write while the token is being replaced or a login comes to its end
-# What stands in `active_tokens` and not in the token's record, and what stands in both.
+ATTEMPTS = 10  # to read or write while the token is being replaced or a login is ending
+# The fields that are in `active_tokens` and not in the token's record, and those that are in both.
 ONLY_ACTIVE = ("ciphertext", "key_id")
 IN_BOTH = ("generation", "created_at", "expires_at", "account", "issued_at")
 NOT_KEPT = ("token_id", "source", "in_doubt")
 GENERATION_KEYS = ("user_id", "generation")  # of the unique index that keeps two writers apart
-FIRST_ENTRY = {"audit": {"$slice": 1}}  # of a record's audit entries, which may be a hundred
-NOT_ACTIVE: Document = {"token_id": None, "generation": float("-inf")}  # in place of a document that is not there
+FIRST_ENTRY = {"audit": {"$slice": 1}}  # A record may have a hundred audit entries.
+NOT_ACTIVE: Document = {"token_id": None, "generation": float("-inf")}  # stands in for a missing document
 
 
 class MongoUpstoxStorage(TokenStorage):
     """Tokens in MongoDB 6.0 or newer, a replica set or a single server.
 
-    Three collections. `active_tokens` has one document a user, whose `_id` is the user's id: the ciphertext, and while
-    a login may have replaced the token at Upstox, that login's mark. A TTL index removes it when the token dies.
-    `tokens` has one record a token, without the ciphertext, and inside it the audit entries of its last uses; older
-    entries are in `token_audit`. (Beside them are `leases`, `login_notes` and `schema_version`.)
+    There are three main collections. `active_tokens` has one document per user, and its `_id` is the user's id. It
+    holds the ciphertext and, while a login may have replaced the token at Upstox, that login's mark. A TTL index
+    removes it when the token dies. `tokens` has one record per token, without the ciphertext. The record holds the
+    audit entries of the token's last uses; older entries are in `token_audit`. (The other collections are `leases`,
+    `login_notes` and `schema_version`.)
 
-    The token changes by one atomic change of the one document in `active_tokens`. What stands around it is written
-    before or can be made up for later, so a client or a server that dies between two writes leaves nothing wrong, and
-    no transaction is needed. Each write is acknowledged when a majority of the replica set has it in its journal. A
-    single server has it in its own journal; there the driver does not retry a write whose answer was lost.
+    One atomic change of the document in `active_tokens` replaces the token. Everything else is written before that, or
+    can be caught up later. So nothing is wrong if a client or a server dies between two writes, and no transaction is
+    needed. A write is acknowledged once a majority of the replica set has it in its journal. A single server uses its
+    own journal; there the driver does not retry a write whose answer was lost.
 
     Args:
         connection_string: a `mongodb://` or `mongodb+srv://` URL, as `pymongo.MongoClient` takes it.
         database_name: the database.
-        timeout: seconds for the answers of each step, elections of a new primary included: a read is one step, a
-            login a few.
-        lease: seconds after which another caller may log a user in whose login's process has died. A login that takes
-            longer keeps its lease.
+        timeout: seconds for each step, including the election of a new primary. A read is one step, and a login is a
+            few.
+        lease: if a process dies during a login, another caller may log the same user in after this many seconds. A
+            login that takes longer keeps its lease.
         options: see `Options`.
 
     Raises:
@@ -82,18 +83,18 @@ class MongoUpstoxStorage(TokenStorage):
         self._connection = MongoDBConnection(url, database_name, timeout)
         self._database = self._connection.database
         self._leases = Leases(self._database, lease)
-        # As in the guide, nobody has to close a store.
+        # As in the guide, you need not close a store.
         weakref.finalize(self, self._connection.close)
         self.init_database()
 
     def init_database(self, runtime_role: str | None = None) -> None:
-        """Make the collections, their validators and indexes, or bring those of an earlier version forward.
+        """Make the collections, validators and indexes, or upgrade those of an earlier version.
 
-        Safe to repeat and to run at once.
+        This is safe to repeat and to run concurrently.
 
         Args:
-            runtime_role: a role to be made in this database, or to be given what it has not yet: what storing and
-                reading needs and nothing more. Run this as the owner of the database, with `dbOwner` on it.
+            runtime_role: a role to make in this database, or to give the rights that it lacks. It gets the least rights
+                that storing and reading need. Run this as the owner of the database, with `dbOwner` on it.
 
         Raises:
             ConfigurationError: the database is not usable, or this user has no right to change it.
@@ -104,7 +105,7 @@ class MongoUpstoxStorage(TokenStorage):
                 make_runtime_role(db, runtime_role, self._connection.where)
 
     def get_user_dashboard(self, user_id: str) -> dict[str, Any]:
-        """All about a user in one JSON-friendly dict, without the token.
+        """Return everything about a user in one JSON-friendly dict, without the token.
 
         Returns:
             `user_id`; `statistics` (`total_tokens`, `active_tokens`, `total_usage`, `avg_usage`, `last_generation`,
@@ -113,7 +114,7 @@ class MongoUpstoxStorage(TokenStorage):
         """
         statistics = self.get_user_statistics(user_id)
         statistics["avg_usage"] = statistics.pop("avg_usage_per_token")
-        # From the document that leads to it, and not the newest record: that one may be on its way.
+        # Start from the active document and not from the newest record, because that record may not be active yet.
         with self._database() as db:
             active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": self._now()}, **_held()})
             record = db.tokens.find_one({"_id": active["token_id"]}, {"usage_count": 1}) if active else None
@@ -129,7 +130,7 @@ class MongoUpstoxStorage(TokenStorage):
         }
 
     def get_tokens_by_timeframe(self, start_date: datetime, end_date: datetime) -> list[dict[str, Any]]:
-        """The records of all tokens made from `start_date` to `end_date`, both included, newest first.
+        """Return the records of all tokens made from `start_date` to `end_date`, both included, newest first.
 
         Args:
             start_date, end_date: aware datetimes.
@@ -163,7 +164,7 @@ class MongoUpstoxStorage(TokenStorage):
         over: Document | None = None
         with self._database() as db:
             for _ in range(ATTEMPTS):
-                # The TTL runs once a minute: until then, only this filter keeps a dead token back.
+                # The TTL runs once a minute. Until then, only this filter holds a dead token back.
                 active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": alive_after}, **_held()})
                 if active is None:
                     return None
@@ -171,7 +172,7 @@ class MongoUpstoxStorage(TokenStorage):
                     if locked or not mark or mark == over:
                         return None
                     if not self._leases.lives(db, mark["lock"], mark["owner"]):
-                        # That login's end may have come between the two: only a mark that is still there is a doubt.
+                        # The login may have ended between the two reads. Only a mark that is still there means doubt.
                         over = mark
                         continue
                 entry["token_id"] = active["token_id"]
@@ -182,10 +183,10 @@ class MongoUpstoxStorage(TokenStorage):
                     if record["usage_count"] % MOVE_AFTER == 0:
                         try:
                             _move_audit(db, [active["token_id"]])
-                        except PyMongoError as error:  # They are as good inside the record; the next one tries.
+                        except PyMongoError as error:  # They can stay in the record until the next try.
                             logger.warning("Audit entries stay in their record (%s)", type(error).__name__)
                     return _token(active, **{name: record.get(name) for name in shown})
-                # In between it was replaced or revoked: look again.
+                # The token was replaced or revoked in between, so look again.
         raise StoreUnavailable(f"{self._connection.where} has no record in which to count this use. Store a new token.")
 
     def _in_doubt(self, user_id: str) -> StoredToken | None:
@@ -195,12 +196,12 @@ class MongoUpstoxStorage(TokenStorage):
 
     def _newest(self, user_id: str) -> StoredToken | None:
         with self._database() as db:
-            # In this order, or a token that becomes active in between would look like one that never did.
+            # The order matters: otherwise a token that becomes active in between would look like one that never did.
             found = db.tokens.find({"user_id": user_id}, FIRST_ENTRY)
             records = list(found.sort("generation", DESCENDING).limit(ATTEMPTS))
             active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
         whole = next((record for record in records if not _is_free(record, active, self._now())), None)
-        # After a restore that was not of one moment the records may be behind.
+        # The records may be behind after a restore from backups of different moments.
         if active["generation"] > (whole["generation"] if whole else float("-inf")):
             return _token(active)
         return _recorded(whole, active, token_id=str(whole["_id"])) if whole else None
@@ -213,10 +214,9 @@ class MongoUpstoxStorage(TokenStorage):
         record = {**_record_of(token), "_id": token_id, "is_active": True, "last_used_at": None, "audit": [created]}
         try:
             with self._database() as db:
-                # Whether the lease is still held is not asked: this token lives at Upstox, and to refuse it for a
-                # lease that was lost would lose it. Two writers are kept apart by their generation, which only grows
-                # by the swap; which of two tokens Upstox issued later, the life cycle knows. Until the swap nothing
-                # leads to this record.
+                # We do not check the lease: this token lives at Upstox, and refusing it because of a lost lease would
+                # lose it. The generation keeps two writers apart, because the swap only ever raises it. The life cycle
+                # knows which of two tokens Upstox issued later. Until the swap, nothing points to this record.
                 try:
                     db.tokens.insert_one(record)
                 except DuplicateKeyError as error:
@@ -239,19 +239,20 @@ class MongoUpstoxStorage(TokenStorage):
                     cut_off = before["ended"] if before and before["token_id"] == old and "ended" in before else None
                     _end(db, [{**(cut_off or ended), "token_id": old}])
                     ended = {**ended, "_id": ObjectId()}
-        except StorageError as error:  # The token is stored. The next store makes up for this.
+        except StorageError as error:  # The token is stored. The next insert catches up.
             logger.warning("The record of the earlier token of %s is still called active: %s", token.user_id, error)
         return str(token_id)
 
     def _revoke(self, user_id: str, now: datetime) -> bool:
         entry = self._entry(user_id, "revoked", now)
         with self._database() as db:
-            # The document stays, empty, until its expiry: a login that was under way cannot slip in an older token.
+            # The document stays, without ciphertext, until it expires, so that a login in progress cannot put an older
+            # token there.
             erased = db.active_tokens.find_one_and_update(
                 {"_id": user_id, **_held()},
                 {"$unset": dict.fromkeys((*ONLY_ACTIVE, "login"), 1), "$set": {"ended": entry}},
             )
-            # Or by one who was cut off here.
+            # An earlier call may have erased it and been interrupted here.
             held = erased or db.active_tokens.find_one({"_id": user_id, "ended": {"$exists": True}})
             if held:
                 _end(db, [{**held.get("ended", entry), "token_id": held["token_id"]}])
@@ -260,19 +261,19 @@ class MongoUpstoxStorage(TokenStorage):
     def _expire(self, now: datetime, limit: int) -> int:
         with self._database() as db:
             while records := _dead(db, now, limit):
-                # Usually the TTL was here before. If not, a revocation may have been cut off, and is told now.
+                # Usually the TTL came first. If not, a revocation may have been interrupted, and we record it now.
                 still_there = {"_id": {"$in": list(records.values())}, "token_id": {"$in": list(records)}}
                 told = {each["token_id"]: each.get("ended", {}) for each in db.active_tokens.find(still_there)}
                 db.active_tokens.delete_many(still_there)
                 entries = {one: self._entry(user_id, "expired", now) for one, user_id in records.items()}
                 if ended := _end(db, [{**e, **told.get(one, {}), "token_id": one} for one, e in entries.items()]):
-                    return ended  # If not, another cleanup was faster.
+                    return ended  # Otherwise another cleanup was faster.
         return 0
 
     def _forget_entries(self, before: datetime, limit: int) -> int:
         old = {"performed_at": {"$lt": before}}
         with self._database() as db:
-            # By the index on the few records that hold entries.
+            # This uses the index on the few records that hold entries.
             holding = {"audit.user_id": {"$gte": ""}, "audit": {"$elemMatch": old}}
             inside = db.tokens.find(holding, {"_id": 1}).limit(limit)
             _move_audit(db, [record["_id"] for record in inside])
@@ -291,7 +292,7 @@ class MongoUpstoxStorage(TokenStorage):
         token_id: ObjectId | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> Document:
-        """An audit entry. Its id is made here, so that writing it twice is noticed."""
+        """Make an audit entry. Its id is made here, so that we notice if it is written twice."""
         entry = {"_id": ObjectId(), "token_id": token_id, "user_id": user_id, "action": action}
         return {**entry, "actor": self._actor, "performed_at": now, "metadata": metadata or {}}
 
@@ -300,22 +301,22 @@ class MongoUpstoxStorage(TokenStorage):
 
     def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         mark = {"lock": lock, "owner": self._leases.owner_of(lock)}
-        # A mark that is there is of a login whose outcome nobody knows. (If a user is named, it may be of a login that
-        # is under way under another lock: then there are two, and one mark cannot tell of both.)
+        # An existing mark is from a login with an unknown outcome. (If a user is named, it may be from a login that is
+        # running under another lock. One mark cannot stand for both logins.)
         marked: Document = {"$cond": [{"$eq": [{"$type": "$login"}, "missing"]}, {"$literal": mark}, {"$literal": {}}]}
         anybody: Document = {"$or": [{"login": {"$exists": False}}, {"login.lock": lock}]}
-        # A caller who was stopped, and lost the lease meanwhile, would kill the token that another login has made.
+        # A caller that was stopped and lost its lease meanwhile would kill the token that another login has made.
         self._leases.prove_held()
         with self._database() as db:
-            # First the entry, then the mark. They cannot be one transaction: a single server has none. Cut off in
-            # between, an entry tells of a login that never began, which loses nothing. The other way round a living
-            # token would be in a doubt that nobody has caused. Both are durable before the login can begin.
+            # Write the entry first, then the mark. They cannot be one transaction, because a single server has none. If
+            # this is interrupted in between, the entry reports a login that never began, and nothing is lost. The other
+            # way round, a living token would be in doubt for no reason. Both are durable before the login begins.
             db.token_audit.insert_one(self._entry(user_id, "login", now, metadata=metadata))
             _mark(db, {**(anybody if user_id is None else {"_id": user_id}), **_held()}, [{"$set": {"login": marked}}])
 
     def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         mine = {"login.lock": lock, "login.owner": self._leases.owner_of(lock)}
-        # With no owner, a mark stays whoever holds the lock.
+        # A mark without an owner stays, whoever holds the lock.
         change: Document = {"$set": {"login": {}}} if in_doubt else {"$unset": {"login": 1}}
         with self._database() as db:
             _mark(db, mine if user_id is None else {"_id": user_id, **mine}, change)
@@ -326,7 +327,7 @@ class MongoUpstoxStorage(TokenStorage):
             db.active_tokens.update_one(which, {"$unset": {"login": 1}})
 
     def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
-        # Also those of earlier programs, which name no process.
+        # This includes logins of earlier programs, which name no process.
         logins = {"action": "login", "performed_at": {"$gt": moment}, "metadata.process": {"$ne": process}}
         with self._database() as db:
             found = db.token_audit.find(logins, {"performed_at": 1}).sort("performed_at", DESCENDING).limit(100)
@@ -334,8 +335,8 @@ class MongoUpstoxStorage(TokenStorage):
 
     def _notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
         with self._database() as db:
-            # In two steps: an aggregation could do both in one, but $documents needs the right to read all collections.
-            now: datetime = db.command("hello")["localTime"]  # without a time zone, whatever the client is set to
+            # Two steps: an aggregation could do both at once, but $documents needs the right to read all collections.
+            now: datetime = db.command("hello")["localTime"]  # has no time zone, whatever the client's setting
             notes = db.login_notes.find({"_id": {"$in": list(names)}}) if names else ()
             return now.replace(tzinfo=UTC).timestamp(), {note["_id"]: note["sealed"] for note in notes}
 
@@ -378,7 +379,7 @@ class MongoUpstoxStorage(TokenStorage):
 
     def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
         with self._database() as db:
-            # First what is inside the records: an entry that is moved meanwhile is then seen twice, and not missed.
+            # Read the records first: if an entry is moved meanwhile, we see it twice instead of missing it.
             inside = [e for record in db.tokens.find({"audit.user_id": user_id}, {"audit": 1}) for e in record["audit"]]
             order = [("performed_at", DESCENDING), ("_id", DESCENDING)]
             entries = {
@@ -404,7 +405,7 @@ class MongoUpstoxStorage(TokenStorage):
         changes = [
             UpdateOne(
                 {"_id": old.user_id, "ciphertext": old.ciphertext},
-                # The account as well, to which the new ciphertext is bound: version 1 had none here.
+                # Set the account too, because the new ciphertext is bound to it. Version 1 did not store it here.
                 {"$set": {"ciphertext": new.ciphertext, "key_id": new.key_id, "account": new.account}},
             )
             for old, new in pairs
@@ -441,7 +442,7 @@ class MongoUpstoxStorage(TokenStorage):
         at_once: Document = {"performed_at": place[0], "_id": {"$lte": place[1]}}
         order = [("performed_at", ASCENDING), ("_id", ASCENDING)]
         with self._database() as db:
-            # First what is inside the records, as in `_audit`.
+            # Read the records first, as in `_audit`.
             records = list(db.tokens.find({"user_id": user_id}, {"audit": 1, "generation": 1}))
             found = list(db.token_audit.find({**later, "$nor": [at_once]}).sort(order).limit(limit))
         generations = {record["_id"]: record["generation"] for record in records}
@@ -459,8 +460,8 @@ class MongoUpstoxStorage(TokenStorage):
         ended = [token for token in tokens if not token.ciphertext]
         with self._database() as db:
             self._leases.prove_held()
-            # Cut off anywhere, this leaves the user with a token if there was one: first the new record, then the one
-            # document that leads to it, as in `_insert`, and only then the end of the earlier ones.
+            # If this is interrupted, a user who had a token still has one. As in `_insert`, we write the new record
+            # first, then the document that points to it, and only then end the earlier ones.
             _put_in_records(db, living)
             for token in living:
                 _make_active(db, token)
@@ -491,14 +492,14 @@ class MongoUpstoxStorage(TokenStorage):
 
 
 def _held() -> Document:
-    """Not revoked."""
+    """Match documents that are not revoked."""
     return {"ciphertext": {"$exists": True}}
 
 
 def _token(active: Document, **more: Any) -> StoredToken:
-    """The token of this document, with an empty ciphertext if it was revoked."""
+    """Return the token of this document. Its ciphertext is empty if it was revoked."""
     known = {name: active.get(name, "") for name in ONLY_ACTIVE}
-    # Version 1 had not all of these here, and bound no ciphertext to an account.
+    # Version 1 did not store all of these here, and bound no ciphertext to an account.
     known |= {name: active.get(name) for name in IN_BOTH}
     return StoredToken(
         user_id=active["_id"], token_id=str(active["token_id"]), in_doubt="login" in active, **known, **more
@@ -506,39 +507,40 @@ def _token(active: Document, **more: Any) -> StoredToken:
 
 
 def _recorded(record: Document, active: Document, **more: Any) -> StoredToken:
-    """The token of this record, with a ciphertext if it is the user's active one."""
+    """Return the token of this record, with a ciphertext if it is the user's active one."""
     known = {name: value for name, value in record.items() if name not in ("_id", "is_active", "audit")}
     held = active if record["_id"] == active["token_id"] and "ciphertext" in active else {}
-    # What the ciphertext is bound to stands beside it, whatever the record says. (Version 1 bound it to no account.)
+    # The fields that the ciphertext is bound to come from beside it, whatever the record says. (Version 1 bound it to
+    # no account.)
     known |= dict.fromkeys(ONLY_ACTIVE, "") | {name: held[name] for name in (*ONLY_ACTIVE, *IN_BOTH) if name in held}
     return StoredToken(**known, **more, in_doubt="login" in held)
 
 
 def _is_cut_off(record: Document, active: Document, now: datetime) -> bool:
-    """Whether its writer was cut off before it became the active one, or is not there yet. Nothing leads to it."""
+    """Tell whether its writer was interrupted, or is still busy, before the swap. Nothing points to the record."""
     return bool(record["is_active"] and record["generation"] > active["generation"] and record["expires_at"] > now)
 
 
 def _is_free(record: Document, active: Document, now: datetime) -> bool:
-    """Whether another login may have this record, and so its generation: the one that began it was cut off.
+    """Tell whether another login may take this record and its generation, because its own login was interrupted.
 
-    What a migration has put there is not free: it holds no audit entry, and a record that was used has led somewhere.
+    A record from a migration is not free; it has no audit entry. A used record is not free either: it was active once.
     """
     return _is_cut_off(record, active, now) and bool(record["audit"]) and not record["usage_count"]
 
 
 def _take_over(db: Database[Document], record: Document, now: datetime) -> ObjectId | None:
-    """Put this record in place of one of the same generation whose writer was cut off; its id. None if it was not.
+    """Overwrite a record of the same generation whose writer was interrupted. Return its id, or None.
 
-    The life cycle tries again when a connection was lost, and must not stumble over its own first attempt. If that
-    writer is only slow, one of the two comes first at the swap, and the other one finds that out there.
+    The life cycle retries after a lost connection, and must not fail because of its own first attempt. If the other
+    writer is only slow, one of the two gets to the swap first, and the other one finds out there.
     """
     there = db.tokens.find_one({name: record[name] for name in GENERATION_KEYS}, FIRST_ENTRY)
     active = db.active_tokens.find_one({"_id": record["user_id"]}) or NOT_ACTIVE
     if there is None or not _is_free(there, active, now):
         return None
     token_id: ObjectId = there["_id"]
-    (created,) = record["audit"]  # behind what that writer has entered: nothing leaves the audit trail
+    (created,) = record["audit"]  # goes after that writer's entries: nothing leaves the audit trail
     values = {name: value for name, value in record.items() if name not in ("_id", "audit")}
     change = {"$set": values, "$push": {"audit": {**created, "token_id": token_id}}}
     which = {"_id": token_id, "is_active": True, "usage_count": 0, "audit.0": {"$exists": True}}
@@ -546,19 +548,19 @@ def _take_over(db: Database[Document], record: Document, now: datetime) -> Objec
 
 
 def _record_of(token: StoredToken) -> Document:
-    """What its record keeps of a token."""
+    """Return what a record keeps of a token."""
     return {name: value for name, value in asdict(token).items() if name not in (*ONLY_ACTIVE, *NOT_KEPT)}
 
 
 def _active_of(token: StoredToken, token_id: ObjectId) -> Document:
-    """The document that makes it the user's active token."""
+    """Return the document that makes this the user's active token."""
     return {"token_id": token_id, **{name: getattr(token, name) for name in (*ONLY_ACTIVE, *IN_BOTH)}}
 
 
 def _swap(db: Database[Document], user_id: str, active: Document) -> tuple[Document | None, bool]:
-    """Make this the user's active token; what was there before, and whether it is done.
+    """Make this the user's active token. Return what was there before, and whether it worked.
 
-    It is not if a token of this generation or a later one is there.
+    It does not work if there is a token of this generation or a later one.
     """
     earlier = {"_id": user_id, "generation": {"$lt": active["generation"]}}
     for _ in range(ATTEMPTS):
@@ -567,8 +569,8 @@ def _swap(db: Database[Document], user_id: str, active: Document) -> tuple[Docum
         except DuplicateKeyError as error:
             if index_keys(error) != ("_id",):
                 raise
-        # No earlier one was there, and the user's document was: of a later token, or of an earlier one that another
-        # writer has put there, or the TTL taken away, just now.
+        # The user has a document, but not one of an earlier token. Either it is of a later token, or another writer or
+        # the TTL changed it just now.
         there = db.active_tokens.find_one({"_id": user_id}, {"generation": 1})
         if there and there["generation"] >= active["generation"]:
             return None, False
@@ -580,8 +582,8 @@ def _swap(db: Database[Document], user_id: str, active: Document) -> tuple[Docum
 def _mark(db: Database[Document], which: Document, change: Any) -> None:
     """Change the marks of these tokens.
 
-    Each by itself and not by `update_many`, which the driver does not send again when a connection was lost: a login
-    takes so long that a firewall may have cut it.
+    This changes each token separately, because the driver does not retry `update_many` after a lost connection. A login
+    takes so long that a firewall may have cut the connection.
     """
     users = [active["_id"] for active in db.active_tokens.find(which, {"_id": 1})]
     changes = [UpdateOne({**which, "_id": user_id}, change) for user_id in users]
@@ -590,13 +592,13 @@ def _mark(db: Database[Document], which: Document, change: Any) -> None:
 
 
 def _dead(db: Database[Document], now: datetime, limit: int) -> dict[ObjectId, str]:
-    """Records of dead tokens that do not say so yet, and whose they are."""
+    """Return the records of dead tokens that are still marked active, and their users."""
     found = db.tokens.find({"is_active": True, "expires_at": {"$lte": now}}, {"user_id": 1})
     return {each["_id"]: each["user_id"] for each in found.sort("expires_at").limit(limit)}
 
 
 def _put_in_records(db: Database[Document], tokens: list[StoredToken]) -> None:
-    """Without ciphertexts. Of one that is there, the uses only grow, and once it has ended it stays so."""
+    """Put records in, without ciphertexts. In an existing record the uses only grow, and an ended one stays ended."""
     changes = []
     for token in tokens:
         record = _record_of(token)
@@ -610,7 +612,7 @@ def _put_in_records(db: Database[Document], tokens: list[StoredToken]) -> None:
 
 def _make_active(db: Database[Document], token: StoredToken) -> None:
     if db.active_tokens.find_one({"_id": token.user_id, "generation": token.generation}, {"_id": 1}):
-        return  # It is, or was until it was revoked.
+        return  # It is active already, or was until it was revoked.
     record = db.tokens.find_one({"user_id": token.user_id, "generation": token.generation}, {"_id": 1}) or {}
     active = _active_of(token, record["_id"])
     if token.in_doubt:
@@ -619,7 +621,7 @@ def _make_active(db: Database[Document], token: StoredToken) -> None:
 
 
 def _end(db: Database[Document], entries: list[Document]) -> int:
-    """The records of these audit entries' tokens are no longer active; how many were until now."""
+    """End the records of these audit entries' tokens. Return how many were active until now."""
     ending = [
         UpdateOne({"_id": e["token_id"], "is_active": True}, {"$set": {"is_active": False}, "$push": {"audit": e}})
         for e in entries
@@ -630,7 +632,7 @@ def _end(db: Database[Document], entries: list[Document]) -> int:
 
 
 def _move_audit(db: Database[Document], token_ids: list[ObjectId]) -> None:
-    """From inside the records to a collection of their own. Cut off anywhere, it is done again without harm."""
+    """Move audit entries from the records to their own collection. It is safe to repeat after an interruption."""
     records = list(db.tokens.find({"_id": {"$in": token_ids}, "audit.0": {"$exists": True}}, {"audit": 1}))
     if not records:
         return
@@ -652,7 +654,7 @@ def _move_audit(db: Database[Document], token_ids: list[ObjectId]) -> None:
 
 
 def _shown(record: Mapping[str, Any], *, is_active: bool) -> dict[str, Any]:
-    """The record as callers see it, ready for JSON."""
+    """Convert a record to what callers see, ready for JSON."""
     named = {"token_id" if name == "_id" else name: _text(value) for name, value in record.items()}
     return {**named, "is_active": is_active}
 

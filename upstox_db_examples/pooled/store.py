@@ -1,4 +1,4 @@
-"""Pattern 5: SQLite with a bounded pool of connections. Many threads, never more open files than you said."""
+"""Pattern 5: SQLite with a bounded pool of connections. Many threads never open more files than you allow."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 class PooledUpstoxStorage(SQLiteUpstoxStorage):
     """Tokens in a SQLite file, read and written through at most `pool_size` connections.
 
-    `SQLiteUpstoxStorage` keeps as many connections as threads were ever busy at once. Here a thread that finds all
-    of them in use waits for its turn, and gets an error after `timeout`. (A plain queue, as in the SDK's guide, waits
-    for ever, and hands on the half-done transaction of the borrower before.) A thread that holds a connection of
-    `get_connection` and asks the store for something needs a second one.
+    `SQLiteUpstoxStorage` opens one connection for each thread that is busy at the same time. Here, if all connections
+    are in use, a thread waits for its turn and gets an error after `timeout`. (A plain queue, as in the SDK's guide,
+    waits for ever, and passes on the previous borrower's unfinished transaction.) A thread that holds a connection from
+    `get_connection` needs a second one when it calls the store.
 
     Args:
         db_path, audit_reads, options: as for `SQLiteUpstoxStorage`.
-        pool_size: how many connections there are at the most. They are opened when first needed.
+        pool_size: the maximum number of connections. They are opened when first needed.
         timeout: seconds to wait for a free connection.
 
     Raises:
         InvalidInput: `pool_size` or `timeout` is not a positive number.
-        ConfigurationError: the path cannot be used, or holds something else.
+        ConfigurationError: the path cannot be used, or the file holds something else.
     """
 
     _connections: PooledConnections
@@ -55,11 +55,11 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         super().__init__(db_path, audit_reads=audit_reads, **options)
 
     def pool_status(self) -> dict[str, int]:
-        """How the pool is used now.
+        """Tell how the pool is used now.
 
         Returns:
             `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many are open and
-            free. `unopened`: how many are not open, because they were not needed so far or saw an error.
+            free. `unopened`: how many are not open, because nobody needed them yet or they saw an error.
         """
         in_use, idle = self._connections.pool.counts()
         return {"size": self.pool_size, "in_use": in_use, "idle": idle, "unopened": self.pool_size - in_use - idle}
@@ -73,7 +73,7 @@ class PooledConnections(SQLiteConnections):
 
     Args:
         path: the database.
-        size: how many connections there are at most.
+        size: the maximum number of connections.
         timeout: seconds to wait for a free one.
     """
 
@@ -83,10 +83,10 @@ class PooledConnections(SQLiteConnections):
         self.pool = Pool(lambda: connected(path), sqlite3.Connection.close, size=size, timeout=timeout)
 
     def lent(self) -> AbstractContextManager[sqlite3.Connection]:
-        """As `SQLiteConnections.lent`.
+        """Lend a connection, as `SQLiteConnections.lent` does.
 
         Raises:
-            StoreUnavailable: also if no connection came free in time.
+            StoreUnavailable: also if no connection became free in time.
         """
         return _Borrowed(self)
 
@@ -95,7 +95,7 @@ class PooledConnections(SQLiteConnections):
         self.pool.close()
 
     def explained(self, error: PoolTimeout | PoolClosed | sqlite3.Error) -> StorageError:
-        """This error as one of ours."""
+        """Translate this error into one of ours."""
         if isinstance(error, PoolClosed):
             return StoreUnavailable("This store is closed.")
         if isinstance(error, PoolTimeout):
@@ -107,7 +107,7 @@ class PooledConnections(SQLiteConnections):
 
 
 class _Borrowed:
-    """A loan of the pool, rolled back at its end, with our errors. A class for its speed, as `_Lent` is."""
+    """A loan from the pool. It ends with a rollback, and raises our errors. A class for speed, like `_Lent`."""
 
     __slots__ = ("_conn", "_connections", "_loan")
 
@@ -128,10 +128,10 @@ class _Borrowed:
                 self._conn.rollback()
             except BaseException as of_the_rollback:
                 error = of_the_rollback
-        # After an error the connection is closed, which rolls back, and the pool opens another when it needs one.
+        # After an error the pool closes the connection, which rolls back. It opens another when it needs one.
         self._loan.__exit__(kind, error, traceback)
         if error is not None:
-            logger.info("A connection to %s met %s and is not used again", self._connections.path, type(error).__name__)
+            logger.info("Closed a connection to %s after %s", self._connections.path, type(error).__name__)
         if isinstance(error, sqlite3.Error):
             raise self._connections.explained(error) from error
         if error is not raised and error is not None:

@@ -1,7 +1,7 @@
 """Connections to PostgreSQL that never wait for ever: a bounded pool, a deadline for each answer, a lock.
 
-Connections are in psycopg2's asynchronous mode, for only there a server that has stalled can be given up after a set
-time. A wait callback would do it, too, but for all other users of psycopg2 in the process as well.
+Connections use psycopg2's asynchronous mode, because only there can we give up on a stalled server after a set time.
+A wait callback would work too, but it would affect all other users of psycopg2 in the process.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class _Holding(threading.local):
     """The locks of this thread.
 
     Attributes:
-        conn: the connection that holds them, if any, and the process whose it is: a forked child may not use it.
-        logins: the advisory keys of the logins that were begun under them, by the name of the lock.
+        conn: the connection that holds them, if any, and the process that owns it: a forked child may not use it.
+        logins: the advisory keys of the logins that this thread began under them, by the name of the lock.
     """
 
     def __init__(self) -> None:
@@ -47,15 +47,15 @@ class _Holding(threading.local):
 class PostgreSQLConnections:
     """A pool of connections, shared by the threads of a process.
 
-    The pool is our own and not psycopg2's, which raises at once when it is empty and hands out dead connections.
+    The pool is our own, because psycopg2's raises at once when it is empty and hands out dead connections.
 
     Args:
         dsn: where the database is, as `psycopg2.connect` takes it.
-        pool_size: how many connections there are at the most, and how many more are kept for the holders of locks.
+        pool_size: the maximum number of connections, and how many more are kept for the holders of locks.
         timeout: seconds for each answer of the server, and for a free connection.
 
     Raises:
-        ConfigurationError: the connection string is none.
+        ConfigurationError: the connection string is invalid.
     """
 
     def __init__(self, dsn: Secret, pool_size: int, timeout: float) -> None:
@@ -63,26 +63,29 @@ class PostgreSQLConnections:
         self._timeout = timeout
         self.where = _described(dsn)
         self._hosts = _one_by_one(dsn)
-        # A connection that comes back has no transaction to roll back: each message is a transaction of its own.
+        # A returned connection has no transaction to roll back, because each message is its own transaction.
         self._pool: Pool[connection] = Pool(
             self._connect, connection.close, size=pool_size, timeout=timeout, healthy=self._still_open
         )
         self._process = os.getpid()
         self._closed = False
         self._unlocked: list[connection] = []
-        # Only one thread of a process waits at the server, or a crowd would use up its connections.
+        # Only one thread of a process waits at the server. Otherwise a crowd would use up its connections.
         self._local_locks = LocalLocks()
         self._holding = _Holding()
 
     def run(self, sql: str, **values: Any) -> list[dict[str, Any]]:
-        """The rows of one message. Several statements in it are one transaction; the last one's rows come back."""
+        """Send one message and return its rows.
+
+        Several statements in it are one transaction, and the rows of the last one come back.
+        """
         with self.session() as conn:
             return self.answer(conn, sql, **values)
 
     def answer(
         self, conn: connection, sql: str, *, seconds: float | None = None, **values: object
     ) -> list[dict[str, Any]]:
-        """As `run`, on this connection, and within these seconds if it is to take longer than other answers."""
+        """Do the same as `run` on this connection. `seconds` is for an answer that takes longer than others."""
         with conn.cursor() as cursor:
             cursor.execute(sql, values or None)
             _wait(conn, seconds or self._timeout)
@@ -90,15 +93,15 @@ class PostgreSQLConnections:
 
     @contextmanager
     def session(self, *, apart: bool = False) -> Iterator[connection]:
-        """The connection that holds this thread's locks, so that a crowd of logins needs no more of them; otherwise a
-        pooled one.
+        """Lend the connection that holds this thread's locks, or a pooled one if there are no locks.
 
-        A pooled one also when that connection has died, and the locks with it: a token that Upstox has made has to be
-        stored all the same. That is safe, because the lock only keeps others from logging in for nothing. Two writers
-        who both believe that they hold it give their tokens the same generation, and the second one is refused.
+        So a crowd of logins needs no extra connections. If that connection has died, and the locks with it, this lends
+        a pooled one: a token that Upstox has made must be stored anyway. That is safe, because the lock only prevents
+        needless logins. If two writers both believe that they hold it, they give their tokens the same generation, and
+        the second one is refused.
 
         Args:
-            apart: a pooled one in any case.
+            apart: lend a pooled one in any case.
         """
         with self._in_our_words():
             held = None if apart else self._held()
@@ -112,9 +115,9 @@ class PostgreSQLConnections:
 
     @contextmanager
     def ordinary(self) -> Iterator[connection]:
-        """An ordinary psycopg2 connection, outside the pool."""
+        """Open an ordinary psycopg2 connection, outside the pool."""
         with self._in_our_words():
-            seconds = max(2, int(self._timeout))  # the least that libpq takes
+            seconds = max(2, int(self._timeout))  # libpq's minimum is 2
             conn = self._opened(lambda: psycopg2.connect(self._dsn.reveal(), connect_timeout=seconds))
             try:
                 yield conn
@@ -123,10 +126,10 @@ class PostgreSQLConnections:
 
     @contextmanager
     def lock(self, name: str, wait: float) -> Iterator[None]:
-        """One holder at a time in the whole database, by an advisory lock that belongs to a session.
+        """Hold an advisory lock. It belongs to a session, and the whole database has one holder at a time.
 
         Raises:
-            StoreUnavailable: not had within `wait` seconds.
+            StoreUnavailable: the lock did not become free within `wait` seconds.
         """
         with self._local_locks.hold(name, wait):
             with self._in_our_words():
@@ -141,7 +144,7 @@ class PostgreSQLConnections:
                 yield
             except BaseException:
                 if outer is None:
-                    conn.close()  # The end of the session frees the lock, as its death does.
+                    conn.close()  # The lock is freed when the session ends or dies.
                 raise
             finally:
                 self._holding.conn = before
@@ -154,11 +157,11 @@ class PostgreSQLConnections:
 
     @property
     def logins(self) -> dict[str, int]:
-        """The keys of the logins that this thread has begun under its locks, by the names of these."""
+        """The keys of the logins that this thread has begun under its locks, by the name of the lock."""
         return self._holding.logins
 
     def begin_login(self, lock: str) -> int:
-        """An advisory key that only this login has, and that its thread's connection holds until it leaves this lock.
+        """Take an advisory key that only this login has. The thread's connection holds it until it leaves this lock.
 
         Raises:
             StoreUnavailable: the lock is lost, so another login may be under way.
@@ -176,13 +179,13 @@ class PostgreSQLConnections:
     def refuse_if_closed(self) -> None:
         """
         Raises:
-            StoreUnavailable: it is closed.
+            StoreUnavailable: the store is closed.
         """
         if self._closed:
             raise StoreUnavailable("This store is closed.")
 
     def pool_use(self) -> dict[str, int]:
-        """`pool_size`, and how many connections are `in_use`, at this moment."""
+        """Return `pool_size`, and how many connections are `in_use` now."""
         return {"pool_size": self._pool.size, "in_use": self._pool.counts()[0]}
 
     def close(self) -> None:
@@ -192,7 +195,7 @@ class PostgreSQLConnections:
             self._unlocked.pop().close()
 
     def _for_a_lock(self) -> connection:
-        """A connection outside the pool, for a login may take long: one that was kept, if it is still good."""
+        """Get a connection outside the pool, because a login may take long. Reuse a kept one if it is still good."""
         if self._process == os.getpid():
             with contextlib.suppress(IndexError):
                 while True:
@@ -203,19 +206,19 @@ class PostgreSQLConnections:
         return self._connect()
 
     def _held(self) -> connection | None:
-        """The connection that holds this thread's locks, while it can be used."""
+        """Return the connection that holds this thread's locks, if it is still usable."""
         held, process = self._holding.conn or (None, None)
         if held is None or process != os.getpid():
             return None
-        # One that has something to say without being asked was closed by the server; one that still has to answer was
-        # given up. Closed, it frees its locks at the server, too.
+        # If it has data that nobody asked for, the server closed it. If it still owes an answer, we gave up on it.
+        # Closing it frees its locks at the server, too.
         if not held.closed and (held.isexecuting() or _readable(held)):
-            logger.warning("The connection to %s that held a lock is lost, another one goes on", self.where)
+            logger.warning("The connection to %s that held a lock is lost. Using another one.", self.where)
             held.close()
         return None if held.closed else held
 
     def _unlock(self, conn: connection, name: str) -> None:
-        """Give this lock back and keep the outer one."""
+        """Release this lock and keep the outer one."""
         keys = [_key_of(name)] + ([self.logins[name]] if name in self.logins else [])
         try:
             self.answer(conn, "SELECT pg_advisory_unlock(key) FROM unnest(%(keys)s) AS key", keys=keys)
@@ -223,7 +226,7 @@ class PostgreSQLConnections:
             conn.close()
 
     def _free(self, conn: connection) -> None:
-        """Give the locks back, and keep the connection: making another takes longer than storing a token."""
+        """Release the locks and keep the connection, because opening another takes longer than storing a token."""
         try:
             self.answer(conn, "SELECT pg_advisory_unlock_all(); RESET ALL")
         except (psycopg2.Error, TimeoutError):
@@ -236,12 +239,12 @@ class PostgreSQLConnections:
 
     def _wait_for_lock(self, conn: connection, name: str, wait: float) -> bool:
         key = _key_of(name)
-        # With keepalives the server notices in half a minute that the holder's machine is gone.
+        # With keepalives, the server notices within half a minute that the holder's machine is gone.
         settings = (
             "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
             f"SET lock_timeout = {max(1, int(wait * 1000))}"
         )
-        # Tried first, and only then waited for: a server that stands still looks like a lock that somebody holds.
+        # Try before waiting. Otherwise a stalled server would look like a lock that somebody holds.
         if self.answer(conn, f"{settings}; SELECT pg_try_advisory_lock(%(key)s) AS held", key=key)[0]["held"]:
             return True
         try:
@@ -259,7 +262,7 @@ class PostgreSQLConnections:
             try:
                 return self._connect_to(host, seconds)
             except (psycopg2.Error, TimeoutError) as error:
-                logger.info("One host of %s did not serve (%s), the next is tried", self.where, type(error).__name__)
+                logger.info("One host of %s failed (%s). Trying the next one.", self.where, type(error).__name__)
         return self._connect_to(last, seconds)
 
     def _connect_to(self, host: Secret, seconds: float) -> connection:
@@ -277,19 +280,22 @@ class PostgreSQLConnections:
         try:
             return connect()
         except psycopg2.Error as error:
-            error.__traceback__ = None  # psycopg2's own frames hold the connection string.
+            error.__traceback__ = None  # psycopg2's frames hold the connection string.
             raise
 
     def _leave_the_parents(self) -> None:
-        """A forked child may not use the parent's connections, nor close them. The pool sees to its own."""
+        """Leave the parent's connections alone in a forked child: it must neither use nor close them.
+
+        The pool does this for its own connections.
+        """
         if self._process != os.getpid():
             self._inherited, self._unlocked, self._process = self._unlocked, [], os.getpid()
 
     def _still_open(self, conn: connection) -> bool:
-        # An idle connection has nothing to say: one that has was closed by the server.
+        # An idle connection has no data to read. If there is some, the server closed it.
         if not _readable(conn):
             return True
-        logger.info("The server had ended a connection to %s, another is opened", self.where)
+        logger.info("The server closed a connection to %s. Opening another one.", self.where)
         return False
 
     @contextmanager
@@ -301,14 +307,14 @@ class PostgreSQLConnections:
 
 
 def _wait(conn: connection, seconds: float) -> None:
-    """Until the connection has its answer.
+    """Wait until the connection has its answer.
 
     Raises:
-        TimeoutError: it has none after this many seconds; the connection is of no more use.
+        TimeoutError: no answer came within this many seconds. The connection cannot be used again.
     """
     deadline = time.monotonic() + seconds
     while (state := conn.poll()) != POLL_OK:
-        poller = select.poll()  # and not select(), which fails where a process has more than 1,024 files open
+        poller = select.poll()  # select() fails if a process has more than 1,024 files open.
         poller.register(conn.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
         left = deadline - time.monotonic()
         if left <= 0 or not poller.poll(left * 1000):
@@ -316,13 +322,13 @@ def _wait(conn: connection, seconds: float) -> None:
 
 
 def _key_of(name: str) -> int:
-    # 64 bits, for a database has one set of these locks for all its programs.
+    # 64 bits, because all programs of a database share these locks.
     digest = hashlib.sha256(f"upstox_db_examples/{name}".encode()).digest()
     return int.from_bytes(digest[:8], signed=True)
 
 
 def violated(error: StorageError) -> str | None:
-    """The constraint that has refused a statement."""
+    """Return the constraint that refused a statement."""
     diagnosis = getattr(error.__cause__, "diag", None)
     return getattr(diagnosis, "constraint_name", None)
 
@@ -334,19 +340,19 @@ def _readable(conn: Any) -> bool:
 
 
 def _described(dsn: Secret) -> str:
-    """Where the database is, without any password."""
+    """Say where the database is, without any password."""
     try:
         parts = parse_dsn(dsn.reveal())
         return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
     except (psycopg2.Error, TypeError):
-        pass  # Its text may hold the password. Raised below, our error has no cause that shows it.
+        pass  # This error may hold the password. We raise ours below, so that it has no cause.
     raise ConfigurationError(
         "The connection string is not one that PostgreSQL understands, such as postgresql://user:password@host/database."
     )
 
 
 def _one_by_one(dsn: Secret) -> list[Secret]:
-    """A connection string for each host: libpq itself, asynchronous, waits for the first one until it is given up."""
+    """Make a connection string for each host. Asynchronous libpq would spend all the time on the first one."""
     parts = parse_dsn(dsn.reveal())
     lists = {name: parts[name].split(",") for name in ("host", "hostaddr", "port") if name in parts}
     number = max((len(values) for values in lists.values()), default=1)
@@ -380,7 +386,7 @@ def _explained(error: Exception, where: str, timeout: float) -> StorageError:
     if isinstance(error, TimeoutError):
         return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
     state, text = getattr(error, "pgcode", None), str(error)
-    # (An end of file is a server that died.)
+    # (An unexpected EOF means that the server died.)
     if state is None and re.search(r"certificate|not support SSL|SSL error: (?!unexpected eof)", text):
         return ConfigurationError(
             f"PostgreSQL at {where} did not pass the check of TLS: its certificate, its host name, or the authority in "

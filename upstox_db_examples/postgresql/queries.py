@@ -1,9 +1,9 @@
-"""The statements of the PostgreSQL store, its schema, and the rights of its runtime role."""
+"""The PostgreSQL store's statements, schema, and rights of the runtime role."""
 
 from __future__ import annotations
 
-# user_type is text and not an enum: Upstox may add a type, and the token must be kept all the same. An active row is
-# exactly one that holds a ciphertext. A page is left half empty so that counting a use writes no index.
+# user_type is text and not an enum: Upstox may add a type, and the token must be stored anyway. A row is active exactly
+# if it holds a ciphertext. Pages are left half empty, so that counting a use writes no index.
 SCHEMA = """
 CREATE TABLE upstox_tokens (
     id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -43,17 +43,17 @@ CREATE TABLE upstox_token_audit (
 );
 CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
-# login_lock: the advisory lock of the login that has marked this token, held as long as that login is under way; 0 once
-# nobody can know how it ended. A lock of the login's own and not that of the user: the next holder of the user's lock
-# would be taken for the login that died, and so would a reader who looks at the same moment.
-# Readers never change it, so the index on logins is the only one that costs a write anything.
+# login_lock is the advisory lock of the login that marked this token. That login holds it while it runs; the value is 0
+# once nobody can know how the login ended. Each login has its own lock. With the user's lock instead, the next holder
+# would be mistaken for the login that died, and so would a reader who looks at the same moment.
+# Readers never change this column, so the index on logins is the only one that makes a write slower.
 SCHEMA_2 = """
 ALTER TABLE upstox_tokens ADD COLUMN issued_at timestamptz, ADD COLUMN login_lock bigint;
 CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
 CREATE TABLE upstox_login_notes (name text PRIMARY KEY, sealed text NOT NULL);
 """
 VERSION_TABLE = "CREATE TABLE IF NOT EXISTS upstox_schema (version integer NOT NULL)"
-# What a program needs that stores and reads tokens. The audit trail can only grow, and nothing can be dropped.
+# The rights of a program that stores and reads tokens. It can only add to the audit trail, and cannot drop anything.
 GRANTS = """
 GRANT SELECT ON upstox_schema TO {role};
 GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last_used_at, login_lock)
@@ -66,12 +66,12 @@ _KNOWN = """id AS token_id, user_id, key_id, generation, created_at, expires_at,
               account, usage_count, issued_at, login_lock IS NOT NULL AS in_doubt"""
 HANDED_OUT = f"""{_KNOWN},
               access_token AS ciphertext"""
-# A shared lock is had exactly when the login that holds the exclusive one is over. A CASE and not an OR, whose sides
-# PostgreSQL may take in any order: for a token without a mark no lock is looked at.
+# We get the shared lock exactly if the login with the exclusive one is over. This is a CASE, because PostgreSQL may
+# evaluate the sides of an OR in any order: for a token without a mark, no lock is tried.
 NO_DOUBT = """CASE WHEN login_lock IS NULL THEN true WHEN login_lock = 0 THEN false
                    ELSE NOT pg_try_advisory_xact_lock_shared(login_lock) END"""
 _AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
-# Reading, counting and auditing are one statement: one round trip, and either all of it happens or nothing.
+# One statement reads, counts and audits. That is one round trip, and all of it happens or nothing does.
 _USE = f"""
 WITH used AS (
     UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = %(now)s
@@ -96,7 +96,7 @@ WITH erased AS (
 {_AUDIT} SELECT id, user_id, %(action)s, %(actor)s, %(now)s, %(reason)s FROM erased RETURNING token_id
 """
 ERASE = _ERASE.format(condition="true")
-# A later token stays active, so that the insertion which follows is refused.
+# A later token stays active, so that the insert that follows is refused.
 ERASE_EARLIER = _ERASE.format(condition="generation < %(generation)s")
 INSERT = f"""
 WITH stored AS (
@@ -111,7 +111,7 @@ WITH stored AS (
 """
 # Two statements in one message are one transaction and one round trip.
 STORE = f"{ERASE_EARLIER};{INSERT}"
-# What a second token of a generation, or one that is not the latest, runs into.
+# The constraints that refuse a second token of a generation, or one that is not the latest.
 SUPERSEDED = ("upstox_tokens_user_id_generation_key", "one_active_token")
 EXPIRE = f"""
 WITH dead AS (
@@ -124,10 +124,10 @@ WITH dead AS (
 {_AUDIT} SELECT id, user_id, 'expired', %(actor)s, %(now)s, '{{}}' FROM erased RETURNING token_id
 """
 RECORD = f"{_AUDIT} VALUES (NULL, %(user_id)s, %(action)s, %(actor)s, %(now)s, %(metadata)s)"
-# A mark that is there already may be that of a login which died: two in one column cannot be told apart, so it stays
-# for good. The rows are locked first, because an UPDATE that had to wait for a writer would miss the row which that one
-# has made. In the order of their ids, and those with a mark too, which may be gone in a moment: two logins that mark
-# everybody would otherwise wait for each other.
+# An existing mark may be from a login that died. One column cannot hold two marks, so it becomes 0 for good. The rows
+# are locked first, because an UPDATE that had to wait for a writer would miss the row that the writer made. They are
+# locked in the order of their ids, so that two logins that mark everybody do not deadlock. Rows with a mark are locked
+# too, because the mark may be gone in a moment.
 _MARK = f"""
 {RECORD};
 SELECT id FROM upstox_tokens WHERE is_active AND {{whose}} ORDER BY id FOR NO KEY UPDATE;
@@ -136,13 +136,13 @@ WHERE is_active AND {{marked}} RETURNING user_id
 """
 MARK = _MARK.format(whose="user_id = %(user_id)s", marked="user_id = %(user_id)s")
 MARK_ALL = _MARK.format(whose="true", marked="login_lock IS NULL")
-# Of the condition on the user the planner drops the half that does not apply.
+# The planner drops the half of the user condition that does not apply.
 _MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
 UNMARK = f"""
 SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
 UPDATE upstox_tokens SET login_lock = %(mark)s WHERE {_MARKED} RETURNING user_id
 """
-# A login that is under way may kill the token yet, whatever Upstox has said of it: its mark stays.
+# The mark of a running login stays, because that login may still kill the token, even if Upstox has just accepted it.
 CLEAR_DOUBT = """
 UPDATE upstox_tokens SET login_lock = NULL
 WHERE user_id = %(user_id)s AND is_active AND generation = %(generation)s
@@ -183,7 +183,7 @@ SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.c
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
 WHERE a.user_id = %(user_id)s ORDER BY a.performed_at DESC, a.id DESC LIMIT %(limit)s
 """
-# By id, for old entries have low ones: so no index on the time has to be kept up to date with each read.
+# Ordered by id, because old entries have low ids. An index on the time would cost something at every read.
 FORGET = """
 DELETE FROM upstox_token_audit
 WHERE id IN (SELECT id FROM upstox_token_audit WHERE performed_at < %(before)s ORDER BY id LIMIT %(limit)s) RETURNING id
@@ -195,10 +195,10 @@ ORDER BY generation DESC LIMIT 1
 OF_ACCOUNT = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE account = %(account)s AND is_active ORDER BY id DESC LIMIT 100
 """
-# Not used any more; somebody may import them.
+# We no longer use these, but somebody may import them.
 GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
-# Two ranges and not <>, which no index serves.
+# Two ranges instead of <>, because no index serves <>.
 OTHER_KEYS = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < %(key_id)s UNION ALL
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > %(key_id)s LIMIT %(limit)s
@@ -209,7 +209,7 @@ FROM unnest(%(ids)s, %(old)s, %(new)s, %(key_ids)s) AS new (id, old, ciphertext,
 WHERE t.id = new.id AND t.access_token = new.old RETURNING t.id
 """
 COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
-# From one user of the audit trail straight to the next: it may have millions of entries, and few users.
+# This jumps from one user to the next, because the audit trail may have millions of entries and few users.
 USERS = """
 WITH RECURSIVE audited (user_id) AS (
     SELECT min(user_id) FROM upstox_token_audit UNION ALL
@@ -225,7 +225,7 @@ TOKENS_OF = f"""
 SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext, login_lock IS NOT NULL AS in_doubt
 FROM upstox_tokens WHERE user_id = %(user_id)s ORDER BY generation
 """
-# Not IS NOT DISTINCT FROM, which no index serves; of this the planner drops the half that does not apply.
+# No index serves IS NOT DISTINCT FROM. Here the planner drops the half of the OR that does not apply.
 ENTRIES_OF = """
 SELECT a.action, a.actor, a.performed_at, a.metadata, t.generation, a.id AS position
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
@@ -233,7 +233,7 @@ WHERE (a.user_id = %(user_id)s OR (%(user_id)s IS NULL AND a.user_id IS NULL))
       AND (a.performed_at, a.id) > (%(performed_at)s, %(position)s)
 ORDER BY a.performed_at, a.id LIMIT %(limit)s
 """
-# Two statements in one message, and so in one transaction.
+# Two statements in one message are one transaction.
 PUT_IN = f"""
 INSERT INTO upstox_tokens AS t ({_COPIED}, access_token, is_active, login_lock)
 SELECT {_COPIED}, access_token, is_active, login_lock FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)

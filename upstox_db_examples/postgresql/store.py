@@ -1,4 +1,4 @@
-"""Pattern 2: PostgreSQL with an audit trail. Many machines, one truth, and who used which token when."""
+"""Pattern 2: PostgreSQL with an audit trail. Many machines share one truth, and see who used which token when."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .connections import PostgreSQLConnections, violated
 
 logger = logging.getLogger(__name__)
 
-STEP_SECONDS = 600.0  # for a step of the schema: an index on years of entries takes longer than any other answer
+STEP_SECONDS = 600.0  # for a schema step; an index on years of entries takes longer than any other answer
 
 
 class PostgreSQLUpstoxStorage(TokenStorage):
     """Tokens in PostgreSQL 13 or newer.
 
     Args:
-        connection_string: a URL or a libpq string, as `psycopg2.connect` takes it; several hosts, TLS and a password
+        connection_string: a URL or a libpq string, as `psycopg2.connect` takes it. Several hosts, TLS and a password
             file work as libpq documents them.
-        pool_size: how many connections there are at the most. A login uses one more, its own, to hold its lock; of
-            these as many are kept as well.
+        pool_size: the maximum number of connections. A login uses one more to hold its lock; up to `pool_size` of
+            those are kept as well.
         timeout: seconds for each answer of the server, and for a free connection of the pool.
         options: see `Options`.
 
@@ -59,11 +59,11 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         self.init_database()
 
     def init_database(self, runtime_role: str | None = None) -> None:
-        """Make the tables, or bring those of an older version forward. Safe to repeat and to run at once.
+        """Make the tables, or upgrade those of an older version. Safe to repeat and to run concurrently.
 
         Args:
-            runtime_role: a role to be granted what storing and reading needs and nothing more: it can add to the
-                audit trail, and neither change it nor drop anything. Run this as the owner of the tables.
+            runtime_role: a role to grant the least rights that storing and reading need. It can add to the audit
+                trail, but cannot change it or drop anything. Run this as the owner of the tables.
         """
         answer = self._connections.answer
         with self._connections.session() as conn:
@@ -96,7 +96,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
             ) from error
 
     def get_connection(self) -> AbstractContextManager[connection]:
-        """An ordinary psycopg2 connection of your own, outside the pool: commit what you write."""
+        """Open an ordinary psycopg2 connection of your own, outside the pool. Commit what you write."""
         return self._connections.ordinary()
 
     def close(self) -> None:
@@ -136,11 +136,11 @@ class PostgreSQLUpstoxStorage(TokenStorage):
     ) -> StoredToken | None:
         values: dict[str, Any] = {"user_id": user_id, "alive_after": alive_after, "now": now, "actor": self._actor}
         sql = queries.USE_UNMARKED if locked else queries.USE
-        # A read that had to wait for a writer finds the old row inactive, and the new one is later than its snapshot.
-        # And one that saw a mark may look at its lock when that login has just ended well. So "none" is believed only
-        # when it is said again; nobody replaces a token three times meanwhile.
+        # A read that had to wait for a writer finds the old row inactive, and its snapshot is too old for the new row.
+        # A read that saw a mark may find its lock free because that login has just succeeded. So we ask again before
+        # we believe that there is no token. Nobody replaces a token three times meanwhile.
         for _ in range(3):
-            # Not by the connection that holds this thread's locks, to which its own login's lock looks free.
+            # Not the connection that holds this thread's locks: its own login's lock would look free there.
             with self._connections.session(apart=not locked) as conn:
                 rows = self._connections.answer(conn, sql, **values, metadata=metadata)
             if rows:
@@ -172,7 +172,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         self._mark(user_id, lock, now, metadata)
 
     def _mark(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> list[str]:
-        """As `_begin_login`; whose tokens it has marked."""
+        """Do the work of `_begin_login`, and return whose tokens it marked."""
         key = self._connections.begin_login(lock)
         entry = {"action": "login", "actor": self._actor, "now": now, "metadata": json.dumps(metadata)}
         rows = self._run(queries.MARK if user_id else queries.MARK_ALL, user_id=user_id, key=key, **entry)
@@ -182,9 +182,9 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         self._unmark(lock, in_doubt, user_id)
 
     def _unmark(self, lock: str, in_doubt: bool, user_id: str | None) -> list[str]:
-        """As `_end_login`; whose tokens this login had marked."""
+        """Do the work of `_end_login`, and return whose tokens this login had marked."""
         key = self._connections.logins.get(lock)
-        if key is None:  # This thread has begun no login under this lock, or has left the lock since.
+        if key is None:  # This thread began no login under this lock, or has left the lock since.
             return []
         rows = self._run(queries.UNMARK, key=key, mark=0 if in_doubt else None, user_id=user_id)
         return [row["user_id"] for row in rows]
@@ -291,5 +291,5 @@ def _in_utc(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as callers see it: times as ISO text."""
+    """Convert a row to what callers see: times become ISO text."""
     return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in _in_utc(row).items()}

@@ -1,4 +1,4 @@
-"""Connections to a SQLite file: kept for the next caller, not shared with a forked child, each error in our words."""
+"""Connections to a SQLite file. They are reused, a forked child gets its own, and SQLite's errors become ours."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ BUSY_SECONDS = 5.0  # how long a statement waits for another writer
 
 
 class SQLiteConnections:
-    """As many connections as callers were ever busy at once. Safe to share between threads.
+    """Open as many connections as there are callers at once, and keep them. Safe to share between threads.
 
-    One for each thread would stay open after the thread has ended.
+    One connection per thread would be worse: it would stay open after its thread has ended.
 
     Args:
-        path: the database.
+        path: the database file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._idle: deque[sqlite3.Connection] = deque()  # the last used on top
+        self._idle: deque[sqlite3.Connection] = deque()  # The last one used is on top.
         self._process = os.getpid()
         self._closed = False
-        # As in the guide, nobody has to close a store: its connections are closed when it is no longer used.
+        # As in the guide, you need not close a store: its connections are closed when it is garbage-collected.
         weakref.finalize(self, _close_all, self._idle, self._process)
 
     def lent(self) -> AbstractContextManager[sqlite3.Connection]:
-        """A connection in autocommit mode. A transaction that is left open is rolled back.
+        """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
 
         Raises:
-            StoreUnavailable, ConfigurationError: whatever SQLite raised inside, in our words.
+            StoreUnavailable, ConfigurationError: SQLite raised an error inside; this is its translation.
         """
         return _Lent(self)
 
@@ -50,14 +50,14 @@ class SQLiteConnections:
     def refuse_if_closed(self) -> None:
         """
         Raises:
-            StoreUnavailable: it is closed.
+            StoreUnavailable: the store is closed.
         """
         if self._closed:
             raise StoreUnavailable("This store is closed.")
 
     def _take(self) -> sqlite3.Connection:
         if self._process != os.getpid():
-            # A forked child may not use the parent's connections, nor close them. They are left alone.
+            # A forked child must neither use nor close the parent's connections, so it leaves them alone.
             self._inherited, self._idle, self._process = self._idle, deque(), os.getpid()
         self.refuse_if_closed()
         try:
@@ -74,7 +74,7 @@ class SQLiteConnections:
 
 
 class _Lent:
-    """A connection on loan. A class and not a generator: entering and leaving it takes a third of the time."""
+    """A connection on loan. This is a class, because a generator takes three times as long to enter and leave."""
 
     __slots__ = ("_conn", "_connections")
 
@@ -95,17 +95,17 @@ class _Lent:
             except sqlite3.Error as failed:
                 error = failed
         if error is not None:
-            self._conn.close()  # It rolls back, and a connection that saw an error is not used again.
+            self._conn.close()  # This rolls back. We do not reuse a connection that saw an error.
         if isinstance(error, sqlite3.Error):
             raise explained(error, self._connections.path) from error
 
 
 def connected(path: Path) -> sqlite3.Connection:
-    """A new connection."""
+    """Open a new connection."""
     conn = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     conn.row_factory = sqlite3.Row
     try:
-        # FULL: with NORMAL a power cut loses tokens that were already reported as stored.
+        # With NORMAL instead of FULL, a power cut loses tokens that were already reported as stored.
         conn.executescript("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")
     except sqlite3.Error:
         conn.close()
@@ -119,15 +119,15 @@ def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
 
 
 def checked_path(db_path: str | os.PathLike[str]) -> Path:
-    """The path, its file made with mode 0600 if it was not there: SQLite itself would leave that to the umask.
+    """Resolve the path, and make its file with mode 0600 if it is missing. SQLite itself would use the umask.
 
-    Its WAL and shared memory files take the mode of the database.
+    The WAL and shared memory files take the mode of the database.
     """
     text = os.fspath(db_path)
     if not isinstance(text, str) or not text or "\0" in text or text.startswith((":memory:", "file:")):
         raise InvalidInput("db_path is the path of a file. A database in memory would lose the token with the process.")
     try:
-        # Through symbolic links: two names of one file would lead to two locks, and so to two logins at once.
+        # Resolve symbolic links: two names for one file would mean two locks, and so two logins at once.
         path = Path(text).resolve()
         if path.is_dir():
             raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
@@ -138,26 +138,26 @@ def checked_path(db_path: str | os.PathLike[str]) -> Path:
             if path.stat().st_mode & 0o077:
                 run = f"chmod 600 {shlex.quote(str(path))}"
                 logger.warning("Others can get at %s, and so at names and histories. Run: %s", path, run)
-    except (OSError, RuntimeError) as error:  # Python 3.12 says RuntimeError of links that lead in a circle.
+    except (OSError, RuntimeError) as error:  # Python 3.12 raises RuntimeError for a loop of links.
         reason = getattr(error, "strerror", None) or "its links lead in a circle"
         raise ConfigurationError(f"{text} cannot be made: {reason}.") from error
     return path
 
 
 def refuse_cut_off(conn: sqlite3.Connection, path: Path) -> None:
-    """SQLite notices itself that whole pages are missing at the end, but not that the last one is only half there.
+    """Refuse a file whose last page is incomplete. SQLite itself notices only when whole pages are missing.
 
     Raises:
-        ConfigurationError: the file was cut off, as by a copy that did not end.
+        ConfigurationError: the file was cut off, for example by a copy that did not finish.
     """
     page: int = conn.execute("PRAGMA page_size").fetchone()[0]
-    wal = Path(f"{path}-wal")  # It may hold what the file does not hold yet.
+    wal = Path(f"{path}-wal")  # It may hold pages that are not in the file yet.
     if path.stat().st_size % page and not (wal.exists() and wal.stat().st_size):
         raise ConfigurationError(f"{path} {_EXPLANATIONS['SQLITE_CORRUPT'][1]}")
 
 
 def explained(error: sqlite3.Error, path: Path) -> StorageError:
-    """What SQLite raised, in our words, with what to do."""
+    """Translate an error of SQLite into one of ours that says what to do."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
     for start, (kind, what) in _EXPLANATIONS.items():
         if name.startswith(start):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Times are whole seconds since 1970, UTC: SQLite has no time type, and text in local time is what made the guide's
-# query hand out dead tokens. An active row is exactly one that holds a ciphertext, so history cannot leak one.
+# Times are whole seconds since 1970, UTC. SQLite has no time type, and the guide's query handed out dead tokens because
+# it stored local time as text. A row is active exactly if it holds a ciphertext, so history cannot leak one.
 SCHEMA = """
 CREATE TABLE upstox_tokens (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -42,8 +42,8 @@ CREATE TABLE upstox_token_audit (
 ) STRICT;
 CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
-# login_mark: the name of a login's lock and a random word of that login, while it may replace this token at Upstox;
-# empty when nobody knows whether it did. A note is encrypted as a whole.
+# While a login may replace this token at Upstox, login_mark holds the name of the login's lock and a random word. It is
+# empty when nobody knows whether the login replaced the token. A note is encrypted as a whole.
 SCHEMA_2 = """
 ALTER TABLE upstox_tokens ADD COLUMN issued_at INTEGER;
 ALTER TABLE upstox_tokens ADD COLUMN login_mark TEXT;
@@ -99,9 +99,9 @@ SELECT a.action, a.performed_at, a.actor, a.metadata, a.user_id, a.token_id, t.c
 FROM upstox_token_audit AS a LEFT JOIN upstox_tokens AS t ON t.id = a.token_id
 WHERE a.user_id = ? ORDER BY a.performed_at DESC, a.id DESC LIMIT ?
 """
-# By id, for old entries have low ones: so no index on the time has to be kept up to date with each write.
+# Ordered by id, because old entries have low ids. An index on the time would cost something at every write.
 OLD_ENTRIES = "SELECT id FROM upstox_token_audit WHERE performed_at < ? ORDER BY id LIMIT ?"
-# A mark that an earlier holder of the same lock has left says nothing any more but that it was not taken away.
+# If an earlier holder of the same lock left a mark, all we know is that nobody removed it.
 _OF_THIS_LOCK = "substr(login_mark, 1, length(:lock) + 1) = :lock || ' '"
 MARK = f"""
 UPDATE upstox_tokens SET login_mark = CASE WHEN login_mark IS NULL THEN :mark ELSE '' END
@@ -121,7 +121,7 @@ SELECT performed_at FROM upstox_token_audit
 WHERE action = 'login' AND performed_at > ? AND json_extract(metadata, '$.process') IS NOT ?
 ORDER BY performed_at DESC LIMIT 100
 """
-# SQLite has no clock but this machine's: that one, and not the store's, which a program may set.
+# This uses the machine's clock, the only one that SQLite has. It does not use the store's, which a program may set.
 NOTES = """
 SELECT (julianday('now') - 2440587.5) * 86400 AS now, name, sealed FROM (SELECT 1) LEFT JOIN upstox_login_notes
 ON name IN (SELECT value FROM json_each(?))
@@ -130,18 +130,18 @@ WRITE_NOTE = """
 INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
 """
 OF_ACCOUNT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
-# Not used any more; somebody may import them.
+# We no longer use these, but somebody may import them.
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
 NEWEST = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
-# Two ranges and not <>, which no index serves.
+# Two ranges instead of <>, because no index serves <>.
 OTHER_KEYS = f"""
 SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < ? UNION ALL
 SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > ? LIMIT ?
 """
 REPLACE = "UPDATE upstox_tokens SET access_token = ?, key_id = ? WHERE id = ? AND access_token = ?"
 COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
-# From one user of the audit trail straight to the next: it may have millions of entries, and few users.
+# This jumps from one user to the next, because the audit trail may have millions of entries and few users.
 USERS = """
 WITH RECURSIVE audited (user_id) AS (
     SELECT min(user_id) FROM upstox_token_audit UNION ALL

@@ -31,26 +31,26 @@ from .connections import SQLiteConnections, checked_path, explained, refuse_cut_
 
 logger = logging.getLogger(__name__)
 
-ROOM = 64_000  # bytes: more than a token with its index and audit entries takes
-CACHE = -2000  # SQLite's own size
+ROOM = 64_000  # bytes; more than a token takes, with its index and audit entries
+CACHE = -2000  # SQLite's default
 
 
 class SQLiteUpstoxStorage(TokenStorage):
     """Tokens in a SQLite file.
 
     Args:
-        db_path: the file; made with mode 0600 if it is not there. Not on a network file system.
-        audit_reads: count each handed-out token and write it to the audit trail. Off by default: a read then
-            writes nothing, and is answered while another process writes.
+        db_path: the file. It is made with mode 0600 if it is missing. It must not be on a network file system.
+        audit_reads: count each token that is handed out, and write it to the audit trail. This is off by default:
+            a read then writes nothing, and does not wait for other writers.
         options: see `Options`.
 
     Raises:
-        ConfigurationError: the path cannot be used, or holds something else.
+        ConfigurationError: the path cannot be used, or the file holds something else.
     """
 
     _kind = "access token in SQLite"
-    # One step for each schema version; a file of an older version is taken forward. Never change a step that was
-    # released: append one.
+    # There is one step for each schema version, and a file of an older version is upgraded. Never change a released
+    # step: append one.
     _steps: tuple[str, ...] = (queries.SCHEMA, queries.SCHEMA_2)
 
     def __init__(
@@ -65,17 +65,17 @@ class SQLiteUpstoxStorage(TokenStorage):
         self.init_database()
 
     def init_database(self, runtime_role: str | None = None) -> None:
-        """Make the tables, or bring those of an older version forward. Safe to repeat and to run at once.
+        """Make the tables, or upgrade those of an older version. Safe to repeat and to run concurrently.
 
         Args:
-            runtime_role: not for SQLite, which knows no roles.
+            runtime_role: must be None, because SQLite has no roles.
         """
         if runtime_role is not None:
             raise InvalidInput("SQLite has no roles: whoever may write to the file may do everything. Check its mode.")
         with self.get_connection() as conn:
             if self._version(conn) == len(self._steps):
                 return
-        # Only one process at a time, for SQLite answers a concurrent switch to WAL with "locked" without waiting.
+        # One process at a time: SQLite does not wait when two switch to WAL, it answers "locked" at once.
         with self._lock(SCHEMA_LOCK), self.get_connection() as conn:
             conn.execute("PRAGMA journal_mode = WAL")
             for version in range(self._version(conn), len(self._steps)):
@@ -84,33 +84,33 @@ class SQLiteUpstoxStorage(TokenStorage):
                 logger.info("%s has schema version %s now", self.db_path, version + 1)
 
     def get_connection(self) -> AbstractContextManager[sqlite3.Connection]:
-        """A connection in autocommit mode. A transaction that is left open is rolled back.
+        """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
 
         Raises:
-            StoreUnavailable, ConfigurationError: whatever SQLite raised inside, in our words.
+            StoreUnavailable, ConfigurationError: SQLite raised an error inside; this is its translation.
         """
         return self._connections.lent()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
-        """A copy of the database at this moment, while others read and write. Open it as any other.
+        """Copy the database as it is now, while others read and write. Open the copy like any other database.
 
-        It is whole or not there at all: it gets its name, in place of an older one, when it is on the disk.
+        The copy is complete or missing: it gets its name, and replaces an older copy, only once it is on the disk.
 
         Raises:
-            InvalidInput: a database that is in use lies there, maybe this one itself.
-            StoreUnavailable: it cannot be written there.
+            InvalidInput: the path is a database in use, maybe this one.
+            StoreUnavailable: the copy cannot be written there.
         """
-        # The log that lies beside a database in use would be applied to the copy, and destroy it.
+        # SQLite would apply the log beside a database in use to the copy, and destroy it.
         if Path(f"{path}-wal").exists() or (Path(path).exists() and self.db_path.samefile(path)):
             raise InvalidInput(f"{path} is a database in use. Name another file for its copy.")
         with written_whole(Path(path)) as temporary, self.get_connection() as conn:
             copy = sqlite3.connect(temporary, isolation_level=None)
             try:
-                conn.backup(copy)  # In one step: else it would begin again whenever somebody writes.
+                conn.backup(copy)  # In one step. Otherwise it would start over whenever somebody writes.
                 if copy.execute("PRAGMA integrity_check").fetchone()[0] != "ok":
                     raise sqlite3.DatabaseError
             except sqlite3.Error as error:
-                if isinstance(error, sqlite3.OperationalError):  # It is the copy's place, such as a full disk.
+                if isinstance(error, sqlite3.OperationalError):  # The destination failed: a full disk, for one.
                     raise explained(error, Path(path)) from error
                 raise ConfigurationError(
                     f"{self.db_path} is damaged, and so would be its copy. Bring an older backup back."
@@ -131,14 +131,14 @@ class SQLiteUpstoxStorage(TokenStorage):
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self.get_connection() as conn:
-            # IMMEDIATE: a read that becomes a write fails at once when another writer was faster.
+            # IMMEDIATE, because a read that turns into a write fails at once if another writer came first.
             conn.execute("BEGIN IMMEDIATE")
             yield conn
             conn.execute("COMMIT")
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        # The system frees the lock when its holder dies, and the file stays: unlinking it would let two in.
+        # The system frees the lock when its holder dies. The file stays, because unlinking it would let two in.
         lock = FileLock(self._locks / f"{name}.lock", timeout=self._login_wait, mode=0o600, thread_local=False)
         with self._local_locks.hold(name, self._login_wait):
             try:
@@ -154,7 +154,7 @@ class SQLiteUpstoxStorage(TokenStorage):
                 lock.release()
 
     def _version(self, conn: sqlite3.Connection) -> int:
-        # In one statement, and so of one moment: another process may be making the tables.
+        # One statement sees one moment. With two, another process might make the tables in between.
         version, ours = map(int, conn.execute(queries.VERSION).fetchone())
         if version > len(self._steps):
             raise ConfigurationError(
@@ -171,7 +171,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         if not self._audit_reads:
             return self._find_unaudited(user_id, _seconds(alive_after), locked)
         with self._transaction() as conn:
-            # Nobody else can write meanwhile, so what the mark says and who holds its lock belong together.
+            # Nobody else can write now, so the mark and the holder of its lock match.
             found = conn.execute(queries.FIND, (user_id, _seconds(alive_after))).fetchone()
             if found is None or not self._counts(found["login_mark"], locked):
                 return None
@@ -186,7 +186,7 @@ class SQLiteUpstoxStorage(TokenStorage):
                 return None
             if self._is_held(mark):
                 break
-            # The login is over. If its mark stayed, nobody knows how it ended; if not, there is something new.
+            # The login is over. If its mark is still there, nobody knows how it ended. If not, there is news to read.
             rows = self._rows(queries.FIND, user_id, alive_after)
             if rows and rows[0]["login_mark"] == mark:
                 return None
@@ -196,12 +196,12 @@ class SQLiteUpstoxStorage(TokenStorage):
         return mark is None or (not locked and self._is_held(mark))
 
     def _is_held(self, mark: str) -> bool:
-        """Whether the login that left this mark still holds its lock."""
-        import fcntl  # Not at the top: Windows lacks it, and all else works there.
+        """Tell whether the login that left this mark still holds its lock."""
+        import fcntl  # Imported here, because Windows lacks it and everything else works there.
 
         try:
             with (self._locks / f"{mark.partition(' ')[0]}.lock").open("rb") as file:
-                # Shared: two readers who look at once do not take each other for the holder.
+                # A shared lock, so that two readers at once do not mistake each other for the holder.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -228,7 +228,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             try:
                 token_id: int = conn.execute(queries.INSERT, _columns(token)).fetchone()["id"]
             except sqlite3.IntegrityError as error:
-                # SQLite names the columns and not the constraint. Another one has to be mended, not tried again.
+                # SQLite names the columns, not the constraint. A retry would not help against any other constraint.
                 if str(error) != "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation":
                     raise
                 raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
@@ -242,7 +242,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         return self._erase("expired", now, queries.EXPIRE, _seconds(now), limit)
 
     def _forget_entries(self, before: datetime, limit: int) -> int:
-        # Looked for outside the transaction, which would keep writers waiting.
+        # Search outside the transaction, so that writers need not wait.
         old = [(row["id"],) for row in self._rows(queries.OLD_ENTRIES, _seconds(before), limit)]
         with self._transaction() as conn:
             conn.executemany("DELETE FROM upstox_token_audit WHERE id = ?", old)
@@ -257,7 +257,7 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         values = {"user_id": user_id, "lock": lock, "mark": f"{lock} {uuid.uuid4().hex}"}
-        self._make_room()  # First: a mark that stays because the disk is full would put a living token in doubt.
+        self._make_room()  # First, because a mark that a full disk keeps there would put a living token in doubt.
         with self._transaction() as conn:
             self._audit_entry(conn, None, user_id, "login", now, metadata)
             conn.execute(queries.MARK if user_id else queries.MARK_ALL, values)
@@ -290,10 +290,10 @@ class SQLiteUpstoxStorage(TokenStorage):
             conn.execute("DELETE FROM upstox_login_notes WHERE name = ?", (name,))
 
     def _make_room(self) -> None:
-        """A full disk has to show before a login is spent: what the token needs is written once and rolled back.
+        """Find out that the disk is full before a login is spent: write as much as the token needs, and roll back.
 
-        A cache of one page has it written to the log at once. There it counts for nothing, and the next transaction
-        writes over it. (To bring the log into the database does as much, and waits for the disk three times more.)
+        With a cache of one page, SQLite writes it to the log at once. It does not count there, and the next transaction
+        overwrites it. (A checkpoint of the log would show it as well, but waits for the disk three more times.)
         """
         with self.get_connection() as conn:
             conn.execute("PRAGMA cache_size = 1")
@@ -373,8 +373,8 @@ class SQLiteUpstoxStorage(TokenStorage):
 
 
 def _columns(token: StoredToken) -> dict[str, object]:
-    """A token as SQLite takes it: times as seconds, lists and dicts as JSON."""
-    # Not by `asdict`, whose deep copies take three times as long.
+    """Convert a token to columns: times become seconds, lists and dicts become JSON."""
+    # Not with `asdict`, because its deep copies take three times as long.
     columns: dict[str, object] = {field.name: getattr(token, field.name) for field in fields(token)}
     for name, value in columns.items():
         if isinstance(value, datetime):
@@ -385,7 +385,7 @@ def _columns(token: StoredToken) -> dict[str, object]:
 
 
 def _token(row: Iterable[Any]) -> StoredToken:
-    # In the order of _HANDED_OUT, for every read comes by here and looking columns up by name takes twice as long.
+    # In the order of _HANDED_OUT. Every read comes through here, and looking up columns by name takes twice as long.
     (
         token_id,
         user_id,
@@ -417,13 +417,13 @@ def _token(row: Iterable[Any]) -> StoredToken:
 
 
 def _known(row: sqlite3.Row) -> StoredToken:
-    """A token with what is known of it beside what a reader needs."""
+    """Read a token with more than a reader needs: when Upstox issued it."""
     *handed_out, issued_at = row
     return replace(_token(handed_out), issued_at=None if issued_at is None else _moment(issued_at))
 
 
 def _whole(row: sqlite3.Row) -> StoredToken:
-    """A token with all its columns."""
+    """Read a token with all its columns."""
     columns = {name: row[name] for name in row.keys()}  # noqa: SIM118  # Iterating over a Row gives its values.
     columns["in_doubt"] = bool(columns["in_doubt"])
     for name in ("created_at", "expires_at", "last_used_at", "issued_at"):
@@ -434,7 +434,7 @@ def _whole(row: sqlite3.Row) -> StoredToken:
 
 
 def _shown(row: sqlite3.Row) -> dict[str, Any]:
-    """The row as callers see it: times as ISO text."""
+    """Convert a row to what callers see: times become ISO text."""
     times = (
         "created_at",
         "expires_at",

@@ -1,5 +1,5 @@
--- Take a writer's own tombstone away. What takes its place for a while says since when: who asked before that may have
--- read, in PostgreSQL, a token that was replaced before this tombstone came.
+-- Remove a writer's own tombstone. For a while, a note takes its place that says since when the key is vacant. A reader
+-- who asked before that may have read a token from PostgreSQL that was replaced before this tombstone came.
 --
 -- KEYS  token, for each user
 -- ARGV  tombstone, milliseconds for which a copy is believed

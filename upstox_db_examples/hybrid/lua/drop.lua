@@ -1,4 +1,4 @@
--- Take away a copy that is not believed any more: PostgreSQL knows no such token. A newer copy stays.
+-- Remove a copy that is no longer believed, because PostgreSQL has no such token. A newer copy stays.
 --
 -- KEYS  token
 local clock = redis.call('TIME')

@@ -1,11 +1,11 @@
--- Keep a copy of a token, but never an older one in place of a newer one.
+-- Keep a copy of a token, but never replace a newer copy with an older one.
 --
 -- KEYS  token, count
 -- ARGV  token, generation, expires at (seconds since 1970), token id, uses so far, milliseconds until the key ends,
 --       milliseconds for which the copy is believed, since when (Redis's time in milliseconds), tombstone
--- Returns the number of uses, or -1 where the copy was not taken. A reader that found nothing gives `since`: what it read
--- in PostgreSQL since then may have been replaced by the time it arrives here. A writer gives 0 and its own tombstone:
--- another one there is somebody's who has replaced or revoked the token since.
+-- Returns the number of uses, or -1 if the copy was not taken. A reader that found nothing passes `since`, because the
+-- token that it read from PostgreSQL may have been replaced by the time it gets here. A writer passes 0 and its own
+-- tombstone: if another tombstone is there, somebody else has replaced or revoked the token since.
 local clock = redis.call('TIME')
 local time = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local since, believed = tonumber(ARGV[8]), tonumber(ARGV[7])
@@ -13,14 +13,14 @@ local kept = redis.call('GET', KEYS[1])
 local generation = kept and tonumber(string.match(kept, '^%d+ (%d+) '))
 if since == 0 and kept ~= ARGV[9] then
   if generation and generation < tonumber(ARGV[2]) then
-    redis.call('DEL', KEYS[1])  -- the tombstone did not come here, and an older copy stayed, or came back
+    redis.call('DEL', KEYS[1])  -- our tombstone never arrived, and an older copy stayed or came back
   end
   return -1
 end
 local vacant_since = kept and tonumber(string.match(kept, '^vacant (%d+)$'))
 local vacant = vacant_since and since > vacant_since
 if since > 0 and (time > since + believed or (kept and not generation and not vacant)) then
-  return -1  -- too late, or there is a tombstone, which only its writer may replace, or there was one when it read
+  return -1  -- too late; or a tombstone is there, which only its writer may replace, or was there when the reader read
 end
 if generation and generation > tonumber(ARGV[2]) then
   return -1
@@ -30,7 +30,7 @@ local header = string.format('%.0f %s %s %s ', fresh_until, ARGV[2], ARGV[3], AR
 redis.call('SET', KEYS[1], header .. ARGV[1], 'PX', ARGV[6])
 local uses = tonumber(ARGV[5])
 if generation == tonumber(ARGV[2]) then
-  uses = math.max(uses, tonumber(redis.call('GET', KEYS[2]) or 0) + 1)  -- the reader's own use, too
+  uses = math.max(uses, tonumber(redis.call('GET', KEYS[2]) or 0) + 1)  -- + 1 for the reader's own use
 end
 redis.call('SET', KEYS[2], uses, 'PX', ARGV[6])
 return uses
