@@ -85,7 +85,7 @@ a wrong command; with 3 if something has to be put right first, such as credenti
     "--accounts",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="The credentials of several users: TOML, a table for each user's id, mode 0600. Else those in UPSTOX_*.",
+    help="The credentials of several users: TOML, a table for each user's id, mode 0600. Otherwise those in UPSTOX_*.",
 )
 @click.option(
     "--one-call",

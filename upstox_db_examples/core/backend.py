@@ -63,7 +63,7 @@ class Backend(ABC):
     """The operations on one kind of database. Each database has its own subclass."""
 
     _kind: ClassVar[str]
-    """What a ciphertext is and where it lies, different for each store: one from another kind of store is refused."""
+    """The kind of a ciphertext. Each kind of store has its own, so a ciphertext from another one is refused."""
 
     @abstractmethod
     def close(self) -> None:

@@ -44,7 +44,7 @@ from .token import ExpiryPolicy, Secret, StoredToken, TokenResult, issued_at, su
 
 logger = logging.getLogger(__name__)
 
-PROCESS = uuid.uuid4().hex  # in the audit entry of each login; a forked child shares it, as it shares the pace
+PROCESS = uuid.uuid4().hex  # goes into each login's audit entry; a forked child shares it and the pace
 
 
 class Options(TypedDict, total=False):
@@ -267,7 +267,7 @@ class LifeCycle(Backend):
         if account := self._account_that_made(minted):
             self._user_of[account] = minted.user_id
         self._seen_user = minted.user_id
-        if not as_asked:  # Other users' tokens were marked too, because the user was not known beforehand.
+        if not as_asked:  # Other users' tokens were marked, because nobody knew whose would be replaced.
             self._end_quietly(lock)
         try:
             if refusal:
@@ -286,7 +286,7 @@ class LifeCycle(Backend):
         return None if whose and not same_user(whose, minted.user_id) else _account_of(self._login, minted.user_id)
 
     def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
-        """Remove this login's marks, except for that of the `doubted` user."""
+        """Remove this login's marks, except that of the `doubted` user, whose token stays in doubt."""
         try:
             for spelling in spellings(doubted) if doubted else ():
                 self._end_login(lock, in_doubt=True, user_id=spelling)
