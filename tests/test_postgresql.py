@@ -172,7 +172,9 @@ class TestPostgreSQL(StoreContract):
     ) -> None:
         looked = "login_lock / 0"  # fails wherever it is looked at
         monkeypatch.setattr(
-            postgresql, "USE", postgresql.USE.replace("pg_try_advisory_xact_lock_shared(login_lock)", f"({looked}) = 1")
+            postgresql.queries,
+            "USE",
+            postgresql.USE.replace("pg_try_advisory_xact_lock_shared(login_lock)", f"({looked}) = 1"),
         )
         store._insert(made_up(store, USER))
         living(store)
