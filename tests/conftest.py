@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from collections import Counter
@@ -69,6 +70,15 @@ def shown_with_locals(error: BaseException) -> str:
         link.stack[:] = [frame for frame in link.stack if f"{os.sep}tests{os.sep}" not in frame.filename]
         chain += [nested for nested in (link.__cause__, link.__context__) if nested]
     return "".join(shown.format()) + repr(error.args)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_of_another_test() -> Iterator[None]:
+    """The command sets the level of the package's logger, and some tests run the command in their own process."""
+    logger = logging.getLogger("upstox_db_examples")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ class TestPooled(SQLiteContract):
             opened.append(path)
             return connected(path)
 
-        monkeypatch.setattr(pooled, "connected", counted)
+        monkeypatch.setattr(pooled.store, "connected", counted)
         store = self.pooled(open_store, pool_size=3)
         with ThreadPoolExecutor(8) as threads:
             tokens = {result["token"] for result in threads.map(store.get_or_create_token, [USER] * 400)}
