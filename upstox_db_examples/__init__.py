@@ -22,7 +22,8 @@ from .core.errors import (
     TokenRefused,
 )
 from .core.login import Accounts, SdkLogin, TotpLogin
-from .core.store import Options, TokenStorage
+from .core.settings import Options
+from .core.store import TokenStorage
 from .core.token import ExpiryPolicy, Secret, TokenResult
 from .pooled import PooledUpstoxStorage
 from .sqlite import SQLiteUpstoxStorage

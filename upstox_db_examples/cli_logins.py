@@ -83,7 +83,7 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
     Then the file is removed. If the store has a token that Upstox issued later, that one stays.
     """
     opened = store(new=True)
-    click.echo(shown(opened.save_token(read_token_file(file, opened._ring), verify=verify)))
+    click.echo(shown(opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)))
     file.unlink()
 
 
@@ -118,7 +118,7 @@ def rescue(store: Any, error: StorageError) -> None:
     """
     if error.token is None or isinstance(error, LoginSuperseded):  # The store has a later token.
         raise error
-    file = write_token_file(error.token, error.user_id, store._ring)
+    file = write_token_file(error.token, error.user_id, store.cipher.ring)
     reason = error.__cause__ if isinstance(error, TokenNotStored) else error
     whose = error.user_id or "an unnamed user"
     error.args = (

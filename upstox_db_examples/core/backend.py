@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import Any, ClassVar
 
+from .context import Context
 from .errors import StoreUnavailable
 from .token import AuditEntry, StoredToken
 
@@ -60,10 +61,32 @@ class LocalLocks:
 
 
 class Backend(ABC):
-    """The operations on one kind of database. Each database has its own subclass."""
+    """The operations on one kind of database. Each database has its own subclass.
 
-    _kind: ClassVar[str]
-    """The kind of a ciphertext. Each kind of store has its own, so a ciphertext from another one is refused."""
+    Args:
+        context: the clock, the name in the audit trail, and how long to wait for a lock.
+
+    Attributes:
+        where: where the data is, without any password, for messages.
+    """
+
+    store_kind: ClassVar[str]
+    """Each kind of store has its own, and a ciphertext is bound to it, so a ciphertext from another kind is refused.
+    Stored ciphertexts depend on this text: never change it."""
+
+    def __init__(self, context: Context, where: str) -> None:
+        self.context, self.where = context, where
+
+    @abstractmethod
+    def init_database(self, runtime_role: str | None = None) -> None:
+        """Make the tables, or upgrade those of an older version. Safe to repeat and to run concurrently.
+
+        Args:
+            runtime_role: a role to grant the least rights that storing and reading need.
+
+        Raises:
+            ConfigurationError: this role may not change the tables, or another program made them.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -72,11 +95,11 @@ class Backend(ABC):
     # Tokens
 
     @abstractmethod
-    def _find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
+    def find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         """Return the user's active token if it expires later than `alive_after`. A store that counts uses adds one
         ("used").
 
-        A token that a login has marked (`_begin_login`) is returned only while that login holds its lock; after that
+        A token that a login has marked (`begin_login`) is returned only while that login holds its lock; after that
         nobody knows whether the token still works. A use is counted only when a token is returned.
 
         Args:
@@ -84,17 +107,21 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def _in_doubt(self, user_id: str) -> StoredToken | None:
+    def find_in_doubt(self, user_id: str) -> StoredToken | None:
         """Return the user's active token if it is marked. No use is counted. The caller holds the user's lock."""
 
     @abstractmethod
-    def _newest(self, user_id: str) -> StoredToken | None:
+    def find_newest(self, user_id: str) -> StoredToken | None:
         """Return the user's token with the highest generation, with the ciphertext "" if it has ended. Not a use."""
 
     @abstractmethod
-    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int | str:
-        """Store this token as the active one (`action`, with this metadata) and return its id. The earlier token is
-        deactivated and erased ("deactivated", with the reason new_token_generated). Both happen at `created_at`.
+    def insert(
+        self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
+    ) -> StoredToken:
+        """Store this token as the active one (`action`, with this metadata) and return it with its id.
+
+        The earlier token is deactivated and erased ("deactivated", with the reason new_token_generated). Both happen at
+        `created_at`.
 
         This does not depend on the lock: a caller that has lost it still writes, over another connection if needed.
         The generation keeps two writers apart.
@@ -105,14 +132,14 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def _tokens_of_account(self, account: str) -> list[StoredToken]:
+    def find_by_account(self, account: str) -> list[StoredToken]:
         """Return the active tokens whose rows name this account, latest first, at most 100. The caller must decrypt
         the ciphertext before it trusts such a row."""
 
     # Logins
 
     @abstractmethod
-    def _lock(self, name: str) -> AbstractContextManager[None]:
+    def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock with this name: one holder at a time across all processes that share this store. The lock is
         released when the holder dies.
 
@@ -123,18 +150,18 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+    def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         """Record that a login begins ("login", without a token). The caller holds the lock with this name.
 
         The same transaction marks the user's active token: from now on the login may replace it at Upstox. Without a
         user id it marks every active token that has no mark yet. A mark left by an earlier holder of the same lock
-        stays for good: only `_clear_doubt` or a new token removes it.
+        stays for good: only `clear_doubt` or a new token removes it.
 
         This must fail if the database has no room for the new token.
         """
 
     @abstractmethod
-    def _end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+    def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         """Remove the marks of the login under this lock, because it made no token for these users. With `in_doubt` it
         may have made one, so its marks stay for good.
 
@@ -143,95 +170,95 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def _clear_doubt(self, token: StoredToken) -> None:
+    def clear_doubt(self, token: StoredToken) -> None:
         """Remove the mark from this token if it is still active, because Upstox said that it works."""
 
     @abstractmethod
-    def _record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
+    def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
         """Write an audit entry that belongs to no token. It is durable on return."""
 
     @abstractmethod
-    def _logins_since(self, moment: datetime, process: str) -> list[datetime]:
+    def logins_since(self, moment: datetime, process: str) -> list[datetime]:
         """Return the times of "login" entries later than `moment` whose metadata name another `process`, latest first,
         at most 100."""
 
     # Notes: short encrypted texts, such as a refusal that all programs must know about. See notes.py.
 
     @abstractmethod
-    def _notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
+    def read_notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
         """Return the database's own clock, in seconds since 1970, and those of the named notes that exist."""
 
     @abstractmethod
-    def _write_note(self, name: str, text: str) -> None:
+    def write_note(self, name: str, text: str) -> None:
         """Store this text under this name and replace any earlier one."""
 
     @abstractmethod
-    def _erase_note(self, name: str) -> None:
+    def erase_note(self, name: str) -> None:
         """Erase the note with this name, if there is one."""
 
     # History and upkeep
 
     @abstractmethod
-    def _revoke(self, user_id: str, now: datetime) -> bool:
+    def revoke(self, user_id: str, now: datetime) -> bool:
         """Erase the user's active token ("revoked") and return whether there was one."""
 
     @abstractmethod
-    def _expire(self, now: datetime, limit: int) -> int:
+    def expire(self, now: datetime, limit: int) -> int:
         """Erase at most `limit` tokens that expire at `now` or before ("expired") and return how many. 0 means that
         none are left."""
 
     @abstractmethod
-    def _forget_entries(self, before: datetime, limit: int) -> int:
+    def delete_entries(self, before: datetime, limit: int) -> int:
         """Delete at most `limit` audit entries older than `before` and return how many. 0 means that none are left."""
 
     @abstractmethod
-    def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
+    def read_history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
         """Return the result of `get_token_history`."""
 
     @abstractmethod
-    def _statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
+    def read_statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
         """Return the result of `get_user_statistics`."""
 
     @abstractmethod
-    def _audit(self, user_id: str, limit: int) -> list[dict[str, Any]]:
+    def read_audit_trail(self, user_id: str, limit: int) -> list[dict[str, Any]]:
         """Return the result of `get_audit_trail`."""
 
     @abstractmethod
-    def _under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
+    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
         """Return at most `limit` active tokens, expired ones included, that are encrypted under any other key."""
 
     @abstractmethod
-    def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+    def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         """Replace each ciphertext if the row still has the old one, and return how many were replaced. Not audited."""
 
     @abstractmethod
-    def _count_keys(self) -> dict[str, int]:
+    def count_keys(self) -> dict[str, int]:
         """Count the active tokens, expired ones included, under each key."""
 
     @abstractmethod
-    def _health(self) -> dict[str, Any]:
+    def check_health(self) -> dict[str, Any]:
         """Return the result of `get_storage_status`, except for the time. This never raises."""
 
-    # What transfer.py needs.
+    # Transfer: what export, import and migrate need.
 
     @abstractmethod
-    def _users(self) -> list[str | None]:
+    def list_users(self) -> list[str | None]:
         """Return every user who has tokens or audit entries; None stands for entries that belong to nobody."""
 
     @abstractmethod
-    def _tokens_of(self, user_id: str | None) -> list[StoredToken]:
+    def read_tokens(self, user_id: str | None) -> list[StoredToken]:
         """Return all of a user's tokens, oldest first, with every field except `token_id` and `source`, which mean
         nothing in another store. A token that has ended has an empty ciphertext. Nobody (None) has no tokens."""
 
     @abstractmethod
-    def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+    def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
         """Return at most `limit` of the user's audit entries that follow `after`. All of them may not fit into memory.
 
         The oldest come first. Entries from the same second come in the order in which they were written.
         """
 
     @abstractmethod
-    def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+    def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
         """Write these tokens (oldest first) and entries without locking readers out.
 
         A token that already exists may have been used or revoked since the caller read it. So its use count only

@@ -9,21 +9,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
+from .checks import require_user_id
 from .errors import (
     InvalidInput,
     LoginError,
     LoginInterrupted,
     LoginLimited,
-    LoginRefused,
     StorageError,
     TokenNotStored,
 )
+from .life_cycle import LifeCycle, Wish
 from .token import TokenResult
-
-if TYPE_CHECKING:
-    from .login import Login
 
 logger = logging.getLogger(__name__)
 
@@ -124,27 +122,11 @@ class BatchResult(dict[str, Any]):
     exception: Exception | None = None
 
 
-class Store(Protocol):
-    """The part of a store that a batch needs. `TokenStorage` cannot be named here, because it imports this file."""
-
-    _login: Login
-
-    def get_valid_token(self, user_id: str) -> TokenResult | None: ...
-
-    def get_or_create_token(self, user_id: str | None = None) -> TokenResult: ...
-
-    def _replace_token(self, user_id: str) -> TokenResult: ...
-
-    def _known_user(self, *, guess: bool) -> str | None: ...
-
-    def _other_logins(self, seconds: float) -> list[float]: ...
-
-
 def store_batch(
-    store: Store, user_ids: Iterable[str], *, replace: bool, progress: bool, pace: Pace
+    life_cycle: LifeCycle, user_ids: Iterable[str], *, replace: bool, progress: bool, pace: Pace
 ) -> list[BatchResult]:
     """See `TokenStorage.store_token_batch`."""
-    given = _checked(user_ids)
+    given = _check_user_ids(user_ids)
     due = list(dict.fromkeys(given))
     results: dict[str, BatchResult] = {}
     with progress_bar(len(due), "account", progress) as advance:
@@ -152,7 +134,7 @@ def store_batch(
         for tries_left in reversed(range(ROUNDS)):
             again = []
             for user_id in due:
-                results[user_id] = result = _store_one(store, user_id, replace, len(given) > 1, pace)
+                results[user_id] = result = _store_one(life_cycle, user_id, replace, len(given) > 1, pace)
                 if tries_left and _can_be_tried_again(result.exception):
                     again.append(user_id)
                 else:
@@ -161,14 +143,16 @@ def store_batch(
     return [results[user_id] for user_id in given]
 
 
-def _store_one(store: Store, user_id: str, replace: bool, several: bool, pace: Pace) -> BatchResult:
+def _store_one(life_cycle: LifeCycle, user_id: str, replace: bool, several: bool, pace: Pace) -> BatchResult:
     try:
-        if not replace and (living := store.get_valid_token(user_id)):
+        require_user_id(user_id)
+        if not replace and (living := life_cycle.read(user_id)):
             return _success(user_id, living, kept=True)
-        _refuse_a_guess(store, user_id, several)
+        life_cycle.refuse_a_guess(user_id, several=several)
         # Wait here and not inside the login, because the login holds the user's lock.
-        with pace.turn(user_id, store._other_logins):
-            token = store._replace_token(user_id) if replace else store.get_or_create_token(user_id)
+        with pace.turn(user_id, life_cycle.seconds_since_other_logins):
+            # Unlike `store_token`, a batch does not override an earlier refusal.
+            token = life_cycle.log_in(user_id, Wish(replace=True)) if replace else life_cycle.read_or_log_in(user_id)
         return _success(user_id, token, kept=False)
     except Exception as error:
         return _failure(user_id, error)
@@ -177,17 +161,6 @@ def _store_one(store: Store, user_id: str, replace: bool, several: bool, pace: P
 def _can_be_tried_again(error: Exception | None) -> bool:
     """Return whether a retry is safe and useful. If a token may exist, the next login would kill it."""
     return isinstance(error, LoginLimited) or (isinstance(error, LoginInterrupted) and not error.token_may_exist)
-
-
-def _refuse_a_guess(store: Store, user_id: str, several: bool) -> None:
-    """Refuse several users for one account's credentials. Each wrong guess would cost a login."""
-    if not getattr(store._login, "account", None):
-        return
-    known = store._known_user(guess=False)
-    if known is None and several:
-        raise LoginRefused("The store's login knows one account, not whose. Set UPSTOX_USER_ID, or use Accounts.")
-    if known is not None and known.upper() != user_id.upper():
-        raise LoginRefused(f"The store's login knows the account of {known}, not {user_id}. Use Accounts for several.")
 
 
 def _success(user_id: str, token: TokenResult, *, kept: bool) -> BatchResult:
@@ -204,7 +177,7 @@ def _failure(user_id: str, error: Exception) -> BatchResult:
     return result
 
 
-def _checked(user_ids: Iterable[str]) -> list[str]:
+def _check_user_ids(user_ids: Iterable[str]) -> list[str]:
     given = [] if isinstance(user_ids, str | bytes) else list(user_ids)
     if isinstance(user_ids, str | bytes) or not all(isinstance(user_id, str) for user_id in given):
         raise InvalidInput("user_ids is a list of user ids, each of them text.")

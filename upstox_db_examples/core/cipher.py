@@ -33,8 +33,8 @@ from .token import Secret
 
 logger = logging.getLogger(__name__)
 
-VERSION = "v2"  # new ciphertexts have this version; READABLE lists those that can be read
-READABLE = ("v1", "v2")
+CIPHERTEXT_VERSION = "v2"  # new ciphertexts have this version; READABLE_VERSIONS lists those that can be read
+READABLE_VERSIONS = ("v1", "v2")
 KEY_BYTES = 32
 NONCE_BYTES = 12
 # Translates between the URL-safe and the ordinary alphabet, in both directions. `binascii` knows only the ordinary one.
@@ -51,7 +51,7 @@ class Binding(NamedTuple):
     kind: str
     account: str | None = None
 
-    def encoded(self, key_id: str, version: str = VERSION) -> bytes:
+    def encoded(self, key_id: str, version: str = CIPHERTEXT_VERSION) -> bytes:
         """Return these values as the bytes to authenticate."""
         user_id, expires_at, generation, kind, account = self
         # Only the user id and the account can contain a separator. They get a length prefix, so that no two bindings
@@ -90,7 +90,7 @@ class KeyRing:
         """Return 32 bytes from the operating system's random source."""
         return os.urandom(KEY_BYTES)
 
-    def encrypt(self, token: Secret, binding: Binding, version: str = VERSION) -> str:
+    def encrypt(self, token: Secret, binding: Binding, version: str = CIPHERTEXT_VERSION) -> str:
         """Return the ciphertext of the token, ready to be stored.
 
         Args:
@@ -111,7 +111,7 @@ class KeyRing:
         """
         version, _, rest = ciphertext.partition(".")
         key_id, _, encoded = rest.partition(".")
-        if version not in READABLE or not encoded:
+        if version not in READABLE_VERSIONS or not encoded:
             raise TokenRefused("The stored token is not encrypted as it should be. Log in again with store_token().")
         if key_id not in self._ciphers:
             raise KeyUnavailable(key_id)

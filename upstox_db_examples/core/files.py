@@ -12,7 +12,7 @@ from .errors import StoreUnavailable
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary file with mode 0600 beside `path`. It is renamed to `path` at the end, once it is on the disk.
 
     Raises:

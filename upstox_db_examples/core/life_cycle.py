@@ -9,64 +9,34 @@ nobody trusts a marked token once its login is over, and a failed save is retrie
 
 from __future__ import annotations
 
-import functools
-import getpass
-import hmac
 import logging
-import os
-import socket
 import uuid
-from collections.abc import Callable
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from typing import NamedTuple, TypedDict, Unpack
+from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from .answer import Minted, read_answer
 from .backend import ACCOUNT_LOCK, Backend
-from .checks import require_aware, require_positive
-from .cipher import READABLE, VERSION, Binding, KeyRing, KeySource
 from .errors import (
-    KeyUnavailable,
     LoginError,
     LoginInterrupted,
     LoginLimited,
     LoginRefused,
     LoginSuperseded,
     StorageError,
-    StoreUnavailable,
     TokenNotStored,
-    TokenRefused,
 )
 from .interrupts import PutOff
-from .login import FIX_CODES, Login, SdkLogin
 from .notes import Applicant, Notes
-from .token import ExpiryPolicy, Secret, StoredToken, TokenResult, issued_at, subject
+from .refusals import FIX_CODES
+from .saving import Saving, result_of
+from .settings import Settings
+from .token import Secret, StoredToken, TokenResult
+from .token_cipher import TokenCipher
+from .users import Users, is_same_user, spellings
 
 logger = logging.getLogger(__name__)
 
 PROCESS = uuid.uuid4().hex  # goes into each login's audit entry; a forked child shares it and the pace
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments that every store takes.
-
-    Attributes:
-        login: the login; `SdkLogin()` by default. It is called only when a login is due.
-        keys: a `KeyRing`, or a callable that returns one (from a vault or a KMS); `KeyRing.default()` by default.
-        clock: returns the current time as an aware datetime; tests and notebooks set it.
-        actor: the name in the audit trail; `user@host:pid` by default.
-        policy: decides when tokens expire.
-        login_wait: how long to wait for another caller's login of the same user, in seconds; 60 by default.
-        renew_pause: how long `renew_token` waits before it logs the same user in again, in seconds; 600 by default.
-    """
-
-    login: Login
-    keys: KeySource
-    clock: Callable[[], datetime]
-    actor: str
-    policy: ExpiryPolicy
-    login_wait: float
-    renew_pause: float
 
 
 class Wish(NamedTuple):
@@ -83,41 +53,77 @@ class Wish(NamedTuple):
     refused: Secret | None = None
 
 
-class LifeCycle(Backend):
+class LifeCycle:
     """The steps between a caller who wants a token and a database that may have one."""
 
-    def __init__(self, **options: Unpack[Options]) -> None:
-        if unknown := sorted(set(options) - Options.__annotations__.keys()):
-            raise TypeError(f"{type(self).__name__} does not know {', '.join(unknown)}.")
-        self._login: Login = options.get("login") or SdkLogin()
-        self._keys = options.get("keys") or KeyRing.default
-        self._clock = options.get("clock") or functools.partial(datetime.now, UTC)
-        self._named_actor = options.get("actor")
-        self._policy = options.get("policy") or ExpiryPolicy()
-        self._login_wait = options.get("login_wait", 60.0)
-        require_positive("login_wait", self._login_wait)
-        self._renew_pause = options.get("renew_pause", 600.0)
-        require_positive("renew_pause", self._renew_pause)
-        self._key_ring: KeyRing | None = None
-        self._seen_user: str | None = None
-        self._user_of: dict[str, str] = {}  # an account always belongs to the same user
+    def __init__(self, backend: Backend, cipher: TokenCipher, users: Users, settings: Settings) -> None:
+        self._backend, self._cipher, self._users = backend, cipher, users
+        self._login, self._policy, self._renew_pause = settings.login, settings.policy, settings.renew_pause
+        self._now = settings.context.now
+        self._saving = Saving(backend, cipher, users, settings)
+        self._notes = Notes(backend, cipher)
 
-    def _log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
-        user_id = user_id or self._known_user(guess=not wish.deliberate)
+    def read(self, user_id: str) -> TokenResult | None:
+        """Return the user's working token, or None."""
+        now = self._now()
+        found = self._users.find(user_id, now + self._policy.margin, now)
+        return self._hand_out(found) if found else None
+
+    def read_or_log_in(self, user_id: str | None) -> TokenResult:
+        """Return the working token, or log in for a new one."""
+        user_id = user_id or self._users.guess(last=True)
+        return (user_id and self.read(user_id)) or self.log_in(user_id, Wish())
+
+    def renew(self, user_id: str, refused: Secret) -> TokenResult:
+        """Return a token other than the refused one."""
+        known, newest = self._users.look_up(user_id)
+        still_stored = newest is not None and self._cipher.is_of(newest, refused)
+        return (None if still_stored else self.read(known)) or self.log_in(known, Wish(refused=refused))
+
+    def adopt(self, minted: Minted) -> TokenResult:
+        """Store a token that was made elsewhere, or return the one that Upstox issued later."""
+        with self._backend.lock(minted.user_id.upper()):
+            try:
+                return self._saving.save(minted, None, self._now(), "adopted")
+            except LoginSuperseded:
+                if living := self.read(self._users.as_stored(minted.user_id)):
+                    return living
+                raise
+
+    def seconds_since_other_logins(self, seconds: float) -> list[float]:
+        """Return how many seconds ago other programs on this store began logins; see `Pace`."""
+        now = self._now()
+        begun = self._backend.logins_since(now - timedelta(seconds=seconds), PROCESS)
+        return [(now - each).total_seconds() for each in begun]
+
+    def refuse_a_guess(self, user_id: str, *, several: bool) -> None:
+        """Refuse several users for one account's credentials. Each wrong guess would cost a login."""
+        if not getattr(self._login, "account", None):
+            return
+        known = self._users.guess(last=False)
+        if known is None and several:
+            raise LoginRefused("The store's login knows one account, not whose. Set UPSTOX_USER_ID, or use Accounts.")
+        if known is not None and not is_same_user(known, user_id):
+            raise LoginRefused(
+                f"The store's login knows the account of {known}, not {user_id}. Use Accounts for several."
+            )
+
+    def log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
+        user_id = user_id or self._users.guess(last=not wish.deliberate)
         if user_id is None:
-            account = _account_of(self._login, None)
+            account = self._users.account_of(None)
             lock = f"{ACCOUNT_LOCK}{account or 'default'}"
-            with self._lock(lock):
+            with self._backend.lock(lock):
                 # Another caller may have logged in with this account since.
-                user_id = self._known_user(guess=not wish.deliberate)
+                user_id = self._users.guess(last=not wish.deliberate)
                 if user_id is None:
                     return self._log_in_locked(None, lock, wish)
         # The lock name is in upper case, because two spellings of one user must share a lock.
-        with self._lock(user_id.upper()):
+        with self._backend.lock(user_id.upper()):
             return self._log_in_locked(user_id, user_id.upper(), wish)
 
     def _log_in_locked(self, asked: str | None, lock: str, wish: Wish) -> TokenResult:
-        user_id, newest = self._look_up(asked) if asked else (None, None)
+        user_id, newest = self._users.look_up(asked) if asked else (None, None)
         if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, newest, wish)):
             return living
         now = self._now()
@@ -128,7 +134,7 @@ class LifeCycle(Backend):
         before = (newest.generation if newest else 0) if user_id else None
         with PutOff() as put_off:
             try:
-                self._begin_login(user_id, lock, now, {"process": PROCESS})
+                self._backend.begin_login(user_id, lock, now, {"process": PROCESS})
             except BaseException as error:
                 if not isinstance(error, StorageError):  # Ctrl-C came before the login, so no mark may stay.
                     self._end_quietly(lock)
@@ -144,28 +150,28 @@ class LifeCycle(Backend):
 
     def _living(self, user_id: str, newest: StoredToken | None, wish: Wish) -> TokenResult | None:
         """Return the user's token if no login is due. The caller holds the user's lock."""
-        if wish.refused and newest and self._holds(newest, wish.refused):
+        if wish.refused and newest and self._cipher.is_of(newest, wish.refused):
             return None
         now = self._now()
         alive_after = self._policy.worth_keeping(now)
-        found = self._find_as_written(user_id, alive_after, now, locked=True)
+        found = self._users.find(user_id, alive_after, now, locked=True)
         if found is None and self._doubt_is_cleared(user_id, alive_after):
-            found = self._find_as_written(user_id, alive_after, now, locked=True)
+            found = self._users.find(user_id, alive_after, now, locked=True)
         return self._hand_out(found) if found else None
 
     def _doubt_is_cleared(self, user_id: str, alive_after: datetime) -> bool:
         """Ask Upstox whether the token in doubt still works. If it does, a login would kill it for nothing."""
-        token, owner_of = self._in_doubt(user_id), getattr(self._login, "owner_of", None)
+        token, owner_of = self._backend.find_in_doubt(user_id), getattr(self._login, "owner_of", None)
         if token is None or owner_of is None or token.expires_at <= alive_after:
             return False
         try:
-            owner = owner_of(self._decrypt(token))
+            owner = owner_of(self._cipher.decrypt(token))
         except LoginError as error:
             logger.info("Upstox could not be asked whether the token of %s lives: %s", user_id, error)
             return False
-        if owner is None or not same_user(owner, user_id):
+        if owner is None or not is_same_user(owner, user_id):
             return False
-        self._clear_doubt(token)
+        self._backend.clear_doubt(token)
         logger.info("The token of %s lives, in spite of a login that came to no known end", user_id)
         return True
 
@@ -177,14 +183,14 @@ class LifeCycle(Backend):
         """
         if check := getattr(self._login, "check", None):
             check(user_id)
-        known = self._user_of_account(_account_of(self._login, user_id))
-        if user_id and known and not same_user(known, user_id):
+        known = self._users.user_of_account(self._users.account_of(user_id))
+        if user_id and known and not is_same_user(known, user_id):
             raise LoginRefused(f"These credentials log {known} in, not {user_id}. Use Accounts for several users.")
-        _ = self._ring
-        return self._login_notes.look(applicant, deliberate=wish.deliberate)
+        _ = self._cipher.ring
+        return self._notes.look(applicant, deliberate=wish.deliberate)
 
     def _refuse_to_renew_again(self, user_id: str) -> None:
-        left = self._renew_pause - self._login_notes.since_renewal(user_id)
+        left = self._renew_pause - self._notes.since_renewal(user_id)
         if left > 0:
             raise LoginLimited(
                 f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and is refused again, so "
@@ -213,9 +219,9 @@ class LifeCycle(Backend):
         logger.info("The login of %s failed: %s", user_id or "the default account", type(error).__name__)
         details = {"error": type(error).__name__} | ({"token_may_exist": True} if may_exist else {})
         try:
-            self._end_login(lock, in_doubt=may_exist)
-            self._record(user_id, "login_failed", self._now(), details)
-            self._login_notes.failed(applicant, error, frozenset(FIX_CODES))
+            self._backend.end_login(lock, in_doubt=may_exist)
+            self._backend.record(user_id, "login_failed", self._now(), details)
+            self._notes.failed(applicant, error, frozenset(FIX_CODES))
         except StorageError as unrecorded:  # The login's own error matters more.
             logger.warning("This failure is not written down in the store: %s", unrecorded)
 
@@ -230,13 +236,13 @@ class LifeCycle(Backend):
         refusal: str | None,
     ) -> TokenResult:
         """Store the new token, whatever happens: nobody else has it, and the earlier one is dead."""
-        as_asked = user_id is not None and same_user(user_id, minted.user_id)
+        as_asked = user_id is not None and is_same_user(user_id, minted.user_id)
         if user_id and as_asked:
             minted = minted._replace(user_id=user_id)
         interrupt: BaseException | None = None
         for last in (False, True):
             try:
-                result = self._save(minted, before if as_asked else None, now, "created")
+                result = self._saving.save(minted, before if as_asked else None, now, "created")
                 break
             except LoginSuperseded:
                 if not as_asked:
@@ -264,266 +270,33 @@ class LifeCycle(Backend):
 
     def _tidy_up(self, minted: Minted, as_asked: bool, lock: str, wish: Wish, refusal: str | None) -> None:
         """Do what remains once the token is stored. A failure here must not hide the token."""
-        if account := self._account_that_made(minted):
-            self._user_of[account] = minted.user_id
-        self._seen_user = minted.user_id
+        self._users.remember(minted.user_id, self._saving.account_that_made(minted))
         if not as_asked:  # Other users' tokens were marked, because nobody knew whose would be replaced.
             self._end_quietly(lock)
         try:
             if refusal:
-                self._erase_note(refusal)
+                self._backend.erase_note(refusal)
             if wish.refused:
-                self._login_notes.renewed(minted.user_id)
+                self._notes.renewed(minted.user_id)
         except StorageError as error:
             logger.warning("The token of %s is stored; the notes on its login are not: %s", minted.user_id, error)
-
-    def _account_that_made(self, minted: Minted) -> str | None:
-        """Return the account to bind to this token, or None if the token names a different user than the answer.
-
-        Such an answer would bind the account to a user that it cannot log in.
-        """
-        whose = subject(minted.token)
-        return None if whose and not same_user(whose, minted.user_id) else _account_of(self._login, minted.user_id)
 
     def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
         """Remove this login's marks, except that of the `doubted` user, whose token stays in doubt."""
         try:
             for spelling in spellings(doubted) if doubted else ():
-                self._end_login(lock, in_doubt=True, user_id=spelling)
-            self._end_login(lock, in_doubt=False)
+                self._backend.end_login(lock, in_doubt=True, user_id=spelling)
+            self._backend.end_login(lock, in_doubt=False)
         except StorageError as error:  # The marks stay and the lock is released: in doubt too.
             logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
 
-    def _save(self, minted: Minted, before: int | None, now: datetime, action: str) -> TokenResult:
-        """Store this token, unless the store has one that was issued later.
-
-        Args:
-            before: the user's latest generation when the login began under the user's lock; None if unknown.
-        """
-        issued = issued_at(minted.token)
-        if before is None:
-            minted = minted._replace(user_id=self._as_stored(minted.user_id))
-        latest, looked = before, before is not None  # The lock usually keeps other writers out.
-        for _ in range(5):
-            if not looked:
-                newest = self._newest(minted.user_id)
-                if newest is not None and newest.generation != before:
-                    if self._holds(newest, minted.token):
-                        return result_of(minted.token, newest)
-                    if not self._is_later(minted, newest, before, action):
-                        raise _superseded(minted)
-                latest = newest.generation if newest else 0
-            looked = False
-            token = self._encrypt(
-                minted.token,
-                StoredToken(
-                    user_id=minted.user_id,
-                    ciphertext="",
-                    key_id="",
-                    generation=(latest or 0) + 1,
-                    created_at=now,
-                    expires_at=self._policy.expires_at(minted.token, now),
-                    account=self._account_that_made(minted) if action == "created" else None,
-                    issued_at=issued,
-                    **minted.profile,
-                ),
-            )
-            try:
-                token.token_id = self._insert(token, action, minted.odd_fields)
-            except LoginSuperseded:
-                continue  # Another writer was faster. Compare the two tokens again.
-            logger.info("Stored token %s of %s", token.token_id, token.user_id)
-            return result_of(minted.token, token)
-        raise StoreUnavailable(f"Others store tokens of {minted.user_id} all the time. Try again.")
-
-    def _is_later(self, minted: Minted, newest: StoredToken, before: int | None, action: str) -> bool:
-        """Return whether Upstox issued this token after the newest stored one. This machine's clock does not matter."""
-        mine, other = issued_at(minted.token), newest.issued_at
-        if newest.ciphertext:  # Nobody can forge a ciphertext, and rows of earlier versions have no other time.
-            try:
-                other = issued_at(self._decrypt(newest))
-            except (KeyUnavailable, TokenRefused) as error:
-                logger.info("The stored token of %s cannot be compared: %s", minted.user_id, error)
-        elif other and other > self._now() + timedelta(days=1):
-            other = None  # Only a forger writes such a time, and it would keep every later token out.
-        if mine is None or other is None:
-            return before is None  # A login that lost its lock is the older one; all others are newer.
-        if mine == other and newest.in_doubt:
-            return True  # A login began after that token was stored.
-        owner_of = getattr(self._login, "owner_of", None)
-        if mine != other or owner_of is None or action == "adopted":
-            return mine > other
-        try:  # For two logins within one second, only Upstox knows which came later.
-            return owner_of(minted.token) is not None
-        except LoginError:
-            return False
-
-    # Users and accounts
-
-    def _known_user(self, *, guess: bool) -> str | None:
-        """Return the user for a caller who names none: the login knows it, or a token made by its account does.
-
-        Args:
-            guess: if the login tells no account, take the user it logged in last. A login that tells its account may
-                have changed it since, and a deliberate login is not bound by the past.
-        """
-        declared: str | None = getattr(self._login, "user_id", None)
-        account = _account_of(self._login, None)
-        return declared or self._user_of_account(account) or (self._seen_user if guess and not account else None)
-
-    def _user_of_account(self, account: str | None) -> str | None:
-        """Return the user of this account, from a token that decrypts as the account's.
-
-        Anyone who can write to the database can insert a row that names the account, and a program would then trade
-        with somebody else's token. So such a row is skipped, and so is one from an earlier version, which binds no
-        account.
-        """
-        if account is None or account in self._user_of:
-            return self._user_of.get(account or "")
-        for token in self._tokens_of_account(account):
-            try:
-                if token.account == account and not token.ciphertext.startswith("v1."):
-                    self._decrypt(token)
-                    self._user_of[account] = token.user_id
-                    return token.user_id
-            except (TokenRefused, KeyUnavailable):
-                logger.warning("A row of %s names this account and is not its own: it is passed over", token.user_id)
-        return None
-
-    def _look_up(self, user_id: str) -> tuple[str, StoredToken | None]:
-        """Return the spelling under which the store keeps this user, and the latest token.
-
-        A new user gets upper case, as Upstox writes ids. Two spellings would make two rows for one user, and the token
-        in one of them would be dead.
-        """
-        for spelling in spellings(user_id):
-            if newest := self._newest(spelling):
-                return spelling, newest
-        return user_id.upper(), None
-
-    def _as_stored(self, user_id: str) -> str:
-        return self._look_up(user_id)[0]
-
-    def _find_as_written(
-        self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False
-    ) -> StoredToken | None:
-        found = self._find(user_id, alive_after, now, locked=locked)
-        if found is None and user_id != user_id.upper():
-            found = self._find(user_id.upper(), alive_after, now, locked=locked)
-        return found
-
-    @property
-    def _login_notes(self) -> Notes:
-        # Each call makes new Notes. A kept one would refer back to the store, and an unused store would then stay open
-        # until the garbage collector runs.
-        return Notes(self, lambda: self._ring, self._kind)
-
     def _applicant(self, user_id: str | None) -> Applicant:
-        account = _account_of(self._login, user_id)
+        account = self._users.account_of(user_id)
+        digest_of = getattr(self._login, "credentials_digest", None)
         return Applicant(
             f"account {account}" if account else f"user {(user_id or '').upper()}",
-            tells(user_id) if (tells := getattr(self._login, "credentials_digest", None)) else None,
+            digest_of(user_id) if digest_of else None,
         )
 
-    def _holds(self, stored: StoredToken, token: Secret) -> bool:
-        """Return whether this is the stored token. The comparison takes constant time."""
-        if not stored.ciphertext:
-            return False
-        try:
-            kept = self._decrypt(stored).reveal().encode()
-        except (KeyUnavailable, TokenRefused):
-            return False
-        return hmac.compare_digest(kept, token.reveal().encode())
-
     def _hand_out(self, found: StoredToken) -> TokenResult:
-        return result_of(self._decrypt(found), found)
-
-    def _other_logins(self, seconds: float) -> list[float]:
-        """Return how many seconds ago other programs on this store began logins; see `Pace`."""
-        now = self._now()
-        return [
-            (now - begun).total_seconds() for begun in self._logins_since(now - timedelta(seconds=seconds), PROCESS)
-        ]
-
-    def _encrypt(self, secret: Secret, token: StoredToken) -> StoredToken:
-        """Return the token with the secret encrypted. A token with an older ciphertext version keeps that version."""
-        earlier = token.ciphertext.partition(".")[0]
-        version = earlier if earlier in READABLE else VERSION
-        binding = Binding(token.user_id, token.expires_at, token.generation, self._kind, token.account)
-        ciphertext = self._ring.encrypt(secret, binding, version)
-        return replace(token, ciphertext=ciphertext, key_id=self._ring.key_ids[0])
-
-    def _decrypt(self, token: StoredToken, kind: str | None = None) -> Secret:
-        """Decrypt the token. `kind` is the kind of the store it comes from, if that is another store."""
-        binding = Binding(token.user_id, token.expires_at, token.generation, kind or self._kind, token.account)
-        try:
-            return self._ring.decrypt(token.ciphertext, binding)
-        except KeyUnavailable as error:
-            # A long-running program picks up a newly added key here.
-            logger.info("Asking for the keys again: %s is not among them", error.key_id)
-            self._key_ring = None
-            return self._ring.decrypt(token.ciphertext, binding)
-
-    @property
-    def _ring(self) -> KeyRing:
-        # The key ring is loaded on first use, because history, audit and cleanup need no key.
-        if (ring := self._key_ring) is None:
-            ring = self._key_ring = self._keys() if callable(self._keys) else self._keys
-        return ring
-
-    def _now(self) -> datetime:
-        """Return the current time in UTC and in whole seconds, which every store can keep."""
-        return require_aware(self._clock(), "What the clock gives").replace(microsecond=0)
-
-    @property
-    def _actor(self) -> str:
-        return self._named_actor or f"{_user_and_host()}:{os.getpid()}"
-
-
-def _superseded(minted: Minted) -> LoginSuperseded:
-    error = LoginSuperseded(
-        f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
-    )
-    error.token, error.user_id = minted.token, minted.user_id
-    return error
-
-
-def _account_of(login: Login, user_id: str | None) -> str | None:
-    """Return the login's name for the credentials of this user, if it has one."""
-    tells = getattr(login, "account_of", None)
-    account: str | None = tells(user_id) if tells else getattr(login, "account", None)
-    return account
-
-
-def spellings(user_id: str) -> list[str]:
-    """Return the spellings a store may hold of this id: an earlier version kept the spelling of the login's answer."""
-    return list(dict.fromkeys((user_id, user_id.upper(), user_id.lower())))
-
-
-def same_user(one: str, other: str) -> bool:
-    return one.upper() == other.upper()
-
-
-def result_of(secret: Secret, token: StoredToken) -> TokenResult:
-    return TokenResult(
-        secret,
-        {
-            "user_id": token.user_id,
-            "user_name": token.user_name,
-            "email": token.email,
-            "token_id": token.token_id,
-            "created_at": token.created_at,
-            "expires_at": token.expires_at,
-            "usage_count": token.usage_count,
-            **({"source": token.source} if token.source else {}),
-        },
-    )
-
-
-@functools.cache
-def _user_and_host() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # A container may run as a user id without a name.
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+        return result_of(self._cipher.decrypt(found), found)

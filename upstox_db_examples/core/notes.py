@@ -12,25 +12,18 @@ older one back.)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from .cipher import Binding, KeyRing
+from .backend import Backend
+from .cipher import Binding
 from .errors import KeyUnavailable, LoginError, LoginLimited, LoginRefused, TokenRefused
 from .token import Secret
+from .token_cipher import TokenCipher
 
 LONGEST_LIMIT = 1800.0  # seconds; longer than Upstox's longest, so that a wrong number blocks nobody for a day
 UNKNOWN_REFUSAL = 900.0  # seconds of pause after a refusal with an unknown code: it may go away by itself
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-class Notepad(Protocol):
-    """The storage for notes: a part of backend.py."""
-
-    def _notes(self, names: list[str]) -> tuple[float, dict[str, str]]: ...
-    def _write_note(self, name: str, text: str) -> None: ...
-    def _erase_note(self, name: str) -> None: ...
 
 
 class Applicant(NamedTuple):
@@ -46,16 +39,10 @@ class Applicant(NamedTuple):
 
 
 class Notes:
-    """The notes of one store.
+    """The notes of one store. Each is bound to the kind of store, so a note from another kind of store is ignored."""
 
-    Args:
-        pad: the storage for the notes.
-        ring: returns the key ring.
-        kind: the kind of store, so that a note from another kind of store is ignored.
-    """
-
-    def __init__(self, pad: Notepad, ring: Callable[[], KeyRing], kind: str) -> None:
-        self._pad, self._ring, self._kind = pad, ring, kind
+    def __init__(self, backend: Backend, cipher: TokenCipher) -> None:
+        self._backend, self._cipher = backend, cipher
 
     def look(self, applicant: Applicant, *, deliberate: bool) -> str | None:
         """Check that this login may be tried now.
@@ -122,22 +109,22 @@ class Notes:
         self._write(f"renewal {user_id}", {})
 
     def _read(self, *names: str) -> tuple[float, dict[str, dict[str, Any]]]:
-        now, sealed = self._pad._notes(list(names))
+        now, sealed = self._backend.read_notes(names)
         notes = {}
         for name, text in sealed.items():
             try:
-                notes[name] = json.loads(self._ring().decrypt(text, self._binding(name)).reveal())
+                notes[name] = json.loads(self._cipher.ring.decrypt(text, self._binding(name)).reveal())
             except (TokenRefused, KeyUnavailable):
                 continue  # Its writer did not have one of our keys.
         return now, notes
 
     def _write(self, name: str, note: dict[str, Any]) -> None:
-        now, _ = self._pad._notes([])
+        now, _ = self._backend.read_notes([])
         text = json.dumps({**note, "at": now})
-        self._pad._write_note(name, self._ring().encrypt(Secret(text), self._binding(name)))
+        self._backend.write_note(name, self._cipher.ring.encrypt(Secret(text), self._binding(name)))
 
     def _binding(self, name: str) -> Binding:
-        return Binding(name, EPOCH, 0, f"login note of {self._kind}")
+        return Binding(name, EPOCH, 0, f"login note of {self._backend.store_kind}")
 
 
 def _left(note: dict[str, Any], now: float) -> float:

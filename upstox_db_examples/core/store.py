@@ -1,29 +1,66 @@
-"""The public interface: the methods that all five stores have. The life of a token is in life_cycle.py."""
+"""The public interface: the methods that all five stores have.
+
+A store holds a backend (backend.py), which does the work in one kind of database, and a life cycle (life_cycle.py),
+which decides when to log in.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Self
 
 from .answer import Minted, read_answer
+from .backend import Backend
 from .batch import PACE, BatchResult, Pace, store_batch
 from .checks import check_user_id, is_unicode, require_limit, require_user_id
-from .errors import InvalidInput, KeyUnavailable, LoginError, LoginSuperseded, StorageError, TokenRefused
-from .life_cycle import LifeCycle, Options, Wish, same_user
+from .errors import InvalidInput, KeyUnavailable, LoginError, StorageError, TokenRefused
+from .life_cycle import LifeCycle, Wish
 from .login import log_out, owner_of
+from .settings import Options, Settings
 from .token import Secret, TokenResult, issued_at, jwt_expiry, subject
+from .token_cipher import TokenCipher
+from .users import Users, is_same_user
 
 __all__ = ["Options", "TokenStorage"]
 
 logger = logging.getLogger(__name__)
 
-BATCH = 500  # rows per transaction in cleanup and key rotation, so that nobody is locked out for long
+ROWS_AT_ONCE = 500  # in one transaction in cleanup and key rotation, so that nobody is locked out for long
 
 
-class TokenStorage(LifeCycle):
-    """Keeps one working Upstox token per user. It is a context manager, and threads can share it."""
+class TokenStorage:
+    """Keeps one working Upstox token per user. It is a context manager, and threads can share it.
+
+    Attributes:
+        backend: the operations on the database. Callers rarely need it; export, import and migrate use it.
+        cipher: encrypts and decrypts this store's tokens.
+        login: the login that is called when a login is due.
+    """
+
+    def __init__(self, backend: Backend, settings: Settings) -> None:
+        self.backend = backend
+        self.cipher = TokenCipher(settings.keys, backend.store_kind)
+        self.login = settings.login
+        self._policy, self._now = settings.policy, settings.context.now
+        self._users = Users(backend, self.cipher, settings.login)
+        self._life_cycle = LifeCycle(backend, self.cipher, self._users, settings)
+
+    def init_database(self, runtime_role: str | None = None) -> None:
+        """Make the tables, or upgrade those of an older version. This is safe to repeat and to run concurrently.
+
+        Opening a store does this already.
+
+        Args:
+            runtime_role: a role to make, or to grant the least rights that storing and reading need. Run this as the
+                owner of the database. SQLite has no roles.
+
+        Raises:
+            ConfigurationError: the database is not usable, or this role may not change it.
+            InvalidInput: this kind of store has no roles.
+        """
+        self.backend.init_database(runtime_role)
 
     def store_token(self, user_identifier: str | None = None) -> TokenResult:
         """Log in, whatever is stored, and keep the new token. This kills the user's earlier token.
@@ -41,7 +78,7 @@ class TokenStorage(LifeCycle):
             StoreUnavailable: the database accepts no writes; no login was spent.
             TokenNotStored: the database failed after the login; the error carries the token.
         """
-        return self._log_in(check_user_id(user_identifier), Wish(deliberate=True))
+        return self._life_cycle.log_in(check_user_id(user_identifier), Wish(deliberate=True))
 
     def get_valid_token(self, user_id: str) -> TokenResult | None:
         """Return the user's working token, or None. This never logs in and needs no credentials.
@@ -52,9 +89,7 @@ class TokenStorage(LifeCycle):
         Raises:
             KeyUnavailable, TokenRefused: there is a token, but it cannot be read or trusted.
         """
-        now = self._now()
-        found = self._find_as_written(require_user_id(user_id), now + self._policy.margin, now)
-        return self._hand_out(found) if found else None
+        return self._life_cycle.read(require_user_id(user_id))
 
     def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
         """Return the working token, or log in for a new one. If many call at once, one logs in and all get its token.
@@ -66,8 +101,7 @@ class TokenStorage(LifeCycle):
             the errors of `store_token` and `get_valid_token`. It also raises LoginRefused if Upstox has already refused
             the same credentials to any program on this store.
         """
-        user_id = check_user_id(user_id) or self._known_user(guess=True)
-        return (user_id and self.get_valid_token(user_id)) or self._log_in(user_id, Wish())
+        return self._life_cycle.read_or_log_in(check_user_id(user_id))
 
     def renew_token(self, user_id: str, refused_token: str | Secret | Mapping[str, Any]) -> TokenResult:
         """Return a token other than the refused one, for a caller that got a 401 (UDAPI100050) from Upstox.
@@ -89,9 +123,7 @@ class TokenStorage(LifeCycle):
             user_id, refused = require_user_id(user_id), _refused(refused_token)
         finally:
             del refused_token  # A traceback that prints local variables must not show it.
-        known, newest = self._look_up(user_id)
-        still_stored = newest is not None and self._holds(newest, refused)
-        return (None if still_stored else self.get_valid_token(known)) or self._log_in(known, Wish(refused=refused))
+        return self._life_cycle.renew(user_id, refused)
 
     def save_token(self, response: object, *, verify: bool = False) -> TokenResult:
         """Keep a token that was made elsewhere: by a notifier webhook, an OAuth code, or a dashboard.
@@ -122,19 +154,12 @@ class TokenStorage(LifeCycle):
             raise InvalidInput(f"This is no token response: {error}") from None
         finally:
             del response
-        now = self._now()
-        self._refuse_another_kind(minted, now)
+        self._refuse_another_kind(minted)
         if verify:
-            owner = getattr(self._login, "owner_of", owner_of)(minted.token)
-            if owner is None or not same_user(owner, minted.user_id):
+            owner = getattr(self.login, "owner_of", owner_of)(minted.token)
+            if owner is None or not is_same_user(owner, minted.user_id):
                 raise InvalidInput(f"Upstox does not take this as a living token of {minted.user_id}.")
-        with self._lock(minted.user_id.upper()):
-            try:
-                return self._save(minted, None, now, "adopted")
-            except LoginSuperseded:
-                if living := self.get_valid_token(self._as_stored(minted.user_id)):
-                    return living
-                raise
+        return self._life_cycle.adopt(minted)
 
     def store_token_batch(
         self, user_ids: Iterable[str], *, replace: bool = False, progress: bool = True, pace: Pace = PACE
@@ -160,7 +185,7 @@ class TokenStorage(LifeCycle):
         Raises:
             InvalidInput: `user_ids` is not a list of strings. There is no other error: a failed account is a result.
         """
-        return store_batch(self, user_ids, replace=replace, progress=progress, pace=pace)
+        return store_batch(self._life_cycle, user_ids, replace=replace, progress=progress, pace=pace)
 
     def get_token_history(self, user_id: str, limit: int = 10) -> list[dict[str, Any]]:
         """Return the records of the user's tokens, newest first, without the tokens themselves.
@@ -169,14 +194,15 @@ class TokenStorage(LifeCycle):
         `broker`, `usage_count`, `last_used_at`. Times are ISO text in UTC.
         """
         user_id, limit, now = require_user_id(user_id), require_limit(limit), self._now()
-        return self._history(user_id, limit, now) or self._history(user_id.upper(), limit, now)
+        read = self.backend.read_history
+        return read(user_id, limit, now) or read(user_id.upper(), limit, now)
 
     def get_user_statistics(self, user_id: str) -> dict[str, Any]:
         """Count `total_tokens`, `active_tokens`, `total_usage`, `avg_usage_per_token`; `last_generation`, `last_usage`.
 
         An unknown user has zeros, and None for the two times.
         """
-        return self._statistics(self._as_stored(require_user_id(user_id)), self._now())
+        return self.backend.read_statistics(self._users.as_stored(require_user_id(user_id)), self._now())
 
     def get_audit_trail(self, user_id: str, limit: int = 50) -> list[dict[str, Any]]:
         """Return the user's audit entries, newest first: what was done, by whom and when. This needs no key.
@@ -186,7 +212,7 @@ class TokenStorage(LifeCycle):
         names, never the values, of fields in Upstox's answer that were missing, null, of another type or unknown.
         """
         user_id, limit = require_user_id(user_id), require_limit(limit)
-        return self._audit(user_id, limit) or self._audit(user_id.upper(), limit)
+        return self.backend.read_audit_trail(user_id, limit) or self.backend.read_audit_trail(user_id.upper(), limit)
 
     def revoke_token(self, user_id: str) -> bool:
         """Forget the user's token: erase its ciphertext, so that nobody gets it again.
@@ -196,8 +222,8 @@ class TokenStorage(LifeCycle):
         Returns:
             whether there was a token.
         """
-        user_id = self._as_stored(require_user_id(user_id))
-        revoked = self._revoke(user_id, self._now())
+        user_id = self._users.as_stored(require_user_id(user_id))
+        revoked = self.backend.revoke(user_id, self._now())
         logger.info("Revoked the token of %s" if revoked else "%s had no token to revoke", user_id)
         return revoked
 
@@ -210,12 +236,12 @@ class TokenStorage(LifeCycle):
         Raises:
             LoginInterrupted: Upstox could not be told. The token is still stored, so you can try again.
         """
-        user_id = self._as_stored(require_user_id(user_id))
-        with self._lock(user_id.upper()):
-            newest = self._newest(user_id)
+        user_id = self._users.as_stored(require_user_id(user_id))
+        with self.backend.lock(user_id.upper()):
+            newest = self.backend.find_newest(user_id)
             if newest is None or not newest.ciphertext:
                 return False
-            ended: bool = getattr(self._login, "log_out", log_out)(self._decrypt(newest))
+            ended: bool = getattr(self.login, "log_out", log_out)(self.cipher.decrypt(newest))
             self.revoke_token(user_id)
         return ended
 
@@ -226,7 +252,7 @@ class TokenStorage(LifeCycle):
             how many there were.
         """
         removed = 0
-        while batch := self._expire(self._now(), BATCH):
+        while batch := self.backend.expire(self._now(), ROWS_AT_ONCE):
             removed += batch
         logger.info("Erased %s dead tokens", removed)
         return removed
@@ -243,7 +269,7 @@ class TokenStorage(LifeCycle):
         if type(days_to_keep) is not int or not 0 <= days_to_keep <= 36_500:
             raise InvalidInput("days_to_keep must be a whole number of days from 0 up.")
         before, removed = self._now() - timedelta(days=days_to_keep), 0
-        while batch := self._forget_entries(before, BATCH):
+        while batch := self.backend.delete_entries(before, ROWS_AT_ONCE):
             removed += batch
         logger.info("Deleted %s audit entries", removed)
         return removed
@@ -263,19 +289,19 @@ class TokenStorage(LifeCycle):
         """
         rotated = 0
         refused: dict[str, StorageError] = {}
-        self._key_ring = None  # This program may have started before the newest key was made.
+        self.cipher.reload()  # This program may have started before the newest key was made.
         # The ring is also reloaded when it lacks a token's key, and its first key may change then. So look at the first
         # key again for each batch. Otherwise a batch under the old first key would be re-encrypted forever.
-        while batch := self._under_other_keys(newest := self._ring.key_ids[0], BATCH):
+        while batch := self.backend.find_under_other_keys(newest := self.cipher.ring.key_ids[0], ROWS_AT_ONCE):
             pairs = []
             for old in batch:
                 try:
-                    pairs.append((old, self._encrypt(self._decrypt(old), old)))
+                    pairs.append((old, self.cipher.replace_ciphertext(old, self.cipher.decrypt(old))))
                 except (KeyUnavailable, TokenRefused) as error:
                     refused[old.user_id] = error
             if not pairs:
                 break
-            rotated += self._replace_ciphertexts(pairs)
+            rotated += self.backend.replace_ciphertexts(pairs)
         if refused:
             first, users = next(iter(refused.values())), ", ".join(sorted(refused))
             first.args = (f"Encrypted again: {rotated}, but not the tokens of {users}. The first: {first}",)
@@ -288,11 +314,18 @@ class TokenStorage(LifeCycle):
 
         A key that is not listed can be thrown away, unless you keep a backup or an export that needs it.
         """
-        return self._count_keys()
+        return self.backend.count_keys()
 
     def get_storage_status(self) -> dict[str, Any]:
         """Return "healthy" or "error: …" with what to do for each database, and a `timestamp`. This never raises."""
-        return {**self._health(), "timestamp": self._now().isoformat()}
+        return {**self.backend.check_health(), "timestamp": self._now().isoformat()}
+
+    def close(self) -> None:
+        """Close what this store opened. A second call is harmless; any other later call raises `StoreUnavailable`."""
+        self.backend.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.backend.where})"
 
     def __enter__(self) -> Self:
         return self
@@ -300,14 +333,15 @@ class TokenStorage(LifeCycle):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_another_kind(self, minted: Minted, now: datetime) -> None:
+    def _refuse_another_kind(self, minted: Minted) -> None:
         """Refuse anything but a working access token of that user, as far as the token itself tells."""
+        now = self._now()
         if not is_unicode(minted.token.reveal()):
             raise InvalidInput(f"What is given as a token of {minted.user_id} holds half a character: it is no token.")
         dies, issued, whose = jwt_expiry(minted.token), issued_at(minted.token), subject(minted.token)
         if dies and dies <= now:
             raise InvalidInput(f"This token of {minted.user_id} died at {dies.isoformat()}.")
-        if whose and not same_user(whose, minted.user_id):
+        if whose and not is_same_user(whose, minted.user_id):
             raise InvalidInput(f"This token does not belong to {minted.user_id}, but to another user.")
         if issued and issued > now + self._policy.margin:
             raise InvalidInput("This token was issued in the future. Check this machine's clock.")
@@ -316,10 +350,6 @@ class TokenStorage(LifeCycle):
                 "This token lives longer than an access token can. It is of another kind: an extended or an analytics "
                 "token only reads, a sandbox token trades nowhere."
             )
-
-    def _replace_token(self, user_id: str) -> TokenResult:
-        """Log in for a batch, whatever is stored. Unlike `store_token`, this does not override an earlier refusal."""
-        return self._log_in(check_user_id(user_id), Wish(replace=True))
 
 
 def _refused(token: str | Secret | Mapping[str, Any]) -> Secret:

@@ -1,6 +1,7 @@
 """Pattern 4: Redis in front of PostgreSQL."""
 
 from ..postgresql.queries import HANDED_OUT
+from .backend import FOLD_AT
 from .queries import (
     ACTIVE_USERS,
     FOLD,
@@ -9,7 +10,7 @@ from .queries import (
     MARK_OF,
 )
 from .redis import runtime_acl
-from .store import FOLD_AT, HybridUpstoxStorage
+from .store import HybridUpstoxStorage
 
 __all__ = [
     "ACTIVE_USERS",

@@ -10,6 +10,7 @@ WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s AND {
 """
 ACTIVE_USERS = "SELECT user_id FROM upstox_tokens WHERE is_active"
 MARK_OF = "SELECT login_lock FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND login_lock IS NOT NULL"
+IS_FOLDED_ONCE = "SELECT to_regclass('one_entry_a_use') IS NOT NULL AS there"
 # The audit trail knows which uses it holds, so folding a use twice changes nothing.
 FOLDED_ONCE = """
 CREATE UNIQUE INDEX one_entry_a_use ON upstox_token_audit ((metadata ->> 'use')) WHERE metadata ->> 'use' IS NOT NULL

@@ -74,14 +74,14 @@ class Buried(NamedTuple):
 
 
 class Use(NamedTuple):
-    """A use that was counted in Redis. `entry` is its id in the stream, and `use` is a globally unique id."""
+    """A use that was counted in Redis. `entry` is its id in the stream, and `use_id` is globally unique."""
 
     entry: str
     token: int
     user: str
     actor: str
     at: datetime
-    use: str
+    use_id: str
 
 
 class RedisTokens:
@@ -125,7 +125,7 @@ class RedisTokens:
         # The braces make a Redis Cluster keep all keys in one slot, because a script may only touch keys of one slot.
         self._prefix = f"{{{prefix}}}:"
         self._uses = f"{self._prefix}uses"
-        self._use = self._client.register_script((LUA / "use.lua").read_text())
+        self._read_and_count = self._client.register_script((LUA / "use.lua").read_text())
         self._put = self._client.register_script((LUA / "put.lua").read_text())
         self._drop = self._client.register_script((LUA / "drop.lua").read_text())
         self._dig_up = self._client.register_script((LUA / "dig_up.lua").read_text())
@@ -134,25 +134,25 @@ class RedisTokens:
         self._lock = threading.Lock()
         self._answer(self._refuse_a_wrong_configuration)
 
-    def use(
-        self, user_id: str, alive_after: datetime, now: datetime, actor: str, use: str, *, insist: bool = False
+    def read_and_count(
+        self, user_id: str, alive_after: datetime, now: datetime, actor: str, use_id: str, *, insist: bool = False
     ) -> Found:
         """Get the token in one round trip, if it is there and still believed, and count the use.
 
         Args:
-            use: a unique id for this use.
+            use_id: unique, so that this use counts once.
             insist: also hand out a copy that is no longer believed.
         """
         keys = [*self._keys(user_id), self._uses]
-        values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use, int(insist)]
-        answer = self._answer(lambda: self._use(keys=keys, args=values), insist=insist)
+        values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use_id, int(insist)]
+        answer = self._answer(lambda: self._read_and_count(keys=keys, args=values), insist=insist)
         if answer is None:
             return Found("no answer")
         what, clock, *more = answer
         if _text(what) != "used":
             return Found(_text(what), int(clock))  # type: ignore[arg-type]
         text, count, waiting = more
-        token = _loaded(user_id, _text(text), int(count))
+        token = _load(user_id, _text(text), int(count))
         if token is None:  # Now PostgreSQL is asked. The id of this use ensures that it counts once.
             return Found("nothing", int(clock))
         return Found("used", int(clock), token, int(waiting))
@@ -171,7 +171,7 @@ class RedisTokens:
         if lifetime <= 0:
             return -1
         keys = self._keys(token.user_id)
-        values: list[str | int] = [_dumped(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
+        values: list[str | int] = [_dump(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
         values += [token.usage_count, lifetime, self._believed_ms, since, tombstone]
         answer = self._answer(lambda: self._put(keys=keys, args=values), insist=not since)
         return None if answer is None else int(answer)
@@ -207,13 +207,13 @@ class RedisTokens:
         """Remove a copy that is no longer believed, because PostgreSQL has no such token."""
         self._answer(lambda: self._drop(keys=self._keys(user_id)[:1]))
 
-    def uses(self, limit: int) -> list[Use]:
+    def list_uses(self, limit: int) -> list[Use]:
         """Return uses that wait to be folded into PostgreSQL, oldest first."""
         entries = self._answer(lambda: self._client.xrange(self._uses, count=limit)) or []
         uses, foreign = [], []
         for entry, fields in entries:
             try:
-                uses.append(_use(_text(entry), {_text(k): _text(v) for k, v in fields.items()}))
+                uses.append(_read_use(_text(entry), {_text(k): _text(v) for k, v in fields.items()}))
             except (KeyError, ValueError, OverflowError, OSError):
                 foreign.append(entry)
         if foreign:
@@ -353,12 +353,12 @@ def _seconds(moment: datetime) -> int:
     return int(moment.timestamp())
 
 
-def _dumped(token: StoredToken) -> str:
+def _dump(token: StoredToken) -> str:
     times = {"created_at": _seconds(token.created_at), "expires_at": _seconds(token.expires_at)}
     return json.dumps({**{name: getattr(token, name) for name in COPIED}, **times, "token_id": token.token_id})
 
 
-def _loaded(user_id: str, text: str, count: int) -> StoredToken | None:
+def _load(user_id: str, text: str, count: int) -> StoredToken | None:
     """Load the copy. Return None if the program that made it left out the account that the ciphertext is bound to."""
     # Use the requested user and not one that the copy names. Otherwise another user's copy would get through.
     try:
@@ -372,7 +372,7 @@ def _loaded(user_id: str, text: str, count: int) -> StoredToken | None:
         raise TokenRefused(f"The copy of {user_id}'s token in Redis is not one of ours. Delete its key.") from error
 
 
-def _use(entry: str, fields: dict[str, str]) -> Use:
+def _read_use(entry: str, fields: dict[str, str]) -> Use:
     at = datetime.fromtimestamp(int(fields["at"]), UTC)
     token = int(fields["token"])
     if token >= 2**63:

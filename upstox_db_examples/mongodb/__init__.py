@@ -1,7 +1,9 @@
 """Pattern 3: MongoDB with a TTL."""
 
+from .backend import MOVE_AFTER
+from .documents import ATTEMPTS
 from .schema import runtime_role
-from .store import ATTEMPTS, MOVE_AFTER, MongoUpstoxStorage
+from .store import MongoUpstoxStorage
 
 __all__ = [
     "ATTEMPTS",

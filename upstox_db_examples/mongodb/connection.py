@@ -43,7 +43,7 @@ class MongoDBConnection:
         self._name = name
         self._timeout = timeout
         self._closed = False
-        self.where = _described(url, name)
+        self.where = _describe(url, name)
         self._connect()
 
     @contextmanager
@@ -63,7 +63,7 @@ class MongoDBConnection:
                 yield self._db
         except (PyMongoError, BSONError) as error:
             _forget_frames(error)
-            raise _explained(error, self.where, self._timeout) from error
+            raise _translate_error(error, self.where, self._timeout) from error
         except StorageError as error:
             _forget_frames(error.__cause__)
             raise
@@ -94,7 +94,7 @@ class MongoDBConnection:
         raise ConfigurationError(f"{self.where} is not a database that pymongo can use. Check the URL and the name.")
 
 
-def _described(url: Secret, name: str) -> str:
+def _describe(url: Secret, name: str) -> str:
     """Say where the database is, without any password."""
     try:
         if url.reveal().startswith("mongodb+srv://"):  # DNS has the hosts.
@@ -118,7 +118,7 @@ def _forget_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-_EXPLANATIONS: dict[int, tuple[type[StorageError], str]] = {
+_TRANSLATIONS: dict[int, tuple[type[StorageError], str]] = {
     13: (
         ConfigurationError,
         "does not allow this user to do that. Grant it readWrite on the database; or if it has a role with the least "
@@ -135,10 +135,10 @@ def index_keys(error: DuplicateKeyError) -> tuple[str, ...]:
     return tuple((error.details or {}).get("keyPattern", {}))
 
 
-def _explained(error: Exception, where: str, timeout: float) -> StorageError:
+def _translate_error(error: Exception, where: str, timeout: float) -> StorageError:
     code = getattr(error, "code", None)
-    if code in _EXPLANATIONS:
-        kind, what = _EXPLANATIONS[code]
+    if code in _TRANSLATIONS:
+        kind, what = _TRANSLATIONS[code]
         return kind(f"MongoDB at {where} {what}")
     if isinstance(error, DuplicateKeyError):
         return ConfigurationError(

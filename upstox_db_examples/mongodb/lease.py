@@ -57,7 +57,7 @@ class Leases:
         self._holding = _Holding()
 
     @contextmanager
-    def held(self, name: str, wait: float) -> Iterator[None]:
+    def hold(self, name: str, wait: float) -> Iterator[None]:
         """Hold the lease of this name.
 
         Raises:

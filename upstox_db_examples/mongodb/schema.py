@@ -16,7 +16,7 @@ __all__ = ["runtime_role"]  # for callers; the rest belongs to the MongoDB store
 logger = logging.getLogger(__name__)
 
 # Never change what a released version made. A later version only adds, because older programs may still be running.
-VERSION = 2
+SCHEMA_VERSION = 2
 UNAUTHORIZED = 13
 ALREADY_THERE = 48
 ROLE_ALREADY_THERE = 51002
@@ -171,20 +171,22 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
     """
     found = db.schema_version.find_one({"_id": "upstox"})
     version = found["version"] if found else 0
-    if version == VERSION:
+    if version == SCHEMA_VERSION:
         return
-    if version > VERSION:
-        raise ConfigurationError(f"{where} has schema version {version}; this package knows {VERSION}. Upgrade it.")
+    if version > SCHEMA_VERSION:
+        raise ConfigurationError(
+            f"{where} has schema version {version}; this package knows {SCHEMA_VERSION}. Upgrade it."
+        )
     try:
         _make_all(db, where, is_ours=found is not None)
     except OperationFailure as error:
         if error.code != UNAUTHORIZED:
             raise
         raise ConfigurationError(
-            f"{where} has schema version {version}, this package needs {VERSION}, and this user has no right to bring "
-            "it there. Let the owner of the database, with dbOwner on it, run: upstox-db init --runtime-role ROLE"
+            f"{where} has schema version {version}, this package needs {SCHEMA_VERSION}, and this user has no right to "
+            "bring it there. Let the owner of the database, with dbOwner on it, run: upstox-db init --runtime-role ROLE"
         ) from error
-    logger.info("%s has schema version %s now", where, VERSION)
+    logger.info("%s has schema version %s now", where, SCHEMA_VERSION)
 
 
 def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> None:
@@ -204,7 +206,7 @@ def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> Non
     for name, indexes in INDEXES.items():
         for keys, options in indexes:
             _make_index(db, name, keys, options, where)
-    db.schema_version.update_one({"_id": "upstox"}, {"$max": {"version": VERSION}})
+    db.schema_version.update_one({"_id": "upstox"}, {"$max": {"version": SCHEMA_VERSION}})
 
 
 def _make_collection(db: Database[dict[str, Any]], name: str, validator: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from typing import Unpack
 from ..core.checks import require_pool_size, require_positive
 from ..core.errors import StorageError, StoreUnavailable
 from ..core.pool import Pool, PoolClosed, PoolTimeout
-from ..core.store import Options
-from ..sqlite.connections import SQLiteConnections, connected, explained
+from ..core.settings import Options, Settings
+from ..sqlite.connections import SQLiteConnections, open_connection, resolve_path, translate_error
 from ..sqlite.store import SQLiteUpstoxStorage
 
 logger = logging.getLogger(__name__)
@@ -37,8 +37,6 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         ConfigurationError: the path cannot be used, or the file holds something else.
     """
 
-    _connections: PooledConnections
-
     def __init__(
         self,
         db_path: str | os.PathLike[str] = "upstox.db",
@@ -50,9 +48,10 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
     ) -> None:
         require_pool_size(pool_size)
         require_positive("timeout", timeout)
-        self.pool_size = pool_size
-        self._timeout = timeout
-        super().__init__(db_path, audit_reads=audit_reads, **options)
+        settings = Settings(type(self).__name__, options)
+        connections = PooledConnections(resolve_path(db_path), pool_size, timeout)
+        self.pool_size, self._pool = pool_size, connections.pool
+        self._open(connections, settings, audit_reads)
 
     def pool_status(self) -> dict[str, int]:
         """Tell how the pool is used now.
@@ -61,11 +60,8 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
             `size`: how many connections there can be. `in_use`: how many are borrowed. `idle`: how many are open and
             free. `unopened`: how many are not open, because nobody needed them yet or they saw an error.
         """
-        in_use, idle = self._connections.pool.counts()
+        in_use, idle = self._pool.counts()
         return {"size": self.pool_size, "in_use": in_use, "idle": idle, "unopened": self.pool_size - in_use - idle}
-
-    def _connections_to(self, path: Path) -> PooledConnections:
-        return PooledConnections(path, self.pool_size, self._timeout)
 
 
 class PooledConnections(SQLiteConnections):
@@ -80,10 +76,10 @@ class PooledConnections(SQLiteConnections):
     def __init__(self, path: Path, size: int, timeout: float) -> None:
         super().__init__(path)
         self._timeout = timeout
-        self.pool = Pool(lambda: connected(path), sqlite3.Connection.close, size=size, timeout=timeout)
+        self.pool = Pool(lambda: open_connection(path), sqlite3.Connection.close, size=size, timeout=timeout)
 
-    def lent(self) -> AbstractContextManager[sqlite3.Connection]:
-        """Lend a connection, as `SQLiteConnections.lent` does.
+    def lend(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Lend a connection, as `SQLiteConnections.lend` does.
 
         Raises:
             StoreUnavailable: also if no connection became free in time.
@@ -94,7 +90,7 @@ class PooledConnections(SQLiteConnections):
         self._closed = True
         self.pool.close()
 
-    def explained(self, error: PoolTimeout | PoolClosed | sqlite3.Error) -> StorageError:
+    def translate_error(self, error: PoolTimeout | PoolClosed | sqlite3.Error) -> StorageError:
         """Translate this error into one of ours."""
         if isinstance(error, PoolClosed):
             return StoreUnavailable("This store is closed.")
@@ -103,7 +99,7 @@ class PooledConnections(SQLiteConnections):
                 f"No connection to {self.path} came free for {self._timeout:g} s; pool_size is {self.pool.size}. "
                 "Hold connections for a shorter time, or use a larger pool_size."
             )
-        return explained(error, self.path)
+        return translate_error(error, self.path)
 
 
 class _Borrowed:
@@ -118,7 +114,7 @@ class _Borrowed:
         try:
             self._conn = self._loan.__enter__()
         except (PoolTimeout, PoolClosed, sqlite3.Error) as error:
-            raise self._connections.explained(error) from error
+            raise self._connections.translate_error(error) from error
         return self._conn
 
     def __exit__(self, kind: object, raised: BaseException | None, traceback: object) -> None:
@@ -133,6 +129,6 @@ class _Borrowed:
         if error is not None:
             logger.info("Closed a connection to %s after %s", self._connections.path, type(error).__name__)
         if isinstance(error, sqlite3.Error):
-            raise self._connections.explained(error) from error
+            raise self._connections.translate_error(error) from error
         if error is not raised and error is not None:
             raise error

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import re
 import select
 import threading
 import time
@@ -20,13 +19,13 @@ from typing import Any, cast
 
 import psycopg2
 import psycopg2.extras
-from psycopg2 import errorcodes
 from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_dsn
 
 from ..core.backend import LocalLocks, lock_not_had
-from ..core.errors import ConfigurationError, StorageError, StoreUnavailable
+from ..core.errors import ConfigurationError, StoreUnavailable
 from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.token import Secret
+from .errors import translate_error
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class PostgreSQLConnections:
     def __init__(self, dsn: Secret, pool_size: int, timeout: float) -> None:
         self._dsn = dsn
         self._timeout = timeout
-        self.where = _described(dsn)
+        self.where = _describe(dsn)
         self._hosts = _one_by_one(dsn)
         # A returned connection has no transaction to roll back, because each message is its own transaction.
         self._pool: Pool[connection] = Pool(
@@ -103,7 +102,7 @@ class PostgreSQLConnections:
         Args:
             apart: lend a pooled one in any case.
         """
-        with self._in_our_words():
+        with self._translating():
             held = None if apart else self._held()
             if held is not None:
                 yield held
@@ -116,9 +115,9 @@ class PostgreSQLConnections:
     @contextmanager
     def ordinary(self) -> Iterator[connection]:
         """Open an ordinary psycopg2 connection, outside the pool."""
-        with self._in_our_words():
+        with self._translating():
             seconds = max(2, int(self._timeout))  # libpq's minimum is 2
-            conn = self._opened(lambda: psycopg2.connect(self._dsn.reveal(), connect_timeout=seconds))
+            conn = self._open(lambda: psycopg2.connect(self._dsn.reveal(), connect_timeout=seconds))
             try:
                 yield conn
             finally:
@@ -132,12 +131,12 @@ class PostgreSQLConnections:
             StoreUnavailable: the lock did not become free within `wait` seconds.
         """
         with self._local_locks.hold(name, wait):
-            with self._in_our_words():
+            with self._translating():
                 self.refuse_if_closed()
                 before, outer = self._holding.conn, self._held()
                 conn = outer or self._for_a_lock()
             try:
-                with self._in_our_words():
+                with self._translating():
                     if not self._wait_for_lock(conn, name, wait):
                         raise lock_not_had(name, wait)
                 self._holding.conn = conn, os.getpid()
@@ -167,7 +166,7 @@ class PostgreSQLConnections:
             StoreUnavailable: the lock is lost, so another login may be under way.
         """
         key = int.from_bytes(os.urandom(8), signed=True) or 1
-        with self._in_our_words():
+        with self._translating():
             if self._holding.conn is not None:
                 held = self._held()
                 if held is None:
@@ -267,7 +266,7 @@ class PostgreSQLConnections:
 
     def _connect_to(self, host: Secret, seconds: float) -> connection:
         rows_as_dicts = psycopg2.extras.RealDictCursor
-        conn = self._opened(lambda: psycopg2.connect(host.reveal(), async_=True, cursor_factory=rows_as_dicts))
+        conn = self._open(lambda: psycopg2.connect(host.reveal(), async_=True, cursor_factory=rows_as_dicts))
         try:
             _wait(conn, seconds)
         except BaseException:
@@ -276,7 +275,7 @@ class PostgreSQLConnections:
         logger.debug("Opened a connection to %s", self.where)
         return conn
 
-    def _opened(self, connect: Callable[[], connection]) -> connection:
+    def _open(self, connect: Callable[[], connection]) -> connection:
         try:
             return connect()
         except psycopg2.Error as error:
@@ -299,11 +298,11 @@ class PostgreSQLConnections:
         return False
 
     @contextmanager
-    def _in_our_words(self) -> Iterator[None]:
+    def _translating(self) -> Iterator[None]:
         try:
             yield
         except (psycopg2.Error, PoolTimeout, PoolClosed, TimeoutError) as error:
-            raise _explained(error, self.where, self._timeout) from error
+            raise translate_error(error, self.where, self._timeout) from error
 
 
 def _wait(conn: connection, seconds: float) -> None:
@@ -327,19 +326,13 @@ def _key_of(name: str) -> int:
     return int.from_bytes(digest[:8], signed=True)
 
 
-def violated(error: StorageError) -> str | None:
-    """Return the constraint that refused a statement."""
-    diagnosis = getattr(error.__cause__, "diag", None)
-    return getattr(diagnosis, "constraint_name", None)
-
-
 def _readable(conn: Any) -> bool:
     poller = select.poll()
     poller.register(conn.fileno(), select.POLLIN)
     return bool(poller.poll(0))
 
 
-def _described(dsn: Secret) -> str:
+def _describe(dsn: Secret) -> str:
     """Say where the database is, without any password."""
     try:
         parts = parse_dsn(dsn.reveal())
@@ -360,48 +353,3 @@ def _one_by_one(dsn: Secret) -> list[Secret]:
         return [dsn]
     each = ({name: values[n if len(values) > 1 else 0] for name, values in lists.items()} for n in range(number))
     return [Secret(make_dsn(**(parts | host))) for host in each]
-
-
-_EXPLANATIONS: dict[str, tuple[type[StorageError], str]] = {
-    errorcodes.INSUFFICIENT_PRIVILEGE: (
-        ConfigurationError,
-        "does not allow this role to do that. The owner grants it by init_database(runtime_role=...).",
-    ),
-    errorcodes.READ_ONLY_SQL_TRANSACTION: (StoreUnavailable, "is read-only, as a standby is. Write to the primary."),
-    errorcodes.DISK_FULL: (StoreUnavailable, "has a full disk. Make room and try again."),
-    errorcodes.TOO_MANY_CONNECTIONS: (
-        StoreUnavailable,
-        "has no connection left. Use a smaller pool_size, or a pooler.",
-    ),
-    errorcodes.UNDEFINED_TABLE: (ConfigurationError, "has lost its tables. Run init_database()."),
-    errorcodes.UNDEFINED_OBJECT: (ConfigurationError, "does not know that role."),
-}
-
-
-def _explained(error: Exception, where: str, timeout: float) -> StorageError:
-    if isinstance(error, PoolClosed):
-        return StoreUnavailable("This store is closed.")
-    if isinstance(error, PoolTimeout):
-        return StoreUnavailable(f"No connection to {where} came free for {timeout:g} s. Use a larger pool_size.")
-    if isinstance(error, TimeoutError):
-        return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
-    state, text = getattr(error, "pgcode", None), str(error)
-    # (An unexpected EOF means that the server died.)
-    if state is None and re.search(r"certificate|not support SSL|SSL error: (?!unexpected eof)", text):
-        return ConfigurationError(
-            f"PostgreSQL at {where} did not pass the check of TLS: its certificate, its host name, or the authority in "
-            "sslrootcert. Mend that; without it somebody else could be listening."
-        )
-    if state is None and "authentication failed" in text:
-        return ConfigurationError(f"PostgreSQL at {where} refused the role or its password. Check both.")
-    if state in _EXPLANATIONS:
-        kind, what = _EXPLANATIONS[state]
-        return kind(f"PostgreSQL at {where} {what}")
-    if state and state.startswith("23"):
-        name = getattr(getattr(error, "diag", None), "constraint_name", None)
-        return StoreUnavailable(f"PostgreSQL at {where} refuses this by the constraint {name} (SQLSTATE {state}).")
-    if state is None:
-        return StoreUnavailable(
-            f"PostgreSQL at {where} cannot be reached, or refused the role or its password. Check both and try again."
-        )
-    return StoreUnavailable(f"PostgreSQL at {where} could not do it (SQLSTATE {state}). Try again.")

@@ -72,7 +72,7 @@ NO_DOUBT = """CASE WHEN login_lock IS NULL THEN true WHEN login_lock = 0 THEN fa
                    ELSE NOT pg_try_advisory_xact_lock_shared(login_lock) END"""
 _AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
 # One statement reads, counts and audits. That is one round trip, and all of it happens or nothing does.
-_USE = f"""
+_FIND = f"""
 WITH used AS (
     UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = %(now)s
     WHERE user_id = %(user_id)s AND is_active AND expires_at > %(alive_after)s
@@ -85,8 +85,8 @@ WITH used AS (
 )
 SELECT * FROM used
 """
-USE = _USE.format(condition=NO_DOUBT)
-USE_UNMARKED = _USE.format(condition="login_lock IS NULL")
+FIND = _FIND.format(condition=NO_DOUBT)
+FIND_UNMARKED = _FIND.format(condition="login_lock IS NULL")
 _ERASE = f"""
 WITH erased AS (
     UPDATE upstox_tokens SET is_active = false, access_token = NULL, login_lock = NULL
@@ -195,7 +195,8 @@ ORDER BY generation DESC LIMIT 1
 OF_ACCOUNT = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE account = %(account)s AND is_active ORDER BY id DESC LIMIT 100
 """
-# We no longer use these, but somebody may import them.
+# We no longer use these names, but somebody may import them.
+USE, USE_UNMARKED = FIND, FIND_UNMARKED
 GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
 # Two ranges instead of <>, because no index serves <>.

@@ -1,5 +1,6 @@
 """Pattern 1: SQLite. One file on one machine, any number of processes and threads."""
 
+from .backend import CACHE, ROOM
 from .queries import (
     AUDIT,
     CLEAR_DOUBT,
@@ -35,7 +36,7 @@ from .queries import (
     VERSION,
     WRITE_NOTE,
 )
-from .store import CACHE, ROOM, SQLiteUpstoxStorage
+from .store import SQLiteUpstoxStorage
 
 __all__ = [
     "AUDIT",

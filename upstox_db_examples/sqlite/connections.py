@@ -35,7 +35,7 @@ class SQLiteConnections:
         # As in the guide, you need not close a store: its connections are closed when it is garbage-collected.
         weakref.finalize(self, _close_all, self._idle, self._process)
 
-    def lent(self) -> AbstractContextManager[sqlite3.Connection]:
+    def lend(self) -> AbstractContextManager[sqlite3.Connection]:
         """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
 
         Raises:
@@ -63,7 +63,7 @@ class SQLiteConnections:
         try:
             return self._idle.pop()
         except IndexError:
-            return connected(self.path)
+            return open_connection(self.path)
 
     def _give_back(self, conn: sqlite3.Connection) -> None:
         conn.rollback()
@@ -85,7 +85,7 @@ class _Lent:
         try:
             self._conn = self._connections._take()
         except sqlite3.Error as error:
-            raise explained(error, self._connections.path) from error
+            raise translate_error(error, self._connections.path) from error
         return self._conn
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
@@ -97,10 +97,10 @@ class _Lent:
         if error is not None:
             self._conn.close()  # This rolls back. We do not reuse a connection that saw an error.
         if isinstance(error, sqlite3.Error):
-            raise explained(error, self._connections.path) from error
+            raise translate_error(error, self._connections.path) from error
 
 
-def connected(path: Path) -> sqlite3.Connection:
+def open_connection(path: Path) -> sqlite3.Connection:
     """Open a new connection."""
     conn = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     conn.row_factory = sqlite3.Row
@@ -118,7 +118,7 @@ def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
         idle.pop().close()
 
 
-def checked_path(db_path: str | os.PathLike[str]) -> Path:
+def resolve_path(db_path: str | os.PathLike[str]) -> Path:
     """Resolve the path, and make its file with mode 0600 if it is missing. SQLite itself would use the umask.
 
     The WAL and shared memory files take the mode of the database.
@@ -153,19 +153,19 @@ def refuse_cut_off(conn: sqlite3.Connection, path: Path) -> None:
     page: int = conn.execute("PRAGMA page_size").fetchone()[0]
     wal = Path(f"{path}-wal")  # It may hold pages that are not in the file yet.
     if path.stat().st_size % page and not (wal.exists() and wal.stat().st_size):
-        raise ConfigurationError(f"{path} {_EXPLANATIONS['SQLITE_CORRUPT'][1]}")
+        raise ConfigurationError(f"{path} {_TRANSLATIONS['SQLITE_CORRUPT'][1]}")
 
 
-def explained(error: sqlite3.Error, path: Path) -> StorageError:
+def translate_error(error: sqlite3.Error, path: Path) -> StorageError:
     """Translate an error of SQLite into one of ours that says what to do."""
     name = getattr(error, "sqlite_errorname", "") or type(error).__name__
-    for start, (kind, what) in _EXPLANATIONS.items():
+    for start, (kind, what) in _TRANSLATIONS.items():
         if name.startswith(start):
             return kind(f"{path} {what}")
     return StoreUnavailable(f"{path}: SQLite could not do it ({name}).")
 
 
-_EXPLANATIONS: dict[str, tuple[type[StorageError], str]] = {
+_TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
     "SQLITE_BUSY": (StoreUnavailable, f"was locked by another writer for {BUSY_SECONDS:.0f} s. Try again."),
     "SQLITE_FULL": (StoreUnavailable, "cannot grow: the disk is full. Make room and try again."),
     "SQLITE_IOERR": (StoreUnavailable, "lies on a disk that failed or is full. Mend that and try again."),

@@ -50,7 +50,7 @@ ALTER TABLE upstox_tokens ADD COLUMN login_mark TEXT;
 CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
 CREATE TABLE upstox_login_notes (name TEXT PRIMARY KEY, sealed TEXT NOT NULL) STRICT;
 """
-VERSION = """
+SCHEMA_VERSION = """
 SELECT user_version, (SELECT count(*) FROM sqlite_schema WHERE name IN ('upstox_tokens', 'upstox_token_audit'))
 FROM pragma_user_version
 """
@@ -130,7 +130,8 @@ WRITE_NOTE = """
 INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
 """
 OF_ACCOUNT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
-# We no longer use these, but somebody may import them.
+# We no longer use these names, but somebody may import them.
+VERSION = SCHEMA_VERSION
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
 NEWEST = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"

@@ -18,9 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.cipher import READABLE, Binding, KeyRing
+from ..core.cipher import READABLE_VERSIONS, Binding, KeyRing
 from ..core.errors import BackupDamaged, InvalidInput, StoreUnavailable, TokenRefused
-from ..core.files import written_whole
+from ..core.files import write_whole
 from ..core.token import AuditEntry, Secret, StoredToken
 
 FORMAT = "upstox_db_examples export, version 2"
@@ -63,7 +63,7 @@ def write_export(path: Path, kind: str, ring: KeyRing, parts: Iterator[Part], ad
     _refuse_another_file(path)
     header = f"{FORMAT}, {kind}, {ring.key_ids[0]}, {secrets.token_hex(8)}"
     counts, digest, number = Counts(), hashlib.sha256(), 0
-    with written_whole(path) as temporary, temporary.open("w") as file:
+    with write_whole(path) as temporary, temporary.open("w") as file:
 
         def write(text: str) -> None:
             digest.update(f"{text}\n".encode())
@@ -92,7 +92,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
             header = _header(path, file.readline())
             digest.update(f"{header}\n".encode())
             key_id = header.split(", ")[3]
-            begins = tuple(f"{version}.{key_id}." for version in READABLE)
+            begins = tuple(f"{version}.{key_id}." for version in READABLE_VERSIONS)
             for line in file:
                 # Otherwise one wrong letter in a key id would look like a missing key.
                 if not line.startswith(begins) or not line.endswith("\n"):

@@ -21,11 +21,13 @@ from pathlib import Path
 from ..core.backend import ENTRIES_LOCK, NOBODY_LOCK
 from ..core.batch import progress_bar
 from ..core.errors import InvalidInput, StorageError
-from ..core.store import BATCH, TokenStorage
+from ..core.store import TokenStorage
 from ..core.token import AuditEntry, Secret, StoredToken
 from .file import Counts, Part, by_user, kind_of, read_export, write_export
 
 logger = logging.getLogger(__name__)
+
+ENTRIES_AT_ONCE = 500  # in one transaction, so that nobody is locked out for long
 
 COMPARED = (
     "generation", "created_at", "expires_at", "user_name", "email", "broker", "user_type", "products", "exchanges",
@@ -48,9 +50,9 @@ def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True
         KeyUnavailable, TokenRefused: a working token of the source cannot be read. Nothing is changed.
         StorageError: the two still differ at the end, because somebody wrote meanwhile. Run it again.
     """
-    tokens = (Part(user_id, source._tokens_of(user_id), []) for user_id in source._users())
-    users = _checked(tokens, target, source._decrypt)
-    return _bring(lambda: _parts(source), target, source._decrypt, users, progress)
+    tokens = (Part(user_id, source.backend.read_tokens(user_id), []) for user_id in source.backend.list_users())
+    users = _check_parts(tokens, target, source.cipher.decrypt)
+    return _bring(lambda: _parts(source), target, source.cipher.decrypt, users, progress)
 
 
 def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
@@ -62,8 +64,8 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         InvalidInput: a file that is not an export has that name.
         StoreUnavailable: the file cannot be written, or the store cannot be read.
     """
-    with progress_bar(len(store._users()), "user", progress) as advance:
-        counts = write_export(Path(path), store._kind, store._ring, _parts(store), advance)
+    with progress_bar(len(store.backend.list_users()), "user", progress) as advance:
+        counts = write_export(Path(path), store.backend.store_kind, store.cipher.ring, _parts(store), advance)
     logger.info("Exported %s to %s: %s users, %s tokens, %s audit entries", store, path, *counts[:3])
     return counts
 
@@ -81,20 +83,20 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
     kind = kind_of(file)
 
     def decrypt(token: StoredToken) -> Secret:
-        return store._decrypt(token, kind)
+        return store.cipher.decrypt(token, kind)
 
-    users = _checked(read_export(file, store._ring), store, decrypt)
-    return _bring(lambda: read_export(file, store._ring), store, decrypt, users, progress)
+    users = _check_parts(read_export(file, store.cipher.ring), store, decrypt)
+    return _bring(lambda: read_export(file, store.cipher.ring), store, decrypt, users, progress)
 
 
-def _checked(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]) -> int:
+def _check_parts(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]) -> int:
     """Count the users. Everything that can be refused is refused here, before anything is written."""
-    users, now = 0, target._now()
+    users, now = 0, target.backend.context.now()
     for _, parts_of_user in by_user(parts):
         users += 1
         for part in parts_of_user:
             if part.tokens:
-                _refuse_another_history(part.user_id, part.tokens, target._tokens_of(part.user_id))
+                _refuse_another_history(part.user_id, part.tokens, target.backend.read_tokens(part.user_id))
             for token in part.tokens:
                 if _alive(token, now):
                     decrypt(token)
@@ -113,26 +115,26 @@ def _bring(
         for user_id, parts in by_user(source()):
             tokens = next(parts).tokens
             # Take the login lock, so that no login comes in between.
-            with target._lock(user_id or NOBODY_LOCK):
-                there = target._tokens_of(user_id)
+            with target.backend.lock(user_id or NOBODY_LOCK):
+                there = target.backend.read_tokens(user_id)
                 _refuse_another_history(user_id, tokens, there)  # A login may have happened since the check.
                 known = {token.generation for token in there}
-                if changed := _merged(tokens, there, target._now()):
-                    target._put_in(user_id, [_encrypted_again(t, known, target, decrypt) for t in changed], [])
+                if changed := _merge(tokens, there, target.backend.context.now()):
+                    target.backend.merge(user_id, [_encrypt_again(t, known, target, decrypt) for t in changed], [])
                 brought |= {(user_id, t.generation) for t in changed if t.ciphertext and t.generation not in known}
             new = sum(token.generation not in known for token in tokens)
             counts = counts.plus(users=1, tokens=len(tokens), new_tokens=new)
             # Use another lock here, because entries may take long and must not block logins. Without any lock, two
             # imports would write every entry twice.
-            with target._lock(ENTRIES_LOCK):
-                entries = _Counted(entry for part in parts for entry in part.entries)
-                for batch in itertools.batched(_missing(entries, _entries(target, user_id)), BATCH):
-                    target._put_in(user_id, [], list(batch))
+            with target.backend.lock(ENTRIES_LOCK):
+                entries = _Counting(entry for part in parts for entry in part.entries)
+                for batch in itertools.batched(_missing(entries, _entries(target, user_id)), ENTRIES_AT_ONCE):
+                    target.backend.merge(user_id, [], list(batch))
                     counts = counts.plus(new_audit_entries=len(batch))
             counts = counts.plus(audit_entries=entries.number)
             advance()
     for user_id, parts in by_user(source()):
-        tokens, there = next(parts).tokens, target._tokens_of(user_id)
+        tokens, there = next(parts).tokens, target.backend.read_tokens(user_id)
         there_too = (entry for part in parts for entry in part.entries)
         living = {token.generation for token in tokens if (user_id, token.generation) in brought}
         if not _agree(tokens, there, living, target, decrypt) or any(_missing(there_too, _entries(target, user_id))):
@@ -145,24 +147,24 @@ def _bring(
 
 
 def _parts(store: TokenStorage) -> Iterator[Part]:
-    for user_id in store._users():
-        tokens = store._tokens_of(user_id)
+    for user_id in store.backend.list_users():
+        tokens = store.backend.read_tokens(user_id)
         yield Part(user_id, tokens, [])
         # A token that arrived since then waits for the next run, and so do its entries.
         known = {None, *(token.generation for token in tokens)}
         entries = (entry._replace(position=None) for entry in _entries(store, user_id) if entry.generation in known)
-        for batch in itertools.batched(entries, BATCH):
+        for batch in itertools.batched(entries, ENTRIES_AT_ONCE):
             yield Part(user_id, [], list(batch))
 
 
 def _entries(store: TokenStorage, user_id: str | None) -> Iterator[AuditEntry]:
     last = None
-    while batch := store._entries_of(user_id, last, BATCH):
+    while batch := store.backend.read_entries(user_id, last, ENTRIES_AT_ONCE):
         yield from batch
         last = batch[-1]
 
 
-class _Counted:
+class _Counting:
     """Counts the items taken from an iterable."""
 
     def __init__(self, entries: Iterable[AuditEntry]) -> None:
@@ -197,7 +199,7 @@ def _alive(token: StoredToken, now: datetime) -> bool:
     return bool(token.ciphertext) and token.expires_at > now
 
 
-def _merged(tokens: list[StoredToken], there: list[StoredToken], now: datetime) -> list[StoredToken]:
+def _merge(tokens: list[StoredToken], there: list[StoredToken], now: datetime) -> list[StoredToken]:
     """Return the tokens to write so that the target has all of these. The later event wins, on either side."""
     known = {token.generation: token for token in there}
     latest = max(known, default=0)
@@ -230,15 +232,15 @@ def _agree(
 ) -> bool:
     """Return whether the target has all of these tokens. Working tokens, `living` among them, must match exactly.
 
-    This does not use `_merged`, which would not notice its own mistakes.
+    This does not use `_merge`, which would not notice its own mistakes.
     """
-    known, now = {token.generation: token for token in there}, target._now()
+    known, now = {token.generation: token for token in there}, target.backend.context.now()
     for token in tokens:
         mine = known.get(token.generation)
         if mine is None or not _same(token, mine) or mine.usage_count < token.usage_count:
             return False
         if _alive(mine, now):
-            if not _alive(token, now) or target._decrypt(mine).reveal() != decrypt(token).reveal():
+            if not _alive(token, now) or target.cipher.decrypt(mine).reveal() != decrypt(token).reveal():
                 return False
         elif token.generation in living and _alive(token, now):
             return False
@@ -272,7 +274,11 @@ def _content(entry: AuditEntry) -> object:
     return entry.action, entry.actor, entry.generation, json.dumps(entry.metadata, sort_keys=True)
 
 
-def _encrypted_again(
+def _encrypt_again(
     token: StoredToken, known: set[int], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]
 ) -> StoredToken:
-    return target._encrypt(decrypt(token), token) if token.ciphertext and token.generation not in known else token
+    return (
+        target.cipher.replace_ciphertext(token, decrypt(token))
+        if token.ciphertext and token.generation not in known
+        else token
+    )

@@ -1,0 +1,42 @@
+"""What a backend is told about the program that uses it: the time, the name in the audit trail, how long to wait."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import os
+import socket
+from collections.abc import Callable
+from datetime import datetime
+
+from .checks import require_aware
+
+
+class Context:
+    """What a backend is told about the program that uses it.
+
+    Attributes:
+        login_wait: how long to wait for a lock, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], datetime], actor: str | None, login_wait: float) -> None:
+        self._clock, self._actor = clock, actor
+        self.login_wait = login_wait
+
+    @property
+    def actor(self) -> str:
+        """The name in the audit trail."""
+        return self._actor or f"{_user_and_host()}:{os.getpid()}"
+
+    def now(self) -> datetime:
+        """Return the current time in UTC and in whole seconds, which every store can keep."""
+        return require_aware(self._clock(), "What the clock gives").replace(microsecond=0)
+
+
+@functools.cache
+def _user_and_host() -> str:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # A container may run as a user id without a name.
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"

@@ -1,0 +1,88 @@
+"""Encrypts and decrypts the tokens of one store."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from dataclasses import replace
+from typing import NamedTuple
+
+from .cipher import CIPHERTEXT_VERSION, READABLE_VERSIONS, Binding, KeyRing, KeySource
+from .errors import KeyUnavailable, TokenRefused
+from .token import Secret, StoredToken
+
+logger = logging.getLogger(__name__)
+
+
+class Encrypted(NamedTuple):
+    """A ciphertext, and the id of the key that encrypted it."""
+
+    ciphertext: str
+    key_id: str
+
+
+class TokenCipher:
+    """The key ring of a store, and the kind of store that its ciphertexts are bound to.
+
+    Args:
+        keys: a key ring, or a callable that returns one.
+        store_kind: see `Backend.store_kind`.
+    """
+
+    def __init__(self, keys: KeySource, store_kind: str) -> None:
+        self._keys, self._store_kind = keys, store_kind
+        self._ring: KeyRing | None = None
+
+    @property
+    def ring(self) -> KeyRing:
+        """The key ring. It is loaded on first use, because history, audit and cleanup need no key."""
+        if (ring := self._ring) is None:
+            ring = self._ring = self._keys() if callable(self._keys) else self._keys
+        return ring
+
+    def reload(self) -> None:
+        """Load the key ring again before the next use: a long-running program picks up new keys here."""
+        self._ring = None
+
+    def bind(self, token: StoredToken, store_kind: str | None = None) -> Binding:
+        """Return what the ciphertext of this token is bound to."""
+        return Binding(token.user_id, token.expires_at, token.generation, store_kind or self._store_kind, token.account)
+
+    def encrypt(self, secret: Secret, binding: Binding, version: str = CIPHERTEXT_VERSION) -> Encrypted:
+        """Encrypt a token under the ring's first key."""
+        return Encrypted(self.ring.encrypt(secret, binding, version), self.ring.key_ids[0])
+
+    def replace_ciphertext(self, token: StoredToken, secret: Secret) -> StoredToken:
+        """Return this token with the secret encrypted anew. A ciphertext of an earlier version keeps that version."""
+        earlier = token.ciphertext.partition(".")[0]
+        version = earlier if earlier in READABLE_VERSIONS else CIPHERTEXT_VERSION
+        return replace(token, **self.encrypt(secret, self.bind(token), version)._asdict())
+
+    def decrypt(self, token: StoredToken, store_kind: str | None = None) -> Secret:
+        """Decrypt the token.
+
+        Args:
+            store_kind: the kind of the store that the token comes from, if that is another store.
+
+        Raises:
+            KeyUnavailable: the ring does not have the key.
+            TokenRefused: the ciphertext does not belong to this row, was changed, or was never encrypted.
+        """
+        binding = self.bind(token, store_kind)
+        try:
+            return self.ring.decrypt(token.ciphertext, binding)
+        except KeyUnavailable as error:
+            # A long-running program picks up a newly added key here.
+            logger.info("Asking for the keys again: %s is not among them", error.key_id)
+            self.reload()
+            return self.ring.decrypt(token.ciphertext, binding)
+
+    def is_of(self, stored: StoredToken, token: Secret) -> bool:
+        """Return whether this is the stored token. The comparison takes constant time."""
+        if not stored.ciphertext:
+            return False
+        try:
+            kept = self.decrypt(stored).reveal().encode()
+        except (KeyUnavailable, TokenRefused):
+            return False
+        return hmac.compare_digest(kept, token.reveal().encode())

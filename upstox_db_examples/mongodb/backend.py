@@ -1,0 +1,411 @@
+"""The operations of a store in MongoDB; see core/backend.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from bson import ObjectId
+from pymongo import ASCENDING, DESCENDING, ReturnDocument, UpdateOne
+from pymongo.errors import DuplicateKeyError, PyMongoError
+
+from ..core.backend import Backend
+from ..core.context import Context
+from ..core.errors import LoginSuperseded, StorageError, StoreUnavailable
+from ..core.token import AuditEntry, StoredToken
+from .changes import end_records, find_dead, make_active, mark_each, merge_records, move_audit, swap, take_over
+from .connection import Document, MongoDBConnection, index_keys
+from .documents import (
+    ATTEMPTS,
+    FIRST_ENTRY,
+    GENERATION_KEYS,
+    NOT_ACTIVE,
+    ONLY_ACTIVE,
+    active_of,
+    format_record,
+    format_value,
+    is_cut_off,
+    is_free,
+    not_revoked,
+    read_active,
+    read_record,
+    record_of,
+)
+from .lease import LONG_AGO, Leases
+from .schema import make_collections, make_runtime_role
+
+logger = logging.getLogger(__name__)
+
+MOVE_AFTER = 100  # uses; until then their audit entries stay inside the token's record
+
+
+class MongoBackend(Backend):
+    """The operations on a MongoDB database."""
+
+    store_kind = "access token in MongoDB"
+
+    def __init__(self, connection: MongoDBConnection, lease: float, context: Context) -> None:
+        super().__init__(context, connection.where)
+        self._connection, self._database = connection, connection.database
+        self._leases = Leases(self._database, lease)
+
+    def init_database(self, runtime_role: str | None = None) -> None:
+        with self._database() as db:
+            make_collections(db, self.where)
+            if runtime_role is not None:
+                make_runtime_role(db, runtime_role, self.where)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
+        entry = self._entry(user_id, "used", now)
+        use = {"$inc": {"usage_count": 1}, "$set": {"last_used_at": now}, "$push": {"audit": entry}}
+        shown = {"user_name": 1, "email": 1, "usage_count": 1}
+        over: Document | None = None
+        with self._database() as db:
+            for _ in range(ATTEMPTS):
+                # The TTL runs once a minute. Until then, only this filter holds a dead token back.
+                active = db.active_tokens.find_one(
+                    {"_id": user_id, "expires_at": {"$gt": alive_after}, **not_revoked()}
+                )
+                if active is None:
+                    return None
+                if (mark := active.get("login")) is not None:
+                    if locked or not mark or mark == over:
+                        return None
+                    if not self._leases.lives(db, mark["lock"], mark["owner"]):
+                        # The login may have ended between the two reads. Only a mark that is still there means doubt.
+                        over = mark
+                        continue
+                entry["token_id"] = active["token_id"]
+                record = db.tokens.find_one_and_update(
+                    {"_id": active["token_id"], "is_active": True}, use, shown, return_document=ReturnDocument.AFTER
+                )
+                if record is not None:
+                    if record["usage_count"] % MOVE_AFTER == 0:
+                        try:
+                            move_audit(db, [active["token_id"]])
+                        except PyMongoError as error:  # They can stay in the record until the next try.
+                            logger.warning("Audit entries stay in their record (%s)", type(error).__name__)
+                    return read_active(active, **{name: record.get(name) for name in shown})
+                # The token was replaced or revoked in between, so look again.
+        raise StoreUnavailable(f"{self.where} has no record in which to count this use. Store a new token.")
+
+    def find_in_doubt(self, user_id: str) -> StoredToken | None:
+        with self._database() as db:
+            active = db.active_tokens.find_one({"_id": user_id, "login": {"$exists": True}, **not_revoked()})
+        return read_active(active) if active else None
+
+    def find_newest(self, user_id: str) -> StoredToken | None:
+        with self._database() as db:
+            # The order matters: otherwise a token that becomes active in between would look like one that never did.
+            found = db.tokens.find({"user_id": user_id}, FIRST_ENTRY)
+            records = list(found.sort("generation", DESCENDING).limit(ATTEMPTS))
+            active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
+        whole = next((record for record in records if not is_free(record, active, self.context.now())), None)
+        # The records may be behind after a restore from backups of different moments.
+        if active["generation"] > (whole["generation"] if whole else float("-inf")):
+            return read_active(active)
+        return read_record(whole, active, token_id=str(whole["_id"])) if whole else None
+
+    def insert(
+        self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
+    ) -> StoredToken:
+        token_id = ObjectId()
+        reason = {"reason": "new_token_generated"}
+        ended = self._entry(token.user_id, "deactivated", token.created_at, metadata=reason)
+        created = self._entry(token.user_id, action, token.created_at, token_id, metadata)
+        record = {**record_of(token), "_id": token_id, "is_active": True, "last_used_at": None, "audit": [created]}
+        try:
+            with self._database() as db:
+                # We do not check the lease: this token lives at Upstox, and refusing it because of a lost lease would
+                # lose it. The generation keeps two writers apart, because the swap only ever raises it. The life cycle
+                # knows which of two tokens Upstox issued later. Until the swap, nothing points to this record.
+                try:
+                    db.tokens.insert_one(record)
+                except DuplicateKeyError as error:
+                    taken = take_over(db, record, self.context.now()) if index_keys(error) == GENERATION_KEYS else None
+                    if taken is None:
+                        raise
+                    token_id = taken
+                before, is_active = swap(db, token.user_id, active_of(token, token_id))
+        except StorageError as error:
+            refused = error.__cause__
+            if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
+                raise
+            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+        if not is_active:
+            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.")
+        try:
+            with self._database() as db:
+                earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
+                for old in [each["_id"] for each in db.tokens.find(earlier, {"_id": 1}).sort("generation")]:
+                    cut_off = before["ended"] if before and before["token_id"] == old and "ended" in before else None
+                    end_records(db, [{**(cut_off or ended), "token_id": old}])
+                    ended = {**ended, "_id": ObjectId()}
+        except StorageError as error:  # The token is stored. The next insert catches up.
+            logger.warning("The record of the earlier token of %s is still called active: %s", token.user_id, error)
+        return replace(token, token_id=str(token_id))
+
+    def revoke(self, user_id: str, now: datetime) -> bool:
+        entry = self._entry(user_id, "revoked", now)
+        with self._database() as db:
+            # The document stays, without ciphertext, until it expires, so that a login in progress cannot put an older
+            # token there.
+            erased = db.active_tokens.find_one_and_update(
+                {"_id": user_id, **not_revoked()},
+                {"$unset": dict.fromkeys((*ONLY_ACTIVE, "login"), 1), "$set": {"ended": entry}},
+            )
+            # An earlier call may have erased it and been interrupted here.
+            held = erased or db.active_tokens.find_one({"_id": user_id, "ended": {"$exists": True}})
+            if held:
+                end_records(db, [{**held.get("ended", entry), "token_id": held["token_id"]}])
+        return erased is not None
+
+    def expire(self, now: datetime, limit: int) -> int:
+        with self._database() as db:
+            while records := find_dead(db, now, limit):
+                # Usually the TTL came first. If not, a revocation may have been interrupted, and we record it now.
+                still_there = {"_id": {"$in": list(records.values())}, "token_id": {"$in": list(records)}}
+                told = {each["token_id"]: each.get("ended", {}) for each in db.active_tokens.find(still_there)}
+                db.active_tokens.delete_many(still_there)
+                entries = {one: self._entry(user_id, "expired", now) for one, user_id in records.items()}
+                if ended := end_records(
+                    db, [{**e, **told.get(one, {}), "token_id": one} for one, e in entries.items()]
+                ):
+                    return ended  # Otherwise another cleanup was faster.
+        return 0
+
+    def delete_entries(self, before: datetime, limit: int) -> int:
+        old = {"performed_at": {"$lt": before}}
+        with self._database() as db:
+            # This uses the index on the few records that hold entries.
+            holding = {"audit.user_id": {"$gte": ""}, "audit": {"$elemMatch": old}}
+            inside = db.tokens.find(holding, {"_id": 1}).limit(limit)
+            move_audit(db, [record["_id"] for record in inside])
+            ids = [entry["_id"] for entry in db.token_audit.find(old, {"_id": 1}).limit(limit)]
+            return db.token_audit.delete_many({"_id": {"$in": ids}}).deleted_count if ids else 0
+
+    def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
+        with self._database() as db:
+            db.token_audit.insert_one(self._entry(user_id, action, now, metadata=metadata))
+
+    def _entry(
+        self,
+        user_id: str | None,
+        action: str,
+        now: datetime,
+        token_id: ObjectId | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Document:
+        """Make an audit entry. Its id is made here, so that we notice if it is written twice."""
+        entry = {"_id": ObjectId(), "token_id": token_id, "user_id": user_id, "action": action}
+        return {**entry, "actor": self.context.actor, "performed_at": now, "metadata": metadata or {}}
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        return self._leases.hold(name, self.context.login_wait)
+
+    def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        mark = {"lock": lock, "owner": self._leases.owner_of(lock)}
+        # An existing mark is from a login with an unknown outcome. (If a user is named, it may be from a login that is
+        # running under another lock. One mark cannot stand for both logins.)
+        marked: Document = {"$cond": [{"$eq": [{"$type": "$login"}, "missing"]}, {"$literal": mark}, {"$literal": {}}]}
+        anybody: Document = {"$or": [{"login": {"$exists": False}}, {"login.lock": lock}]}
+        # A caller that was stopped and lost its lease meanwhile would kill the token that another login has made.
+        self._leases.prove_held()
+        with self._database() as db:
+            # Write the entry first, then the mark. They cannot be one transaction, because a single server has none. If
+            # this is interrupted in between, the entry reports a login that never began, and nothing is lost. The other
+            # way round, a living token would be in doubt for no reason. Both are durable before the login begins.
+            db.token_audit.insert_one(self._entry(user_id, "login", now, metadata=metadata))
+            mark_each(
+                db,
+                {**(anybody if user_id is None else {"_id": user_id}), **not_revoked()},
+                [{"$set": {"login": marked}}],
+            )
+
+    def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+        mine = {"login.lock": lock, "login.owner": self._leases.owner_of(lock)}
+        # A mark without an owner stays, whoever holds the lock.
+        change: Document = {"$set": {"login": {}}} if in_doubt else {"$unset": {"login": 1}}
+        with self._database() as db:
+            mark_each(db, mine if user_id is None else {"_id": user_id, **mine}, change)
+
+    def clear_doubt(self, token: StoredToken) -> None:
+        with self._database() as db:
+            which = {"_id": token.user_id, "generation": token.generation}
+            db.active_tokens.update_one(which, {"$unset": {"login": 1}})
+
+    def logins_since(self, moment: datetime, process: str) -> list[datetime]:
+        # This includes logins of earlier programs, which name no process.
+        logins = {"action": "login", "performed_at": {"$gt": moment}, "metadata.process": {"$ne": process}}
+        with self._database() as db:
+            found = db.token_audit.find(logins, {"performed_at": 1}).sort("performed_at", DESCENDING).limit(100)
+            return [entry["performed_at"] for entry in found]
+
+    def read_notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
+        with self._database() as db:
+            # Two steps: an aggregation could do both at once, but $documents needs the right to read all collections.
+            now: datetime = db.command("hello")["localTime"]  # has no time zone, whatever the client's setting
+            notes = db.login_notes.find({"_id": {"$in": list(names)}}) if names else ()
+            return now.replace(tzinfo=UTC).timestamp(), {note["_id"]: note["sealed"] for note in notes}
+
+    def write_note(self, name: str, text: str) -> None:
+        with self._database() as db:
+            db.login_notes.replace_one({"_id": name}, {"sealed": text}, upsert=True)
+
+    def erase_note(self, name: str) -> None:
+        with self._database() as db:
+            db.login_notes.delete_one({"_id": name})
+
+    def find_by_account(self, account: str) -> list[StoredToken]:
+        with self._database() as db:
+            found = db.active_tokens.find({"account": account, **not_revoked()}).sort("created_at", DESCENDING)
+            return [read_active(active) for active in found.limit(100)]
+
+    def read_history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
+        names = ("created_at", "expires_at", "user_name", "email", "broker", "usage_count", "last_used_at")
+        with self._database() as db:
+            found = db.tokens.find({"user_id": user_id}, dict.fromkeys(names, 1))
+            records = list(found.sort("generation", DESCENDING).limit(limit))
+            active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": now}, **not_revoked()}) or {}
+        return [format_record(record, is_active=record["_id"] == active.get("token_id")) for record in records]
+
+    def read_statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
+        sums = {
+            "total_tokens": {"$sum": 1},
+            "total_usage": {"$sum": "$usage_count"},
+            "avg_usage_per_token": {"$avg": "$usage_count"},
+            "last_generation": {"$max": "$created_at"},
+            "last_usage": {"$max": "$last_used_at"},
+        }
+        with self._database() as db:
+            found = list(db.tokens.aggregate([{"$match": {"user_id": user_id}}, {"$group": {"_id": None, **sums}}]))
+            active = db.active_tokens.count_documents({"_id": user_id, "expires_at": {"$gt": now}, **not_revoked()})
+        names = ("total_tokens", "active_tokens", "total_usage", "avg_usage_per_token", "last_generation", "last_usage")
+        totals = found[0] if found else {**dict.fromkeys(names, 0), "last_generation": None, "last_usage": None}
+        totals["active_tokens"] = active
+        return {name: format_value(totals[name]) for name in names}
+
+    def read_audit_trail(self, user_id: str, limit: int) -> list[dict[str, Any]]:
+        with self._database() as db:
+            # Read the records first: if an entry is moved meanwhile, we see it twice instead of missing it.
+            inside = [e for record in db.tokens.find({"audit.user_id": user_id}, {"audit": 1}) for e in record["audit"]]
+            order = [("performed_at", DESCENDING), ("_id", DESCENDING)]
+            entries = {
+                e["_id"]: e for e in [*inside, *db.token_audit.find({"user_id": user_id}).sort(order).limit(limit)]
+            }
+            newest = sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]), reverse=True)[:limit]
+            ids = {entry["token_id"] for entry in newest}
+            created = {
+                each["_id"]: each["created_at"]
+                for each in db.tokens.find({"_id": {"$in": list(ids)}}, {"created_at": 1})
+            }
+        names = ("action", "performed_at", "actor", "metadata", "user_id", "token_id")
+        return [
+            {
+                **{name: format_value(entry[name]) for name in names},
+                "token_created": format_value(created.get(entry["token_id"])),
+            }
+            for entry in newest
+        ]
+
+    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
+        with self._database() as db:
+            return [
+                read_active(each) for each in db.active_tokens.find({"key_id": {"$gt": "", "$ne": key_id}}).limit(limit)
+            ]
+
+    def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+        changes = [
+            UpdateOne(
+                {"_id": old.user_id, "ciphertext": old.ciphertext},
+                # Set the account too, because the new ciphertext is bound to it. Version 1 did not store it here.
+                {"$set": {"ciphertext": new.ciphertext, "key_id": new.key_id, "account": new.account}},
+            )
+            for old, new in pairs
+        ]
+        with self._database() as db:
+            return db.active_tokens.bulk_write(changes, ordered=False).modified_count
+
+    def count_keys(self) -> dict[str, int]:
+        each_key: list[Document] = [
+            {"$match": {"key_id": {"$gt": ""}}},
+            {"$group": {"_id": "$key_id", "count": {"$sum": 1}}},
+        ]
+        with self._database() as db:
+            return {row["_id"]: row["count"] for row in db.active_tokens.aggregate(each_key)}
+
+    def list_users(self) -> list[str | None]:
+        with self._database() as db:
+            found = {*db.tokens.distinct("user_id"), *db.token_audit.distinct("user_id")}
+        return sorted(found, key=str)
+
+    def read_tokens(self, user_id: str | None) -> list[StoredToken]:
+        with self._database() as db:
+            records = list(db.tokens.find({"user_id": user_id}, {"audit": 0}).sort("generation"))
+            active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
+        now, tokens = self.context.now(), []
+        for record in records:
+            if not is_cut_off(record, active, now):
+                tokens.append(read_record(record, active))
+        return tokens
+
+    def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+        place = (after.performed_at, after.position) if after else (LONG_AGO, ObjectId(bytes(12)))
+        later = {"user_id": user_id, "performed_at": {"$gte": place[0]}}
+        at_once: Document = {"performed_at": place[0], "_id": {"$lte": place[1]}}
+        order = [("performed_at", ASCENDING), ("_id", ASCENDING)]
+        with self._database() as db:
+            # Read the records first, as in `read_audit_trail`.
+            records = list(db.tokens.find({"user_id": user_id}, {"audit": 1, "generation": 1}))
+            found = list(db.token_audit.find({**later, "$nor": [at_once]}).sort(order).limit(limit))
+        generations = {record["_id"]: record["generation"] for record in records}
+        inside = [entry for record in records for entry in record["audit"]]
+        entries = {e["_id"]: e for e in [*inside, *found] if (e["performed_at"], e["_id"]) > place}
+        return [
+            AuditEntry(
+                e["action"], e["actor"], e["performed_at"], e["metadata"], generations.get(e["token_id"]), e["_id"]
+            )
+            for e in sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]))[:limit]
+        ]
+
+    def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        living = [token for token in tokens if token.ciphertext]
+        ended = [token for token in tokens if not token.ciphertext]
+        with self._database() as db:
+            self._leases.prove_held()
+            # If this is interrupted, a user who had a token still has one. As in `insert`, we write the new record
+            # first, then the document that points to it, and only then end the earlier ones.
+            merge_records(db, living)
+            for token in living:
+                make_active(db, token)
+            which = {"_id": user_id, "generation": {"$in": [token.generation for token in ended]}}
+            if ended:
+                db.active_tokens.update_one(which, {"$unset": dict.fromkeys((*ONLY_ACTIVE, "login"), 1)})
+            merge_records(db, ended)
+            if entries:
+                ids = {
+                    each["generation"]: each["_id"] for each in db.tokens.find({"user_id": user_id}, {"generation": 1})
+                }
+                names = ("action", "actor", "performed_at", "metadata")
+                db.token_audit.insert_many(
+                    {
+                        "user_id": user_id,
+                        "token_id": ids.get(e.generation),
+                        **{name: getattr(e, name) for name in names},
+                    }
+                    for e in entries
+                )
+
+    def check_health(self) -> dict[str, Any]:
+        try:
+            self.count_keys()
+        except StorageError as error:
+            return {"mongodb": f"error: {error}"}
+        return {"mongodb": "healthy"}

@@ -1,0 +1,312 @@
+"""The operations of a store on a SQLite file; see core/backend.py."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..core.backend import SCHEMA_LOCK, Backend, LocalLocks, lock_not_had
+from ..core.context import Context
+from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
+from ..core.token import AuditEntry, StoredToken
+from . import queries
+from .connections import SQLiteConnections, refuse_cut_off
+from .rows import columns_of, format_row, read_every_column, read_known, read_token, to_moment, to_seconds
+
+logger = logging.getLogger(__name__)
+
+ROOM = 64_000  # bytes; more than a token takes, with its index and audit entries
+CACHE = -2000  # SQLite's default
+
+
+class SQLiteBackend(Backend):
+    """The operations on a SQLite file.
+
+    Args:
+        connections: to the file.
+        audit_reads: see `SQLiteUpstoxStorage`.
+    """
+
+    store_kind = "access token in SQLite"
+    # There is one step for each schema version, and a file of an older version is upgraded. Never change a released
+    # step: append one.
+    _steps: tuple[str, ...] = (queries.SCHEMA, queries.SCHEMA_2)
+
+    def __init__(self, connections: SQLiteConnections, context: Context, *, audit_reads: bool = False) -> None:
+        super().__init__(context, repr(str(connections.path)))
+        self.connections, self.path = connections, connections.path
+        self._audit_reads = audit_reads
+        self._locks = Path(f"{self.path}-locks")
+        self._local_locks = LocalLocks()
+
+    def init_database(self, runtime_role: str | None = None) -> None:
+        if runtime_role is not None:
+            raise InvalidInput("SQLite has no roles: whoever may write to the file may do everything. Check its mode.")
+        with self.connections.lend() as conn:
+            if self._version(conn) == len(self._steps):
+                return
+        # One process at a time: SQLite does not wait when two switch to WAL, it answers "locked" at once.
+        with self.lock(SCHEMA_LOCK), self.connections.lend() as conn:
+            conn.execute("PRAGMA journal_mode = WAL")
+            for version in range(self._version(conn), len(self._steps)):
+                step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"
+                conn.executescript(f"BEGIN IMMEDIATE; {step} COMMIT;")
+                logger.info("%s has schema version %s now", self.path, version + 1)
+
+    def close(self) -> None:
+        self.connections.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self.connections.lend() as conn:
+            # IMMEDIATE, because a read that turns into a write fails at once if another writer came first.
+            conn.execute("BEGIN IMMEDIATE")
+            yield conn
+            conn.execute("COMMIT")
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        # The system frees the lock when its holder dies. The file stays, because unlinking it would let two in.
+        lock = FileLock(self._locks / f"{name}.lock", timeout=self.context.login_wait, mode=0o600, thread_local=False)
+        with self._local_locks.hold(name, self.context.login_wait):
+            try:
+                self._locks.mkdir(mode=0o700, exist_ok=True)
+                lock.acquire()
+            except Timeout as error:
+                raise lock_not_had(name, self.context.login_wait) from error
+            except OSError as error:
+                raise ConfigurationError(f"No lock can be made in {self._locks}: {error.strerror}.") from error
+            try:
+                yield
+            finally:
+                lock.release()
+
+    def _version(self, conn: sqlite3.Connection) -> int:
+        # One statement sees one moment. With two, another process might make the tables in between.
+        version, ours = map(int, conn.execute(queries.SCHEMA_VERSION).fetchone())
+        if version > len(self._steps):
+            raise ConfigurationError(
+                f"{self.path} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
+            )
+        if ours != (2 if version else 0):
+            raise ConfigurationError(
+                f"{self.path} was made by another program and may hold plaintext tokens. Name another file."
+            )
+        refuse_cut_off(conn, self.path)
+        return version
+
+    def find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
+        if not self._audit_reads:
+            return self._find_unaudited(user_id, to_seconds(alive_after), locked)
+        with self._transaction() as conn:
+            # Nobody else can write now, so the mark and the holder of its lock match.
+            found = conn.execute(queries.FIND, (user_id, to_seconds(alive_after))).fetchone()
+            if found is None or not self._counts(found["login_mark"], locked):
+                return None
+            row = conn.execute(queries.USE, (to_seconds(now), user_id, to_seconds(alive_after))).fetchone()
+            self._audit_entry(conn, row["token_id"], user_id, "used", now, {"usage_count": row["usage_count"]})
+        return read_token(row)
+
+    def _find_unaudited(self, user_id: str, alive_after: int, locked: bool) -> StoredToken | None:
+        rows = self._rows(queries.FIND, user_id, alive_after)
+        while rows and (mark := rows[0]["login_mark"]) is not None:
+            if locked:
+                return None
+            if self._is_held(mark):
+                break
+            # The login is over. If its mark is still there, nobody knows how it ended. If not, there is news to read.
+            rows = self._rows(queries.FIND, user_id, alive_after)
+            if rows and rows[0]["login_mark"] == mark:
+                return None
+        return read_token(rows[0]) if rows else None
+
+    def _counts(self, mark: str | None, locked: bool) -> bool:
+        return mark is None or (not locked and self._is_held(mark))
+
+    def _is_held(self, mark: str) -> bool:
+        """Tell whether the login that left this mark still holds its lock."""
+        import fcntl  # Imported here, because Windows lacks it and everything else works there.
+
+        try:
+            with (self._locks / f"{mark.partition(' ')[0]}.lock").open("rb") as file:
+                # A shared lock, so that two readers at once do not mistake each other for the holder.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    def find_in_doubt(self, user_id: str) -> StoredToken | None:
+        row = self._one(queries.IN_DOUBT, user_id)
+        return read_known(row) if row else None
+
+    def find_newest(self, user_id: str) -> StoredToken | None:
+        row = self._one(queries.NEWEST, user_id)
+        return read_known(row) if row else None
+
+    def find_by_account(self, account: str) -> list[StoredToken]:
+        return [read_known(row) for row in self._rows(queries.OF_ACCOUNT, account)]
+
+    def insert(
+        self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
+    ) -> StoredToken:
+        with self._transaction() as conn:
+            for row in conn.execute(queries.ERASE, (token.user_id,)).fetchall():
+                reason = {"reason": "new_token_generated"}
+                self._audit_entry(conn, row["id"], token.user_id, "deactivated", token.created_at, reason)
+            try:
+                token_id: int = conn.execute(queries.INSERT, columns_of(token)).fetchone()["id"]
+            except sqlite3.IntegrityError as error:
+                # SQLite names the columns, not the constraint. A retry would not help against any other constraint.
+                if str(error) != "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation":
+                    raise
+                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+            self._audit_entry(conn, token_id, token.user_id, action, token.created_at, metadata)
+        return replace(token, token_id=token_id)
+
+    def revoke(self, user_id: str, now: datetime) -> bool:
+        return self._erase("revoked", now, queries.ERASE, user_id) > 0
+
+    def expire(self, now: datetime, limit: int) -> int:
+        return self._erase("expired", now, queries.EXPIRE, to_seconds(now), limit)
+
+    def delete_entries(self, before: datetime, limit: int) -> int:
+        # Search outside the transaction, so that writers need not wait.
+        old = [(row["id"],) for row in self._rows(queries.OLD_ENTRIES, to_seconds(before), limit)]
+        with self._transaction() as conn:
+            conn.executemany("DELETE FROM upstox_token_audit WHERE id = ?", old)
+        return len(old)
+
+    def _erase(self, action: str, now: datetime, sql: str, *values: object) -> int:
+        with self._transaction() as conn:
+            rows = conn.execute(sql, values).fetchall()
+            for row in rows:
+                self._audit_entry(conn, row["id"], row["user_id"], action, now)
+        return len(rows)
+
+    def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        values = {"user_id": user_id, "lock": lock, "mark": f"{lock} {uuid.uuid4().hex}"}
+        self._make_room()  # First, because a mark that a full disk keeps there would put a living token in doubt.
+        with self._transaction() as conn:
+            self._audit_entry(conn, None, user_id, "login", now, metadata)
+            conn.execute(queries.MARK if user_id else queries.MARK_ALL, values)
+
+    def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
+        with self._transaction() as conn:
+            conn.execute(queries.UNMARK, {"lock": lock, "mark": "" if in_doubt else None, "user_id": user_id})
+
+    def clear_doubt(self, token: StoredToken) -> None:
+        with self._transaction() as conn:
+            conn.execute(queries.CLEAR_DOUBT, (token.user_id, token.generation))
+
+    def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
+        with self._transaction() as conn:
+            self._audit_entry(conn, None, user_id, action, now, metadata)
+
+    def logins_since(self, moment: datetime, process: str) -> list[datetime]:
+        return [to_moment(row["performed_at"]) for row in self._rows(queries.LOGINS_SINCE, to_seconds(moment), process)]
+
+    def read_notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
+        rows = self._rows(queries.NOTES, json.dumps(list(names)))
+        return float(rows[0]["now"]), {row["name"]: row["sealed"] for row in rows if row["name"] is not None}
+
+    def write_note(self, name: str, text: str) -> None:
+        with self._transaction() as conn:
+            conn.execute(queries.WRITE_NOTE, (name, text))
+
+    def erase_note(self, name: str) -> None:
+        with self._transaction() as conn:
+            conn.execute("DELETE FROM upstox_login_notes WHERE name = ?", (name,))
+
+    def _make_room(self) -> None:
+        """Find out that the disk is full before a login is spent: write as much as the token needs, and roll back.
+
+        With a cache of one page, SQLite writes it to the log at once. It does not count there, and the next transaction
+        overwrites it. (A checkpoint of the log would show it as well, but waits for the disk three more times.)
+        """
+        with self.connections.lend() as conn:
+            conn.execute("PRAGMA cache_size = 1")
+            try:
+                conn.execute("BEGIN IMMEDIATE")
+                conn.execute(queries.RECORD, (None, None, "room", "", 0, json.dumps("0" * ROOM)))
+                conn.execute("ROLLBACK")
+            finally:
+                conn.execute(f"PRAGMA cache_size = {CACHE}")
+
+    def read_history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
+        rows = self._rows(queries.HISTORY, to_seconds(now), user_id, limit)
+        return [{**format_row(row), "is_active": bool(row["is_active"])} for row in rows]
+
+    def read_statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
+        return format_row(self._rows(queries.STATISTICS, to_seconds(now), user_id)[0])
+
+    def read_audit_trail(self, user_id: str, limit: int) -> list[dict[str, Any]]:
+        rows = self._rows(queries.AUDIT, user_id, limit)
+        return [{**format_row(row), "metadata": json.loads(row["metadata"])} for row in rows]
+
+    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
+        return [read_token(row) for row in self._rows(queries.OTHER_KEYS, key_id, key_id, limit)]
+
+    def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+        values = [(new.ciphertext, new.key_id, old.token_id, old.ciphertext) for old, new in pairs]
+        with self._transaction() as conn:
+            return conn.executemany(queries.REPLACE, values).rowcount
+
+    def count_keys(self) -> dict[str, int]:
+        return {row["key_id"]: row[1] for row in self._rows(queries.COUNT_KEYS)}
+
+    def check_health(self) -> dict[str, Any]:
+        try:
+            self.count_keys()
+        except StorageError as error:
+            return {"sqlite": f"error: {error}"}
+        return {"sqlite": "healthy"}
+
+    def list_users(self) -> list[str | None]:
+        return [row["user_id"] for row in self._rows(queries.USERS)]
+
+    def read_tokens(self, user_id: str | None) -> list[StoredToken]:
+        return [read_every_column(row) for row in self._rows(queries.TOKENS_OF, user_id)]
+
+    def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+        place = (to_seconds(after.performed_at), after.position) if after else (-1, 0)
+        rows = self._rows(queries.ENTRIES_OF, user_id, *place, limit)
+        return [AuditEntry(who, by, to_moment(at), json.loads(text), *rest) for who, by, at, text, *rest in rows]
+
+    def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        moved = ({**e._asdict(), "metadata": json.dumps(e.metadata), "user_id": user_id} for e in entries)
+        rows = [{**each, "performed_at": to_seconds(each["performed_at"])} for each in moved]
+        with self._transaction() as conn:
+            conn.executemany(queries.PUT_IN, [columns_of(token) for token in tokens])
+            conn.executemany(queries.PUT_IN_AUDIT, rows)
+
+    def _one(self, sql: str, *values: object) -> sqlite3.Row | None:
+        rows = self._rows(sql, *values)
+        return rows[0] if rows else None
+
+    def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        with self.connections.lend() as conn:
+            return conn.execute(sql, values).fetchall()
+
+    def _audit_entry(
+        self,
+        conn: sqlite3.Connection,
+        token_id: int | None,
+        user_id: str | None,
+        action: str,
+        now: datetime,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        values = (token_id, user_id, action, self.context.actor, to_seconds(now), json.dumps(metadata or {}))
+        conn.execute(queries.RECORD, values)

@@ -1,0 +1,101 @@
+"""Rows become tokens here, and tokens become columns."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from ..core.token import StoredToken
+
+
+def columns_of(token: StoredToken) -> dict[str, object]:
+    """Convert a token to columns: times become seconds, lists and dicts become JSON."""
+    # Not with `asdict`, because its deep copies take three times as long.
+    columns: dict[str, object] = {field.name: getattr(token, field.name) for field in fields(token)}
+    for name, value in columns.items():
+        if isinstance(value, datetime):
+            columns[name] = to_seconds(value)
+        elif isinstance(value, list | dict):
+            columns[name] = json.dumps(value)
+    return columns
+
+
+def read_token(row: Iterable[Any]) -> StoredToken:
+    # In the order of the columns in queries.FIND. Every read comes through here, and looking up columns by name takes
+    # twice as long.
+    (
+        token_id,
+        user_id,
+        ciphertext,
+        key_id,
+        generation,
+        created_at,
+        expires_at,
+        user_name,
+        email,
+        used,
+        account,
+        mark,
+    ) = row
+    return StoredToken(
+        user_id,
+        ciphertext or "",
+        key_id,
+        generation,
+        datetime.fromtimestamp(created_at, UTC),
+        datetime.fromtimestamp(expires_at, UTC),
+        user_name,
+        email,
+        account=account,
+        token_id=token_id,
+        usage_count=used,
+        in_doubt=mark is not None,
+    )
+
+
+def read_known(row: sqlite3.Row) -> StoredToken:
+    """Read a token with more than a reader needs: when Upstox issued it."""
+    *handed_out, issued_at = row
+    return replace(read_token(handed_out), issued_at=None if issued_at is None else to_moment(issued_at))
+
+
+def read_every_column(row: sqlite3.Row) -> StoredToken:
+    """Read a token with all its columns."""
+    columns = {name: row[name] for name in row.keys()}  # noqa: SIM118  # Iterating over a Row gives its values.
+    columns["in_doubt"] = bool(columns["in_doubt"])
+    for name in ("created_at", "expires_at", "last_used_at", "issued_at"):
+        columns[name] = None if columns[name] is None else to_moment(columns[name])
+    for name in ("products", "exchanges", "metadata"):
+        columns[name] = json.loads(columns[name])
+    return StoredToken(**columns)
+
+
+def format_row(row: sqlite3.Row) -> dict[str, Any]:
+    """Convert a row to what callers see: times become ISO text."""
+    times = (
+        "created_at",
+        "expires_at",
+        "last_used_at",
+        "performed_at",
+        "token_created",
+        "last_generation",
+        "last_usage",
+    )
+    return {
+        name: datetime.fromtimestamp(row[name], UTC).isoformat()
+        if name in times and row[name] is not None
+        else row[name]
+        for name in row.keys()  # noqa: SIM118  # Iterating over a Row gives its values.
+    }
+
+
+def to_seconds(moment: datetime) -> int:
+    return int(moment.timestamp())
+
+
+def to_moment(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
