@@ -1,6 +1,5 @@
 """Keep Upstox access tokens in a real database: one class for each storage pattern."""
 
-import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ from .core.cipher import KeyRing
 from .core.errors import (
     BackupDamaged,
     ConfigurationError,
+    DatabaseMissing,
     InvalidInput,
     KeyUnavailable,
     LoginError,
@@ -25,15 +25,16 @@ from .core.login import Accounts, SdkLogin, TotpLogin
 from .core.settings import Options
 from .core.store import TokenStorage
 from .core.token import ExpiryPolicy, Secret, TokenResult
-from .pooled import PooledUpstoxStorage
-from .sqlite import SQLiteUpstoxStorage
+from .patterns import PATTERNS, import_store, open_store
 from .transfer.file import Counts
 from .transfer.transfer import export_tokens, import_tokens, migrate
 
 if TYPE_CHECKING:
     from .hybrid import HybridUpstoxStorage
     from .mongodb import MongoUpstoxStorage
+    from .pooled import PooledUpstoxStorage
     from .postgresql import PostgreSQLUpstoxStorage
+    from .sqlite import SQLiteUpstoxStorage
 
 __all__ = [
     "Accounts",
@@ -41,6 +42,7 @@ __all__ = [
     "BatchResult",
     "ConfigurationError",
     "Counts",
+    "DatabaseMissing",
     "ExpiryPolicy",
     "HybridUpstoxStorage",
     "InvalidInput",
@@ -69,30 +71,18 @@ __all__ = [
     "export_tokens",
     "import_tokens",
     "migrate",
+    "open_store",
 ]
 
 # The application decides what is logged and where. Without this handler, Python would print warnings to stderr.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# These are imported on first use, because a program that uses SQLite needs no other database's driver.
-_NEED_A_DRIVER = {
-    "PostgreSQLUpstoxStorage": "postgresql",
-    "MongoUpstoxStorage": "mongodb",
-    "HybridUpstoxStorage": "hybrid",
-}
-# The package to install if a module has another name. PyPI's own `bson` is a different package, and it breaks pymongo.
-_INSTALLED_AS = {"bson": "pymongo", "psycopg2": "psycopg2-binary"}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_A_DRIVER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    extra = _NEED_A_DRIVER[name]
-    try:
-        globals()[name] = getattr(importlib.import_module(f"{__name__}.{extra}"), name)
-        return globals()[name]
-    except ModuleNotFoundError as error:
-        module = str(error.name).partition(".")[0]
-        package = _INSTALLED_AS.get(module, module)
-        message = f"{name} needs {package}. In a clone of this project: pip install '.[{extra}]'"
-        raise ModuleNotFoundError(message, name=error.name) from error
+    # A store is imported on first use, because a program that uses SQLite needs no other database's driver.
+    for folder, pattern in PATTERNS.items():
+        if name in (folder, pattern.store):
+            store = import_store(folder)  # This also sets the folder's name.
+            globals()[pattern.store] = store
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

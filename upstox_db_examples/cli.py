@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import click
 
 import upstox_db_examples as package
 
 from .core.errors import (
-    ConfigurationError,
-    InvalidInput,
+    DatabaseMissing,
     LoginInterrupted,
     LoginLimited,
     LoginSuperseded,
@@ -31,6 +28,7 @@ PASSING = (StoreUnavailable, LoginInterrupted, LoginLimited, LoginSuperseded, To
 
 STORES = """\b
   upstox.db, sqlite:///path                  SQLite
+  pooled:///path                             SQLite through a bounded pool
   postgresql://user:password@host/name       PostgreSQL
   mongodb://user:password@host/?...#name     MongoDB; the database's name is last
   "redis://... postgresql://..."             the hybrid: its two, in one text
@@ -122,58 +120,23 @@ class OpenStore:
         self._ctx, self._where, self.login = ctx, where, login
 
     def __call__(self, *, new: bool = False) -> TokenStorage:
-        """Open the store. With `new`, create a missing SQLite file."""
-        return self._ctx.with_resource(opened(self._where, new=new, login=self.login))
+        """Open the store. With `new`, make what is missing.
 
-    def is_missing(self) -> bool:
-        """Return whether this is a SQLite file that does not exist yet, so that a login is certainly due."""
-        file = sqlite_file(self._where)
-        return file is not None and not Path(file).exists()
-
-
-def opened(where: str, *, new: bool = False, **options: Any) -> TokenStorage:
-    """Open the store at this address.
-
-    Args:
-        new: create a missing SQLite file. Otherwise a mistyped name would open a healthy store without tokens.
-
-    Raises:
-        InvalidInput: there is no store of that kind.
-        ConfigurationError: there is no such file.
-    """
-    first, _, second = where.partition(" ")
-    scheme = urlsplit(first).scheme
-    if scheme in ("redis", "rediss") and second.startswith("postgres"):
-        return package.HybridUpstoxStorage(first, second.strip(), **options)
-    if scheme in ("postgresql", "postgres"):
-        return package.PostgreSQLUpstoxStorage(where, **options)
-    if scheme in ("mongodb", "mongodb+srv"):
-        parts = urlsplit(where)
-        return package.MongoUpstoxStorage(
-            urlunsplit(parts._replace(fragment="")), parts.fragment or "upstox_db", **options
-        )
-    if file := sqlite_file(where):
+        Raises:
+            DatabaseMissing: there is no such file, or the server has no tables.
+        """
         try:
-            if not new:
-                Path(file).stat()
-        except OSError as error:
-            raise ConfigurationError(
-                f"{file} cannot be opened: {error.strerror}. Check --store and UPSTOX_DB_STORE. A new store is made by "
-                "upstox-db token, login or restore."
-            ) from error
-        return package.SQLiteUpstoxStorage(file, **options)
-    raise InvalidInput(f"There is no store for {scheme}://. See upstox-db --help.")
+            return self._ctx.with_resource(package.open_store(self._where, create=new, login=self.login))
+        except DatabaseMissing as error:
+            error.args = (
+                f"{error} Check --store and UPSTOX_DB_STORE. A new store is made by upstox-db init, token, login or "
+                "restore.",
+            )
+            raise
 
 
-def sqlite_file(where: str) -> str | None:
-    """Return the path in this address, if it names a SQLite file."""
-    if "://" in where and urlsplit(where).scheme != "sqlite":
-        return None
-    return where.removeprefix("sqlite:///")
-
-
-def shown(result: TokenResult) -> str:
-    return f"{result['user_id']}: {result._token}, until {result['expires_at']}"
+def describe(result: TokenResult) -> str:
+    return f"{result['user_id']}: {result.masked_token}, until {result['expires_at']}"
 
 
 # Each module adds its commands to `main`, in the order in which they are needed.

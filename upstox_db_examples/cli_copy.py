@@ -10,7 +10,8 @@ import click
 from .cli import command
 from .cli_upkeep import many
 from .copy_files import write
-from .copy_pattern import PATTERNS, Copy, collect, lines_of_use, packages
+from .copy_pattern import Copy, collect, lines_of_use, packages
+from .patterns import PATTERNS
 
 
 @command("copy", "upstox-db copy postgresql --list", "upstox-db copy postgresql my_tokens")

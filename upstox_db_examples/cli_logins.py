@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from .cli import OpenStore, command, shown
-from .core.errors import InvalidInput, LoginSuperseded, StorageError, TokenNotStored
+from .cli import OpenStore, command, describe
+from .core.errors import DatabaseMissing, InvalidInput, LoginRefused, LoginSuperseded, StorageError, TokenNotStored
+from .core.store import TokenStorage
 from .token_file import read_token_file, write_token_file
 
 
@@ -23,11 +24,10 @@ def token(store: OpenStore, user: str | None, masked: bool) -> None:
     Nothing else is printed, so a script can use the output. USER is an Upstox user id such as AB1234. The default is
     the account of the credentials.
     """
-    check_credentials(store, user)
-    opened = store(new=True)
+    opened = open_for(store, user)
     try:
         result = opened.get_or_create_token(user)
-        click.echo(shown(result) if masked else result["token"])
+        click.echo(describe(result) if masked else result["token"])
     except TokenNotStored as error:
         if masked:
             rescue(opened, error)
@@ -45,12 +45,12 @@ def login(store: OpenStore, user: str | None, keep: bool) -> None:
     credentials. If the store does not accept the token, it goes into an encrypted file; see upstox-db save.
     """
     if keep:
-        check_credentials(store, user)
+        opened = open_for(store, user)
     else:
         store.login.check(user)
-    opened = store(new=True)
+        opened = store(new=True)
     try:
-        click.echo(shown(opened.get_or_create_token(user) if keep else opened.store_token(user)))
+        click.echo(describe(opened.get_or_create_token(user) if keep else opened.store_token(user)))
     except StorageError as error:
         rescue(opened, error)
 
@@ -83,7 +83,7 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
     Then the file is removed. If the store has a token that Upstox issued later, that one stays.
     """
     opened = store(new=True)
-    click.echo(shown(opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)))
+    click.echo(describe(opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)))
     file.unlink()
 
 
@@ -101,13 +101,22 @@ def logout(store: OpenStore, user: str) -> None:
     click.echo(f"{user}: logged out at Upstox." if ended else f"{user}: Upstox knew no such token, or none was stored.")
 
 
-def check_credentials(store: OpenStore, user: str | None) -> None:
-    """Refuse credentials that cannot be right before this creates a database and a key for nothing.
+def open_for(store: OpenStore, user: str | None) -> TokenStorage:
+    """Open the store to get this user's token from it.
 
-    If a user is known, a token may already be stored, and then no credentials are needed.
+    If a user is known, a token may already be stored, and then no credentials are needed. But credentials that cannot
+    be right must not create a database for nothing.
     """
-    if store.is_missing() or not (user or store.login.user_id):
+    try:
         store.login.check(user)
+        return store(new=True)
+    except LoginRefused as refused:
+        if not (user or store.login.user_id):
+            raise
+        try:
+            return store(new=False)
+        except DatabaseMissing:
+            raise refused from None
 
 
 def rescue(store: Any, error: StorageError) -> None:

@@ -12,7 +12,7 @@ import click
 
 import upstox_db_examples as package
 
-from .cli import TRY_AGAIN, OpenStore, command, opened
+from .cli import TRY_AGAIN, OpenStore, command
 from .core.errors import InvalidInput
 
 
@@ -155,7 +155,7 @@ def migrate(ctx: click.Context, target: str) -> None:
     TARGET is an address as for --store; the default is UPSTOX_DB_TARGET. Stop the programs that use the store first. At
     the end the two stores are compared.
     """
-    source, other = ctx.obj(), ctx.with_resource(opened(target, new=True))
+    source, other = ctx.obj(), ctx.with_resource(package.open_store(target))
     click.echo(counted(package.migrate(source, other, progress=sys.stderr.isatty())))
 
 

@@ -18,18 +18,10 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import _INSTALLED_AS
 from .core.errors import InvalidInput
+from .patterns import INSTALLED_AS, PATTERNS
 
 DISTRIBUTION = "upstox-db-examples"
-# Each pattern's class, and the arguments that open it. The pattern's folder and extra have the same name.
-PATTERNS = {
-    "sqlite": ("SQLiteUpstoxStorage", '"upstox.db"'),
-    "pooled": ("PooledUpstoxStorage", '"upstox.db", pool_size=5'),
-    "postgresql": ("PostgreSQLUpstoxStorage", '"postgresql://user:password@host/name"'),
-    "mongodb": ("MongoUpstoxStorage", '"mongodb://user:password@host/", "upstox_db"'),
-    "hybrid": ("HybridUpstoxStorage", '"redis://:password@host/0", "postgresql://user:password@host/name"'),
-}
 
 
 class Copy(NamedTuple):
@@ -91,7 +83,7 @@ def _data(folder: Traversable, name: str) -> Iterator[tuple[str, bytes]]:
 
 def _init(copy: Copy) -> str:
     errors = [node.name for node in ast.parse(copy.files["core/errors.py"]).body if isinstance(node, ast.ClassDef)]
-    store, about = PATTERNS[copy.pattern][0], metadata.metadata(DISTRIBUTION)
+    store, about = PATTERNS[copy.pattern].store, metadata.metadata(DISTRIBUTION)
     made = f"upstox-db copy {copy.pattern}` of {DISTRIBUTION} {about['Version']}, {about['License-Expression']} licence"
     imports = ["from .core.errors import (", *(f"    {name}," for name in sorted(errors)), ")"]
     exports = ["__all__ = [", *(f'    "{name}",' for name in sorted([*errors, store])), "]"]
@@ -105,7 +97,7 @@ def packages(copy: Copy) -> tuple[list[str], list[str]]:
 
     The command's own packages are in neither list, because no copied file imports them.
     """
-    imported = {_INSTALLED_AS.get(name, name).replace("_", "-") for name in copy.outside}
+    imported = {INSTALLED_AS.get(name, name).replace("_", "-") for name in copy.outside}
     found: tuple[list[str], list[str]] = [], []
     for requirement, _, marker in (each.partition(";") for each in metadata.requires(DISTRIBUTION) or []):
         extra = re.findall(r"extra == ['\"]([\w-]+)", marker)
@@ -121,7 +113,7 @@ def lines_of_use(copy: Copy, folder: Path) -> list[str]:
     Raises:
         InvalidInput: Python cannot import a folder with this name, or the folder would hide another module.
     """
-    store, address = PATTERNS[copy.pattern]
+    pattern = PATTERNS[copy.pattern]
     names = [folder.absolute().name]
     with suppress(OSError):  # An unreadable folder does not count as a package; `write` reports it.
         for parent in folder.absolute().parents:
@@ -133,4 +125,4 @@ def lines_of_use(copy: Copy, folder: Path) -> list[str]:
     if len(names) == 1 and names[0] in sys.stdlib_module_names | copy.outside:
         raise InvalidInput(f"A package {names[0]!r} would hide Python's own or a needed one. Choose another folder.")
     last = 'token = storage.get_or_create_token()["token"]'
-    return [f"from {'.'.join(names)} import {store}", f"storage = {store}({address})", last]
+    return [f"from {'.'.join(names)} import {pattern.store}", f"storage = {pattern.store}({pattern.example})", last]

@@ -78,6 +78,10 @@ class Backend(ABC):
         self.context, self.where = context, where
 
     @abstractmethod
+    def has_tables(self) -> bool:
+        """Return whether the tables exist, in this version or an earlier one."""
+
+    @abstractmethod
     def init_database(self, runtime_role: str | None = None) -> None:
         """Make the tables, or upgrade those of an older version. Safe to repeat and to run concurrently.
 

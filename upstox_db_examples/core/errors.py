@@ -30,6 +30,10 @@ class ConfigurationError(StorageError):
     """A path, a key file, a schema or a setting must be fixed first. A retry changes nothing."""
 
 
+class DatabaseMissing(ConfigurationError):
+    """A store was opened with `create=False`, and its file or its tables do not exist. Nothing was made."""
+
+
 class StoreUnavailable(StorageError):
     """The database cannot be reached, is locked or is full. Nothing was half-written. Try again when it is back."""
 

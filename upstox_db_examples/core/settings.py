@@ -25,6 +25,8 @@ class Options(TypedDict, total=False):
         policy: decides when tokens expire.
         login_wait: how long to wait for another caller's login of the same user, in seconds; 60 by default.
         renew_pause: how long `renew_token` waits before it logs the same user in again, in seconds; 600 by default.
+        create: make the tables (SQLite: the file too) if they are missing; True by default. With False, opening such a
+            store raises `DatabaseMissing`, so that a mistyped name does not open an empty store.
     """
 
     login: Login
@@ -34,6 +36,7 @@ class Options(TypedDict, total=False):
     policy: ExpiryPolicy
     login_wait: float
     renew_pause: float
+    create: bool
 
 
 class Settings:
@@ -41,7 +44,7 @@ class Settings:
 
     Attributes:
         context: what the store's backend is told.
-        login, keys, policy, renew_pause: see `Options`.
+        login, keys, policy, renew_pause, create: see `Options`.
 
     Raises:
         TypeError: there is no such option.
@@ -55,6 +58,7 @@ class Settings:
         self.keys: KeySource = options.get("keys") or KeyRing.default
         self.policy = options.get("policy") or ExpiryPolicy()
         self.renew_pause = options.get("renew_pause", 600.0)
+        self.create = options.get("create", True)
         login_wait = options.get("login_wait", 60.0)
         require_positive("login_wait", login_wait)
         require_positive("renew_pause", self.renew_pause)

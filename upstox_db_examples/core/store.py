@@ -15,7 +15,7 @@ from .answer import Minted, read_answer
 from .backend import Backend
 from .batch import PACE, BatchResult, Pace, store_batch
 from .checks import check_user_id, is_unicode, require_limit, require_user_id
-from .errors import InvalidInput, KeyUnavailable, LoginError, StorageError, TokenRefused
+from .errors import DatabaseMissing, InvalidInput, KeyUnavailable, LoginError, StorageError, TokenRefused
 from .life_cycle import LifeCycle, Wish
 from .login import log_out, owner_of
 from .settings import Options, Settings
@@ -46,6 +46,10 @@ class TokenStorage:
         self._policy, self._now = settings.policy, settings.context.now
         self._users = Users(backend, self.cipher, settings.login)
         self._life_cycle = LifeCycle(backend, self.cipher, self._users, settings)
+        if not settings.create and not backend.has_tables():
+            backend.close()
+            raise DatabaseMissing(f"{backend.where} has no tables of this package.")
+        self.init_database()
 
     def init_database(self, runtime_role: str | None = None) -> None:
         """Make the tables, or upgrade those of an older version. This is safe to repeat and to run concurrently.

@@ -112,6 +112,11 @@ class TokenResult(Mapping[str, Any]):
         self._token = token
         self._fields = fields
 
+    @property
+    def masked_token(self) -> Secret:
+        """The token, masked when it is printed."""
+        return self._token
+
     def __getitem__(self, key: str) -> Any:
         if key == "token":
             return self._token.reveal()

@@ -50,6 +50,9 @@ class HybridBackend(Backend):
         self._asking, self._folding = threading.Lock(), threading.Lock()
         self._tombstones: dict[str, str] = {}  # by user; from logins of this process
 
+    def has_tables(self) -> bool:
+        return self._postgres.has_tables()
+
     def init_database(self, runtime_role: str | None = None) -> None:
         self._postgres.init_database(runtime_role)
         if not self._run(queries.IS_FOLDED_ONCE)[0]["there"]:

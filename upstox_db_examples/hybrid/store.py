@@ -99,9 +99,8 @@ class HybridUpstoxStorage(TokenStorage):
         self._connections = PostgreSQLConnections(dsn, pool_size, timeout)
         postgres = PostgreSQLBackend(self._connections, settings.context)
         self._hybrid = HybridBackend(postgres, redis, believed, buried_for=max(2 * timeout, believed))
-        super().__init__(self._hybrid, settings)
         try:
-            self.init_database()
+            super().__init__(self._hybrid, settings)
         except StoreUnavailable as error:
             if not redis.answers():
                 self.close()

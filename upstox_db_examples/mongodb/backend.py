@@ -53,6 +53,10 @@ class MongoBackend(Backend):
         self._connection, self._database = connection, connection.database
         self._leases = Leases(self._database, lease)
 
+    def has_tables(self) -> bool:
+        with self._database() as db:
+            return db.schema_version.find_one({"_id": "upstox"}) is not None
+
     def init_database(self, runtime_role: str | None = None) -> None:
         with self._database() as db:
             make_collections(db, self.where)

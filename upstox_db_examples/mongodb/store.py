@@ -61,10 +61,9 @@ class MongoUpstoxStorage(TokenStorage):
         require_positive("lease", lease)
         settings = Settings(type(self).__name__, options)
         self._connection = MongoDBConnection(url, database_name, timeout)
-        super().__init__(MongoBackend(self._connection, lease, settings.context), settings)
         # As in the guide, you need not close a store.
         weakref.finalize(self, self._connection.close)
-        self.init_database()
+        super().__init__(MongoBackend(self._connection, lease, settings.context), settings)
 
     def get_user_dashboard(self, user_id: str) -> dict[str, Any]:
         """Return everything about a user in one JSON-friendly dict, without the token.

@@ -49,7 +49,7 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         require_pool_size(pool_size)
         require_positive("timeout", timeout)
         settings = Settings(type(self).__name__, options)
-        connections = PooledConnections(resolve_path(db_path), pool_size, timeout)
+        connections = PooledConnections(resolve_path(db_path, create=settings.create), pool_size, timeout)
         self.pool_size, self._pool = pool_size, connections.pool
         self._open(connections, settings, audit_reads)
 

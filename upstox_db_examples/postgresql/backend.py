@@ -38,6 +38,10 @@ class PostgreSQLBackend(Backend):
         super().__init__(context, connections.where)
         self.connections, self._run = connections, connections.run
 
+    def has_tables(self) -> bool:
+        with self.connections.session() as conn:
+            return self._version(conn) > 0
+
     def init_database(self, runtime_role: str | None = None) -> None:
         answer = self.connections.answer
         with self.connections.session() as conn:

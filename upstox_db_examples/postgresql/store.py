@@ -41,7 +41,6 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         settings = Settings(type(self).__name__, options)
         self._connections = PostgreSQLConnections(dsn, pool_size, timeout)
         super().__init__(PostgreSQLBackend(self._connections, settings.context), settings)
-        self.init_database()
 
     def get_connection(self) -> AbstractContextManager[connection]:
         """Open an ordinary psycopg2 connection of your own, outside the pool. Commit what you write."""

@@ -49,6 +49,10 @@ class SQLiteBackend(Backend):
         self._locks = Path(f"{self.path}-locks")
         self._local_locks = LocalLocks()
 
+    def has_tables(self) -> bool:
+        with self.connections.lend() as conn:
+            return self._version(conn) > 0
+
     def init_database(self, runtime_role: str | None = None) -> None:
         if runtime_role is not None:
             raise InvalidInput("SQLite has no roles: whoever may write to the file may do everything. Check its mode.")

@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from ..core.errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
+from ..core.errors import ConfigurationError, DatabaseMissing, InvalidInput, StorageError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +118,13 @@ def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
         idle.pop().close()
 
 
-def resolve_path(db_path: str | os.PathLike[str]) -> Path:
+def resolve_path(db_path: str | os.PathLike[str], *, create: bool = True) -> Path:
     """Resolve the path, and make its file with mode 0600 if it is missing. SQLite itself would use the umask.
 
     The WAL and shared memory files take the mode of the database.
+
+    Args:
+        create: with False, raise `DatabaseMissing` if there is no file.
     """
     text = os.fspath(db_path)
     if not isinstance(text, str) or not text or "\0" in text or text.startswith((":memory:", "file:")):
@@ -131,6 +134,8 @@ def resolve_path(db_path: str | os.PathLike[str]) -> Path:
         path = Path(text).resolve()
         if path.is_dir():
             raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
+        if not create and not path.exists():
+            raise DatabaseMissing(f"{path} does not exist.")
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             logger.info("Made %s", path)

@@ -39,12 +39,11 @@ class SQLiteUpstoxStorage(TokenStorage):
         self, db_path: str | os.PathLike[str] = "upstox.db", *, audit_reads: bool = False, **options: Unpack[Options]
     ) -> None:
         settings = Settings(type(self).__name__, options)
-        self._open(SQLiteConnections(resolve_path(db_path)), settings, audit_reads)
+        self._open(SQLiteConnections(resolve_path(db_path, create=settings.create)), settings, audit_reads)
 
     def _open(self, connections: SQLiteConnections, settings: Settings, audit_reads: bool) -> None:
         self.db_path, self._connections = connections.path, connections
         super().__init__(SQLiteBackend(connections, settings.context, audit_reads=audit_reads), settings)
-        self.init_database()
 
     def get_connection(self) -> AbstractContextManager[sqlite3.Connection]:
         """Lend a connection in autocommit mode. A transaction that is left open is rolled back.

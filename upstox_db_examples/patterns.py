@@ -1,0 +1,109 @@
+"""The stores in one table: a store's address leads to its class. A new store is one more line here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple, Unpack
+from urllib.parse import urlsplit, urlunsplit
+
+from .core.errors import InvalidInput
+from .core.settings import Options
+from .core.store import TokenStorage
+
+# The package to install if a module has another name. PyPI's own `bson` is a different package, and it breaks pymongo.
+INSTALLED_AS = {"bson": "pymongo", "psycopg2": "psycopg2-binary"}
+
+
+class Pattern(NamedTuple):
+    """One kind of store. Its folder and its extra have the same name.
+
+    Attributes:
+        store: the name of its class.
+        schemes: the schemes of its addresses. The hybrid has two addresses in one text, and so two schemes.
+        arguments: turns an address into the arguments of the class.
+        example: arguments for the reader of a copy.
+    """
+
+    store: str
+    schemes: tuple[str, ...]
+    arguments: Callable[[str], tuple[str, ...]]
+    example: str
+
+
+def _file(address: str) -> tuple[str, ...]:
+    return (address.partition(":///")[2] if "://" in address else address,)
+
+
+def _whole(address: str) -> tuple[str, ...]:
+    return (address,)
+
+
+def _url_and_name(address: str) -> tuple[str, ...]:
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(fragment="")), parts.fragment or "upstox_db"
+
+
+def _two(address: str) -> tuple[str, ...]:
+    return tuple(address.split(maxsplit=1))
+
+
+PATTERNS = {
+    "sqlite": Pattern("SQLiteUpstoxStorage", ("", "sqlite"), _file, '"upstox.db"'),
+    "pooled": Pattern("PooledUpstoxStorage", ("pooled",), _file, '"upstox.db", pool_size=5'),
+    "postgresql": Pattern(
+        "PostgreSQLUpstoxStorage", ("postgresql", "postgres"), _whole, '"postgresql://user:password@host/name"'
+    ),
+    "mongodb": Pattern(
+        "MongoUpstoxStorage",
+        ("mongodb", "mongodb+srv"),
+        _url_and_name,
+        '"mongodb://user:password@host/", "upstox_db"',
+    ),
+    "hybrid": Pattern(
+        "HybridUpstoxStorage",
+        tuple(f"{redis} {postgres}" for redis in ("redis", "rediss") for postgres in ("postgresql", "postgres")),
+        _two,
+        '"redis://:password@host/0", "postgresql://user:password@host/name"',
+    ),
+}
+
+
+def open_store(address: str, **options: Unpack[Options]) -> TokenStorage:
+    """Open the store at this address.
+
+    Args:
+        address: a path or `sqlite:///path`; `pooled:///path`; `postgresql://…`; `mongodb://…/#database`; or
+            `redis://… postgresql://…`, the hybrid's two addresses in one text.
+        options: see `Options`.
+
+    Raises:
+        InvalidInput: there is no store for this address.
+        ModuleNotFoundError: the store's driver is not installed.
+        and the errors of the store's class.
+    """
+    first, _, second = address.partition(" ")
+    scheme = " ".join(part.partition("://")[0] for part in (first, second.strip()) if "://" in part)
+    for folder, pattern in PATTERNS.items():
+        if scheme in pattern.schemes:
+            return import_store(folder)(*pattern.arguments(address), **options)
+    known = ", ".join(f"{scheme}://" for pattern in PATTERNS.values() for scheme in pattern.schemes if scheme)
+    raise InvalidInput(f"There is no store for {scheme}://. There are: {known}.")
+
+
+def import_store(folder: str) -> Callable[..., TokenStorage]:
+    """Import the class of this pattern.
+
+    Raises:
+        ModuleNotFoundError: its driver is not installed; the message names the extra.
+    """
+    store = PATTERNS[folder].store
+    try:
+        found: Callable[..., TokenStorage] = getattr(importlib.import_module(f"{__package__}.{folder}"), store)
+        return found
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        message = (
+            f"{store} needs {INSTALLED_AS.get(module, module)}. In a clone of this project: pip install '.[{folder}]'"
+        )
+        raise ModuleNotFoundError(message, name=error.name) from error
