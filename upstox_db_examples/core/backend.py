@@ -35,6 +35,19 @@ def lock_not_had(name: str, wait: float) -> StoreUnavailable:
     return StoreUnavailable(f"Waited {wait:g} s for {holder}. Try again, or raise login_wait.")
 
 
+# The note that a login of nobody named leaves while it runs begins like this. It holds the login's mark, unencrypted.
+RUNNING = "running "
+
+
+class SeenLogins(threading.local):
+    """The logins of nobody named that cannot replace the token which this thread's login makes, by their marks.
+
+    These are its own, and those that were over before it began.
+    """
+
+    marks: frozenset[str] = frozenset()
+
+
 class LocalLocks:
     """Let one thread of this process at a time compete for a database lock, so that only one waits at the database.
 
@@ -127,6 +140,8 @@ class Backend(ABC):
         The earlier token is deactivated and erased ("deactivated", with the reason new_token_generated). Both happen at
         `created_at`.
 
+        If a login of nobody named is running, or was when this thread's login began, the token gets its mark.
+
         This does not depend on the lock: a caller that has lost it still writes, over another connection if needed.
         The generation keeps two writers apart.
 
@@ -157,9 +172,10 @@ class Backend(ABC):
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         """Record that a login begins ("login", without a token). The caller holds the lock with this name.
 
-        The same transaction marks the user's active token: from now on the login may replace it at Upstox. Without a
-        user id it marks every active token that has no mark yet. A mark left by an earlier holder of the same lock
-        stays for good: only `clear_doubt` or a new token removes it.
+        The same transaction marks the user's active token: from now on the login may replace it at Upstox. A mark that
+        is already there stays for good: only `clear_doubt` or a new token removes it, because one mark cannot stand for
+        two logins. Without a user id it marks every active token that has no mark yet, and leaves a note (`RUNNING`)
+        with its mark: until it ends, it may replace any token, even one that is stored after it began.
 
         This must fail if the database has no room for the new token.
         """
@@ -167,7 +183,7 @@ class Backend(ABC):
     @abstractmethod
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         """Remove the marks of the login under this lock, because it made no token for these users. With `in_doubt` it
-        may have made one, so its marks stay for good.
+        may have made one, so its marks stay for good. Where a login of nobody named is running, its mark comes instead.
 
         Args:
             user_id: only this user's token; None for every token that this login has marked.
@@ -175,7 +191,10 @@ class Backend(ABC):
 
     @abstractmethod
     def clear_doubt(self, token: StoredToken) -> None:
-        """Remove the mark from this token if it is still active, because Upstox said that it works."""
+        """Remove the mark from this token if it is still active, because Upstox said that it works.
+
+        The mark of a running login stays, because that login may still replace the token.
+        """
 
     @abstractmethod
     def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:

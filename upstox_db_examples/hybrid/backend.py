@@ -145,7 +145,8 @@ class HybridBackend(Backend):
         buried = self._redis.bury([token.user_id], self._buried_for)
         unbelieved = buried.certain or self._is_marked_by_this_thread(token.user_id)
         stored = replace(self._postgres.insert(token, action, metadata), source="postgresql")
-        self._redis.put(stored, self.context.now(), tombstone=buried.tombstone)
+        if not stored.in_doubt:
+            self._redis.put(stored, self.context.now(), tombstone=buried.tombstone)
         self._tombstones.pop(token.user_id, None)
         self._wait_until_unbelieved(unbelieved)
         self._fold_quietly()

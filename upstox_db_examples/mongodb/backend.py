@@ -11,13 +11,25 @@ from typing import Any
 
 from bson import ObjectId
 from pymongo import ASCENDING, DESCENDING, ReturnDocument, UpdateOne
+from pymongo.database import Database
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from ..core.backend import Backend
+from ..core.backend import RUNNING, Backend, SeenLogins
 from ..core.context import Context
 from ..core.errors import LoginSuperseded, StorageError, StoreUnavailable
 from ..core.token import AuditEntry, StoredToken
-from .changes import end_records, find_dead, make_active, mark_each, merge_records, move_audit, swap, take_over
+from .changes import (
+    end_records,
+    find_dead,
+    list_running,
+    make_active,
+    mark_each,
+    mark_of,
+    merge_records,
+    move_audit,
+    swap,
+    take_over,
+)
 from .connection import Document, MongoDBConnection, index_keys
 from .documents import (
     ATTEMPTS,
@@ -51,7 +63,7 @@ class MongoBackend(Backend):
     def __init__(self, connection: MongoDBConnection, lease: float, context: Context) -> None:
         super().__init__(context, connection.where)
         self._connection, self._database = connection, connection.database
-        self._leases = Leases(self._database, lease)
+        self._leases, self._seen = Leases(self._database, lease), SeenLogins()
 
     def has_tables(self) -> bool:
         with self._database() as db:
@@ -82,7 +94,7 @@ class MongoBackend(Backend):
                 if (mark := active.get("login")) is not None:
                     if locked or not mark or mark == over:
                         return None
-                    if not self._leases.lives(db, mark["lock"], mark["owner"]):
+                    if not self._leases.lives(db, **mark):
                         # The login may have ended between the two reads. Only a mark that is still there means doubt.
                         over = mark
                         continue
@@ -137,7 +149,13 @@ class MongoBackend(Backend):
                     if taken is None:
                         raise
                     token_id = taken
-                before, is_active = swap(db, token.user_id, active_of(token, token_id))
+                seen = self._seen.marks if action == "created" else self._list_logins_that_are_over(db)
+                active, mark = active_of(token, token_id), self._mark_of_running(db, seen)
+                before, is_active = swap(db, token.user_id, active if mark is None else {**active, "login": mark})
+                # Such a login may have begun, and marked all tokens, just before the swap.
+                if mark is None and (mark := self._mark_of_running(db, seen)) is not None:
+                    unmarked = {"_id": token.user_id, "token_id": token_id, "login": {"$exists": False}}
+                    db.active_tokens.update_one(unmarked, {"$set": {"login": mark}})
         except StorageError as error:
             refused = error.__cause__
             if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
@@ -154,7 +172,7 @@ class MongoBackend(Backend):
                     ended = {**ended, "_id": ObjectId()}
         except StorageError as error:  # The token is stored. The next insert catches up.
             logger.warning("The record of the earlier token of %s is still called active: %s", token.user_id, error)
-        return replace(token, token_id=str(token_id))
+        return replace(token, token_id=str(token_id), in_doubt=mark is not None)
 
     def revoke(self, user_id: str, now: datetime) -> bool:
         entry = self._entry(user_id, "revoked", now)
@@ -223,27 +241,49 @@ class MongoBackend(Backend):
         # A caller that was stopped and lost its lease meanwhile would kill the token that another login has made.
         self._leases.prove_held()
         with self._database() as db:
+            over, note = self._list_logins_that_are_over(db), f"{lock} {mark['owner']}"
             # Write the entry first, then the mark. They cannot be one transaction, because a single server has none. If
             # this is interrupted in between, the entry reports a login that never began, and nothing is lost. The other
             # way round, a living token would be in doubt for no reason. Both are durable before the login begins.
             db.token_audit.insert_one(self._entry(user_id, "login", now, metadata=metadata))
+            if user_id is None:
+                db.login_notes.replace_one({"_id": RUNNING + lock}, {"sealed": note}, upsert=True)
             mark_each(
                 db,
                 {**(anybody if user_id is None else {"_id": user_id}), **not_revoked()},
                 [{"$set": {"login": marked}}],
             )
+        self._seen.marks = over | {note}
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         mine = {"login.lock": lock, "login.owner": self._leases.owner_of(lock)}
         # A mark without an owner stays, whoever holds the lock.
-        change: Document = {"$set": {"login": {}}} if in_doubt else {"$unset": {"login": 1}}
         with self._database() as db:
+            other = {} if in_doubt else self._mark_of_running(db, self._seen.marks)
+            change: Document = {"$unset": {"login": 1}} if other is None else {"$set": {"login": other}}
             mark_each(db, mine if user_id is None else {"_id": user_id, **mine}, change)
+            if user_id is None and in_doubt:
+                db.login_notes.update_one({"_id": RUNNING + lock}, {"$set": {"sealed": ""}})
+            elif user_id is None:
+                db.login_notes.delete_one({"_id": RUNNING + lock})
+
+    def _list_logins_that_are_over(self, db: Database[Document]) -> frozenset[str]:
+        return frozenset(
+            note for note in list_running(db) if not (mark := mark_of(note)) or not self._leases.lives(db, **mark)
+        )
+
+    def _mark_of_running(self, db: Database[Document], seen: frozenset[str]) -> Document | None:
+        """Return the mark for a token that the logins of nobody named may replace, apart from those `seen`."""
+        notes = [note for note in list_running(db) if note not in seen]
+        return None if not notes else mark_of(notes[0]) if len(notes) == 1 else {}
 
     def clear_doubt(self, token: StoredToken) -> None:
         with self._database() as db:
-            which = {"_id": token.user_id, "generation": token.generation}
-            db.active_tokens.update_one(which, {"$unset": {"login": 1}})
+            active = db.active_tokens.find_one({"_id": token.user_id, "generation": token.generation}) or {}
+            mark = active.get("login") or {}
+            if not mark or not self._leases.lives(db, **mark):
+                which = {"_id": token.user_id, "generation": token.generation, "login": mark}
+                db.active_tokens.update_one(which, {"$unset": {"login": 1}})
 
     def logins_since(self, moment: datetime, process: str) -> list[datetime]:
         # This includes logins of earlier programs, which name no process.

@@ -10,6 +10,7 @@ from pymongo import UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
+from ..core.backend import RUNNING
 from ..core.errors import StoreUnavailable
 from ..core.token import StoredToken
 from .connection import Document, index_keys
@@ -66,6 +67,18 @@ def mark_each(db: Database[Document], which: Document, change: Any) -> None:
     changes = [UpdateOne({**which, "_id": user_id}, change) for user_id in users]
     if changes:
         db.active_tokens.bulk_write(changes, ordered=False)
+
+
+def list_running(db: Database[Document]) -> list[str]:
+    """Return the notes of the logins of nobody named that have not ended."""
+    notes = db.login_notes.find({"_id": {"$gte": RUNNING, "$lt": RUNNING[:-1] + "!"}})
+    return [note["sealed"] for note in notes]
+
+
+def mark_of(note: str) -> Document:
+    """Return the mark that this note stands for; an empty one if that login may have made a token."""
+    lock, _, owner = note.rpartition(" ")
+    return {"lock": lock, "owner": owner} if lock else {}
 
 
 def find_dead(db: Database[Document], now: datetime, limit: int) -> dict[ObjectId, str]:

@@ -96,10 +96,10 @@ class Leases:
         """
         return self._holding.owners.get(name, "")
 
-    def lives(self, db: Database[dict[str, Any]], name: str, owner: str) -> bool:
+    def lives(self, db: Database[dict[str, Any]], lock: str, owner: str) -> bool:
         """Tell whether this owner holds the lease of this name, by the server's clock."""
         alive = {"$expr": {"$gt": ["$until", "$$NOW"]}}
-        return db.leases.find_one({"_id": name, "owner": owner, **alive}, {"_id": 1}) is not None
+        return db.leases.find_one({"_id": lock, "owner": owner, **alive}, {"_id": 1}) is not None
 
     def prove_held(self) -> None:
         """Check the leases just before anything that must not happen twice.

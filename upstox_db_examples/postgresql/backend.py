@@ -13,7 +13,7 @@ from typing import Any
 from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection
 
-from ..core.backend import SCHEMA_LOCK, Backend
+from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, SeenLogins
 from ..core.context import Context
 from ..core.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from ..core.token import AuditEntry, StoredToken
@@ -37,6 +37,7 @@ class PostgreSQLBackend(Backend):
     def __init__(self, connections: PostgreSQLConnections, context: Context) -> None:
         super().__init__(context, connections.where)
         self.connections, self._run = connections, connections.run
+        self._seen = SeenLogins()
 
     def has_tables(self) -> bool:
         with self.connections.session() as conn:
@@ -145,21 +146,24 @@ class PostgreSQLBackend(Backend):
             "now": token.created_at,
         }
         try:
-            rows = self._run(queries.STORE, **columns, **ended, **begun)
+            rows = self._run(queries.STORE, **columns, **ended, **begun, seen=list(self._seen.marks))
         except StoreUnavailable as error:
             if violated_constraint(error) in queries.SUPERSEDED:
                 raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
             raise
-        return replace(token, token_id=int(rows[0]["token_id"]))
+        return replace(token, token_id=int(rows[0]["token_id"]), in_doubt=rows[0]["in_doubt"])
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         self.mark(user_id, lock, now, metadata)
 
     def mark(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> list[str]:
         """Do the work of `begin_login`, and return whose tokens it marked."""
-        key = self.connections.begin_login(lock)
+        key, over = self.connections.begin_login(lock)
+        self._seen.marks = frozenset({*over, str(key)})
         entry = {"action": "login", "actor": self.context.actor, "now": now, "metadata": json.dumps(metadata)}
-        rows = self._run(queries.MARK if user_id else queries.MARK_ALL, user_id=user_id, key=key, **entry)
+        rows = self._run(
+            queries.MARK if user_id else queries.MARK_ALL, user_id=user_id, key=key, note=RUNNING + lock, **entry
+        )
         return [row["user_id"] for row in rows]
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
@@ -170,7 +174,9 @@ class PostgreSQLBackend(Backend):
         key = self.connections.logins.get(lock)
         if key is None:  # This thread began no login under this lock, or has left the lock since.
             return []
-        rows = self._run(queries.UNMARK, key=key, mark=0 if in_doubt else None, user_id=user_id)
+        note = None if user_id else RUNNING + lock
+        values = {"mark": 0 if in_doubt else None, "note": note, "seen": list(self._seen.marks)}
+        rows = self._run(queries.UNMARK, key=key, user_id=user_id, **values)
         return [row["user_id"] for row in rows]
 
     def clear_doubt(self, token: StoredToken) -> None:

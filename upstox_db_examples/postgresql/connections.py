@@ -26,6 +26,7 @@ from ..core.errors import ConfigurationError, StoreUnavailable
 from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.token import Secret
 from .errors import translate_error
+from .queries import LOGINS_THAT_ARE_OVER
 
 logger = logging.getLogger(__name__)
 
@@ -159,21 +160,25 @@ class PostgreSQLConnections:
         """The keys of the logins that this thread has begun under its locks, by the name of the lock."""
         return self._holding.logins
 
-    def begin_login(self, lock: str) -> int:
+    def begin_login(self, lock: str) -> tuple[int, list[str]]:
         """Take an advisory key that only this login has. The thread's connection holds it until it leaves this lock.
+
+        Returns:
+            the key, and the marks of those logins of nobody named that are over.
 
         Raises:
             StoreUnavailable: the lock is lost, so another login may be under way.
         """
-        key = int.from_bytes(os.urandom(8), signed=True) or 1
+        key, over = int.from_bytes(os.urandom(8), signed=True) or 1, []
         with self._translating():
             if self._holding.conn is not None:
                 held = self._held()
                 if held is None:
                     raise StoreUnavailable(f"The connection to {self.where} that held the lock is gone. Try again.")
-                self.answer(held, "SELECT pg_advisory_lock(%(key)s)", key=key)
+                taken = f"SELECT pg_advisory_lock(%(key)s); {LOGINS_THAT_ARE_OVER}"
+                over = [row["sealed"] for row in self.answer(held, taken, key=key)]
         self._holding.logins[lock] = key
-        return key
+        return key, over
 
     def refuse_if_closed(self) -> None:
         """

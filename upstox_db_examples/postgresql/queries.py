@@ -98,19 +98,30 @@ WITH erased AS (
 ERASE = _ERASE.format(condition="true")
 # A later token stays active, so that the insert that follows is refused.
 ERASE_EARLIER = _ERASE.format(condition="generation < %(generation)s")
+# The marks of logins of nobody named that may replace the token which this thread's login makes; see core/backend.py.
+_MARK_OF_RUNNING = """(SELECT CASE count(*) WHEN 0 THEN NULL WHEN 1 THEN max(sealed::bigint) ELSE 0 END
+                FROM upstox_login_notes WHERE starts_with(name, 'running ') AND NOT sealed = ANY (%(seen)s))"""
+LOGINS_THAT_ARE_OVER = """
+SELECT sealed FROM upstox_login_notes
+WHERE starts_with(name, 'running ') AND (sealed = '0' OR pg_try_advisory_xact_lock_shared(sealed::bigint))
+"""
+# One of the two sees the other: a login of nobody named that marks all rows, and a writer that stores a new one.
+_RUNNING_LOCK = 7095211384
 INSERT = f"""
 WITH stored AS (
     INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, user_name, email, broker, user_type,
-                               products, exchanges, created_at, expires_at, account, metadata, issued_at)
+                               products, exchanges, created_at, expires_at, account, metadata, issued_at, login_lock)
     VALUES (%(user_id)s, %(ciphertext)s, %(key_id)s, %(generation)s, %(user_name)s, %(email)s, %(broker)s,
             %(user_type)s, %(products)s, %(exchanges)s, %(created_at)s, %(expires_at)s, %(account)s, %(metadata)s,
-            %(issued_at)s)
-    RETURNING id, user_id
+            %(issued_at)s, {_MARK_OF_RUNNING})
+    RETURNING id, user_id, login_lock
+), audited AS (
+    {_AUDIT} SELECT id, user_id, %(how)s, %(actor)s, %(created_at)s, %(details)s FROM stored
 )
-{_AUDIT} SELECT id, user_id, %(how)s, %(actor)s, %(created_at)s, %(details)s FROM stored RETURNING token_id
+SELECT id AS token_id, login_lock IS NOT NULL AS in_doubt FROM stored
 """
-# Two statements in one message are one transaction and one round trip.
-STORE = f"{ERASE_EARLIER};{INSERT}"
+# The statements in one message are one transaction and one round trip.
+STORE = f"SELECT pg_advisory_xact_lock_shared({_RUNNING_LOCK});{ERASE_EARLIER};{INSERT}"
 # The constraints that refuse a second token of a generation, or one that is not the latest.
 SUPERSEDED = ("upstox_tokens_user_id_generation_key", "one_active_token")
 EXPIRE = f"""
@@ -135,12 +146,18 @@ UPDATE upstox_tokens SET login_lock = CASE WHEN login_lock IS NULL THEN %(key)s 
 WHERE is_active AND {{marked}} RETURNING user_id
 """
 MARK = _MARK.format(whose="user_id = %(user_id)s", marked="user_id = %(user_id)s")
-MARK_ALL = _MARK.format(whose="true", marked="login_lock IS NULL")
+MARK_ALL = f"""
+SELECT pg_advisory_xact_lock({_RUNNING_LOCK});
+INSERT INTO upstox_login_notes (name, sealed) VALUES (%(note)s, %(key)s::text)
+ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed;
+{_MARK.format(whose="true", marked="login_lock IS NULL")}"""
 # The planner drops the half of the user condition that does not apply.
 _MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
 UNMARK = f"""
 SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
-UPDATE upstox_tokens SET login_lock = %(mark)s WHERE {_MARKED} RETURNING user_id
+DELETE FROM upstox_login_notes WHERE name = %(note)s AND %(mark)s::bigint IS NULL;
+UPDATE upstox_login_notes SET sealed = '0' WHERE name = %(note)s;
+UPDATE upstox_tokens SET login_lock = coalesce(%(mark)s, {_MARK_OF_RUNNING}) WHERE {_MARKED} RETURNING user_id
 """
 # The mark of a running login stays, because that login may still kill the token, even if Upstox has just accepted it.
 CLEAR_DOUBT = """

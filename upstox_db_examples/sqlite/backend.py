@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..core.backend import SCHEMA_LOCK, Backend, LocalLocks, lock_not_had
+from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, LocalLocks, SeenLogins, lock_not_had
 from ..core.context import Context
 from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
 from ..core.token import AuditEntry, StoredToken
@@ -47,7 +47,7 @@ class SQLiteBackend(Backend):
         self.connections, self.path = connections, connections.path
         self._audit_reads = audit_reads
         self._locks = Path(f"{self.path}-locks")
-        self._local_locks = LocalLocks()
+        self._local_locks, self._seen = LocalLocks(), SeenLogins()
 
     def has_tables(self) -> bool:
         with self.connections.lend() as conn:
@@ -169,15 +169,17 @@ class SQLiteBackend(Backend):
             for row in conn.execute(queries.ERASE, (token.user_id,)).fetchall():
                 reason = {"reason": "new_token_generated"}
                 self._audit_entry(conn, row["id"], token.user_id, "deactivated", token.created_at, reason)
+            seen = self._seen.marks if action == "created" else self._list_logins_that_are_over(conn)
+            mark = self._mark_of_running(conn, seen)
             try:
-                token_id: int = conn.execute(queries.INSERT, columns_of(token)).fetchone()["id"]
+                token_id: int = conn.execute(queries.INSERT, columns_of(token) | {"login_mark": mark}).fetchone()["id"]
             except sqlite3.IntegrityError as error:
                 # SQLite names the columns, not the constraint. A retry would not help against any other constraint.
                 if str(error) != "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation":
                     raise
                 raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
             self._audit_entry(conn, token_id, token.user_id, action, token.created_at, metadata)
-        return replace(token, token_id=token_id)
+        return replace(token, token_id=token_id, in_doubt=mark is not None)
 
     def revoke(self, user_id: str, now: datetime) -> bool:
         return self._erase("revoked", now, queries.ERASE, user_id) > 0
@@ -200,19 +202,42 @@ class SQLiteBackend(Backend):
         return len(rows)
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
-        values = {"user_id": user_id, "lock": lock, "mark": f"{lock} {uuid.uuid4().hex}"}
+        mark = f"{lock} {uuid.uuid4().hex}"
         self._make_room()  # First, because a mark that a full disk keeps there would put a living token in doubt.
         with self._transaction() as conn:
             self._audit_entry(conn, None, user_id, "login", now, metadata)
+            values = {"user_id": user_id, "lock": lock, "mark": mark}
             conn.execute(queries.MARK if user_id else queries.MARK_ALL, values)
+            over = self._list_logins_that_are_over(conn)
+            if user_id is None:
+                conn.execute(queries.WRITE_NOTE, (RUNNING + lock, mark))
+        self._seen.marks = over | {mark}
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         with self._transaction() as conn:
-            conn.execute(queries.UNMARK, {"lock": lock, "mark": "" if in_doubt else None, "user_id": user_id})
+            mark = "" if in_doubt else self._mark_of_running(conn, self._seen.marks)
+            conn.execute(queries.UNMARK, {"lock": lock, "mark": mark, "user_id": user_id})
+            if user_id is None:
+                if in_doubt:
+                    conn.execute(queries.KEEP_NOTE, ("", RUNNING + lock))
+                else:
+                    conn.execute(queries.ERASE_NOTE, (RUNNING + lock,))
+
+    def _list_logins_that_are_over(self, conn: sqlite3.Connection) -> frozenset[str]:
+        running = [row["sealed"] for row in conn.execute(queries.RUNNING_LOGINS)]
+        return frozenset(mark for mark in running if not self._is_held(mark))
+
+    def _mark_of_running(self, conn: sqlite3.Connection, seen: frozenset[str]) -> str | None:
+        """Return the mark for a token that the logins of nobody named may replace, apart from those `seen`."""
+        marks = [row["sealed"] for row in conn.execute(queries.RUNNING_LOGINS) if row["sealed"] not in seen]
+        return None if not marks else marks[0] if len(marks) == 1 else ""
 
     def clear_doubt(self, token: StoredToken) -> None:
+        which = (token.user_id, token.generation)
         with self._transaction() as conn:
-            conn.execute(queries.CLEAR_DOUBT, (token.user_id, token.generation))
+            row = conn.execute(queries.MARK_OF, which).fetchone()
+            if row and not self._is_held(row["login_mark"] or ""):
+                conn.execute(queries.CLEAR_DOUBT, which)
 
     def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
         with self._transaction() as conn:
@@ -231,7 +256,7 @@ class SQLiteBackend(Backend):
 
     def erase_note(self, name: str) -> None:
         with self._transaction() as conn:
-            conn.execute("DELETE FROM upstox_login_notes WHERE name = ?", (name,))
+            conn.execute(queries.ERASE_NOTE, (name,))
 
     def _make_room(self) -> None:
         """Find out that the disk is full before a login is spent: write as much as the token needs, and roll back.

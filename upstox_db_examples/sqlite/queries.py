@@ -68,9 +68,9 @@ WHERE user_id = ? AND is_active AND expires_at > ? RETURNING {_HANDED_OUT}
 """
 INSERT = """
 INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, user_name, email, broker, user_type, products,
-                           exchanges, created_at, expires_at, account, metadata, issued_at)
+                           exchanges, created_at, expires_at, account, metadata, issued_at, login_mark)
 VALUES (:user_id, :ciphertext, :key_id, :generation, :user_name, :email, :broker, :user_type, :products,
-        :exchanges, :created_at, :expires_at, :account, :metadata, :issued_at) RETURNING id
+        :exchanges, :created_at, :expires_at, :account, :metadata, :issued_at, :login_mark) RETURNING id
 """
 ERASE = """
 UPDATE upstox_tokens SET is_active = 0, access_token = NULL, login_mark = NULL
@@ -101,11 +101,12 @@ WHERE a.user_id = ? ORDER BY a.performed_at DESC, a.id DESC LIMIT ?
 """
 # Ordered by id, because old entries have low ids. An index on the time would cost something at every write.
 OLD_ENTRIES = "SELECT id FROM upstox_token_audit WHERE performed_at < ? ORDER BY id LIMIT ?"
-# If an earlier holder of the same lock left a mark, all we know is that nobody removed it.
+# One column cannot hold two marks, so it becomes empty for good. A login of nobody named leaves the marks of others:
+# when one of those ends, it finds the note that this one is running.
 _OF_THIS_LOCK = "substr(login_mark, 1, length(:lock) + 1) = :lock || ' '"
-MARK = f"""
+MARK = """
 UPDATE upstox_tokens SET login_mark = CASE WHEN login_mark IS NULL THEN :mark ELSE '' END
-WHERE is_active AND user_id = :user_id AND (login_mark IS NULL OR {_OF_THIS_LOCK})
+WHERE is_active AND user_id = :user_id
 """
 MARK_ALL = f"""
 UPDATE upstox_tokens SET login_mark = CASE WHEN login_mark IS NULL THEN :mark ELSE '' END
@@ -115,6 +116,8 @@ UNMARK = f"""
 UPDATE upstox_tokens SET login_mark = :mark
 WHERE is_active AND {_OF_THIS_LOCK} AND (:user_id IS NULL OR user_id = :user_id)
 """
+RUNNING_LOGINS = "SELECT sealed FROM upstox_login_notes WHERE name >= 'running ' AND name < 'running!'"
+MARK_OF = "SELECT login_mark FROM upstox_tokens WHERE user_id = ? AND generation = ? AND is_active"
 CLEAR_DOUBT = "UPDATE upstox_tokens SET login_mark = NULL WHERE user_id = ? AND generation = ? AND is_active"
 LOGINS_SINCE = """
 SELECT performed_at FROM upstox_token_audit
@@ -129,6 +132,8 @@ ON name IN (SELECT value FROM json_each(?))
 WRITE_NOTE = """
 INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
 """
+KEEP_NOTE = "UPDATE upstox_login_notes SET sealed = ? WHERE name = ?"
+ERASE_NOTE = "DELETE FROM upstox_login_notes WHERE name = ?"
 OF_ACCOUNT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
 # We no longer use these names, but somebody may import them.
 VERSION = SCHEMA_VERSION
