@@ -16,7 +16,7 @@ from upstox_db_examples import KeyRing, Pace
 from upstox_db_examples.core.token import IST
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
-pytest_plugins = ["tests.databases"]
+pytest_plugins = ["tests.support.databases"]
 
 # Far ahead, for a database that looks at its own clock must not take these tokens for dead ones.
 YEAR = 2099
