@@ -12,8 +12,9 @@ import pytest
 from upstox_db_examples import KeyRing, LoginSuperseded, Secret, TokenStorage
 from upstox_db_examples.core.token import StoredToken
 
-from ..conftest import Clock
+from ..support.clocks import Clock
 from ..support.processes import USER
+from ..support.stores import OnAStore
 
 OTHERS = ["CD0002", "CD0003", "CD0001"]
 
@@ -24,8 +25,8 @@ def made_up(store: TokenStorage, user_id: str, generation: int = 1, account: str
     return store._encrypt(Secret(f"a token of {user_id}, number {generation}"), token)
 
 
-class BackendContract:
-    """Every store's tests inherit these; `StoreContract` brings the fixtures."""
+class BackendContract(OnAStore):
+    """Every store's tests inherit these, as a part of `StoreContract`."""
 
     def test_a_second_token_of_a_generation_is_refused(self, store: TokenStorage) -> None:
         store._insert(made_up(store, USER))

@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -36,16 +35,11 @@ from upstox_db_examples.core.interrupts import raise_pending
 from upstox_db_examples.core.notes import EPOCH, LONGEST_LIMIT, UNKNOWN_REFUSAL
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
-from ..conftest import Clock, shown_with_locals
+from ..support.clocks import Clock
+from ..support.leaks import shown_with_locals
 from ..support.processes import USER, jwt, made_up_login, token_data, wait_until
+from ..support.stores import OnAStore, OpenStore, held
 from .backend import made_up
-
-OpenStore = Callable[..., TokenStorage]
-
-
-def held(store: TokenStorage, user_id: str = USER) -> str | None:
-    read = store.get_valid_token(user_id)
-    return read["token"] if read else None
 
 
 def response(user_id: str, token: str, **more: Any) -> dict[str, Any]:
@@ -68,7 +62,9 @@ class Passing:
         return notes
 
 
-class LoginContract:
+class LoginContract(OnAStore):
+    """Every store's tests inherit these, as a part of `StoreContract`."""
+
     # Answers
 
     def test_a_real_accounts_answer_is_kept_and_its_oddities_are_named(self, store: TokenStorage) -> None:
@@ -363,9 +359,6 @@ class LoginContract:
                 store.save_token(odd)
         assert self.raw_rows() == []
         store.save_token(response(USER, jwt(USER, now + timedelta(seconds=50))))
-
-    def raw_rows(self) -> list[dict[str, Any]]:
-        raise NotImplementedError
 
     def test_upstox_is_asked_where_that_is_wanted(
         self, store: TokenStorage, upstox: LocalUpstox, account: Account, clock: Clock

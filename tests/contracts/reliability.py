@@ -14,26 +14,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from upstox_db_examples import KeyRing, SdkLogin, StorageError
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
-from ..conftest import Clock
 from ..support import processes
+from ..support.clocks import Clock
 from ..support.processes import Address
-
-
-class Counts(NamedTuple):
-    """What lies in a database: of the user's tokens, and of audit entries without a token or the reverse."""
-
-    active: list[Any]
-    """The ids of the active tokens."""
-    generations: dict[Any, int]
-    """Of each token, by its id."""
-    orphans: int
+from ..support.stores import Counts
 
 
 def of_32_processes_on_an_empty_store_one_logs_in(address: Address, upstox: LocalUpstox, account: Account) -> None:

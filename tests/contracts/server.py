@@ -16,9 +16,10 @@ from upstox_totp.models import AccessTokenData
 from upstox_db_examples import StorageError, StoreUnavailable, TokenNotStored, TokenStorage
 from upstox_db_examples.local.processes import Server
 
-from ..conftest import Clock, shown_with_locals
+from ..support.clocks import Clock
+from ..support.leaks import shown_with_locals
 from ..support.processes import KEY, USER, token_data, wait_until
-from .store import living
+from ..support.stores import living
 
 OpenOne = Callable[..., TokenStorage]
 

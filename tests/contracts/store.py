@@ -6,8 +6,7 @@ import json
 import logging
 import re
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -32,69 +31,23 @@ from upstox_db_examples import (
     StorageError,
     TokenNotStored,
     TokenRefused,
-    TokenResult,
     TokenStorage,
 )
 from upstox_db_examples.core import store as storage
 from upstox_db_examples.core.backend import ENTRIES_LOCK
 from upstox_db_examples.core.cipher import Binding
-from upstox_db_examples.core.token import IST
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
-from ..conftest import YEAR, Clock, shown_with_locals
+from ..support.clocks import Clock, ist
+from ..support.leaks import shown_with_locals
 from ..support.processes import USER, jwt, token_data
+from ..support.stores import OpenStore, living
 from .backend import BackendContract
 from .logins import LoginContract
 
-OpenStore = Callable[..., TokenStorage]
 
-
-def living(store: TokenStorage) -> TokenResult:
-    result = store.get_valid_token(USER)
-    assert result is not None
-    return result
-
-
-def ist(day: int, hour: int, minute: int = 0, second: int = 0) -> datetime:
-    return datetime(YEAR, 1, day, hour, minute, second, tzinfo=IST)
-
-
-class StoreContract(BackendContract, LoginContract, ABC):
-    counted: dict[str, Any] = {}
-    """The options with which this store counts and audits reads; empty where it always does."""
-
-    @abstractmethod
-    def connect(self, **options: Any) -> TokenStorage:
-        """A store on this test's own database; called again, another store on the same one."""
-
-    @abstractmethod
-    def raw_rows(self) -> list[dict[str, Any]]:
-        """The token table as it lies in the database, by means of the bare driver, the oldest first."""
-
-    @abstractmethod
-    def write_raw(self, token_id: Any, **values: Any) -> None:
-        """Change columns of a row by the bare driver. Names as in `raw_rows`, `expires_at` as a datetime."""
-
-    @pytest.fixture
-    def open_store(self, upstox: LocalUpstox, account: Account, keys: KeyRing, clock: Clock) -> Iterator[OpenStore]:
-        opened: list[TokenStorage] = []
-        login = SdkLogin(account.credentials(), base_domain=upstox.base_domain)
-
-        def open_one(**options: Any) -> TokenStorage:
-            opened.append(self.connect(**{"login": login, "keys": keys, "clock": clock, "actor": "tests", **options}))
-            return opened[-1]
-
-        yield open_one
-        for store in opened:
-            store.close()
-
-    @pytest.fixture
-    def store(self, open_store: OpenStore) -> TokenStorage:
-        return open_store()
-
-    @pytest.fixture
-    def counting(self, open_store: OpenStore) -> TokenStorage:
-        return open_store(**self.counted)
+class StoreContract(BackendContract, LoginContract):
+    """What a store's tests inherit, with the class that opens it."""
 
     # Storing and reading
 

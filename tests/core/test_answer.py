@@ -17,7 +17,7 @@ from upstox_db_examples import LoginError, LoginInterrupted, LoginRefused, Secre
 from upstox_db_examples.core.answer import LoginAnswer, Minted, find_token, read_answer
 from upstox_db_examples.core.token import issued_at, jwt_claims, subject
 
-from ..conftest import shown_with_locals
+from ..support.leaks import shown_with_locals
 
 
 def jwt(**claims: object) -> str:

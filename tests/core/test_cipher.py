@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from upstox_db_examples import ConfigurationError, KeyRing, KeyUnavailable, Secret, TokenRefused
 from upstox_db_examples.core.cipher import Binding
 
-from ..conftest import shown_with_locals
+from ..support.leaks import shown_with_locals
 
 TOKEN = Secret("eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9." + "x" * 80)
 HERE = Binding("AB1234", datetime(2026, 1, 6, 22, 0, tzinfo=UTC), generation=3, kind="access token in SQLite")

@@ -31,7 +31,7 @@ from upstox_db_examples.local import web
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.local.web import Answer, Shown
 
-from ..conftest import shown_with_locals
+from ..support.leaks import shown_with_locals
 
 USER = "AB1234"
 JWT = "eyJ0eXAiOiJKV1QifQ.eyJzdWIiOiJYWTk5OTkifQ.c2lnbmF0dXJl"

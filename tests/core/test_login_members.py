@@ -13,7 +13,7 @@ from upstox_db_examples.core.login import FIELDS, TOTP_FIELDS, log_out, owner_of
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.local.web import Answer, Shown, WebServer
 
-from ..conftest import shown_with_locals
+from ..support.leaks import shown_with_locals
 
 USER = "AB1234"
 

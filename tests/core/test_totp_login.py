@@ -17,7 +17,7 @@ from upstox_db_examples.core.login import TOTP_FIELDS, read_answer
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 from upstox_db_examples.local.web import Answer, Shown, WebServer
 
-from ..conftest import shown_with_locals
+from ..support.leaks import shown_with_locals
 
 USER = "AB1234"
 

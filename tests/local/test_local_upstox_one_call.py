@@ -14,7 +14,7 @@ import pytest
 from upstox_db_examples.local.answers import TOKEN_FIELDS
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
-from ..conftest import FakeTime
+from ..support.clocks import FakeTime
 from ..support.upstox_logins import ONE_CALL, ByHand, ask, claims, code_in, leave_a_second_of_this_totp, profile
 
 

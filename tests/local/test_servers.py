@@ -40,8 +40,7 @@ from upstox_db_examples.local.servers import (
 )
 
 from ..support.processes import wait_until
-
-ROOT = Path(__file__).parent.parent.parent
+from ..support.project import ROOT
 
 
 @pytest.fixture(autouse=True)

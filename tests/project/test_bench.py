@@ -24,8 +24,8 @@ from benchmarks.measure import OPERATIONS
 from benchmarks.stores import CROWD, STORES, keywords, login
 
 from ..support.databases import MongoDatabase
+from ..support.project import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 USER = "AB1234"
 NO_READ = ("Pooled", "read")  # The guide's pool has no method for it.
 # A cold read there is only where a cache stands in front, and py-key-value has nothing behind its own.

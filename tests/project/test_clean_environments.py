@@ -20,7 +20,7 @@ from upstox_db_examples.copy_pattern import PATTERNS, collect, packages
 from upstox_db_examples.local.upstox import LocalUpstox
 
 from ..support.databases import notes
-from .test_project import PYPROJECT, ROOT, run
+from ..support.project import PYPROJECT, ROOT, run
 
 
 def installed(folder: Path, *packages: str, python: str = sys.executable) -> Path:

@@ -26,6 +26,7 @@ from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.token_file import write_token_file
 
 from ..support.databases import MongoDatabase
+from ..support.project import ROOT
 
 USER = "AB1234"
 Done = subprocess.CompletedProcess[str]
@@ -425,7 +426,7 @@ def test_every_example_runs_as_it_stands_but_for_the_url(
 
 
 def test_the_readmes_commands_run(execute: Run, account: Account, tmp_path: Path, upstox: LocalUpstox) -> None:
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     (script,) = [block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "upstox-db token" in block]
     done = execute("sh", "-ec", script.replace("status;", 'status; echo "$TOKEN";'), PATH=path)

@@ -18,7 +18,7 @@ from upstox_db_examples.cli import main
 from upstox_db_examples.copy_files import write
 from upstox_db_examples.copy_pattern import PATTERNS, collect, packages
 
-from .test_project import ROOT, run
+from ..support.project import ROOT, run
 
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 

@@ -11,7 +11,7 @@ import pytest
 from upstox_db_examples.local.servers import MongoDBServer, RedisServer
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
-from .test_project import run
+from ..support.project import run
 
 GUIDE_USAGE_SQLITE = """
 storage = SQLiteUpstoxStorage()

@@ -12,7 +12,9 @@ import nbformat
 import pytest
 from nbstripout import strip_output
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent.parent / "notebooks").glob("*.ipynb"))
+from ..support.project import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FORBIDDEN = {
     "a path": r"(/(home|tmp|root|Users|var)/|[A-Z]:\\)",
     "an address or a port": r"(127\.0\.0\.1|localhost|::1)",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, assert_type
+from typing import assert_type
 
 import pytest
 
@@ -25,19 +25,7 @@ from upstox_db_examples.mongodb import MongoUpstoxStorage
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 
 from ..support.databases import ENGINES, MongoDatabase
-
-ROOT = Path(__file__).parent.parent.parent
-PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-
-
-def run(
-    code: str, folder: Path, *, python: str | Path = sys.executable, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """A new Python process in this folder, with nothing of UPSTOX_* but what is given."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("UPSTOX_")}
-    environment = {**clean, "UPSTOX_DB_KEY_FILE": str(folder / "keys"), "no_proxy": "127.0.0.1", **environment}
-    command = [str(python), "-W", "error", "-c", code]
-    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False, timeout=60)
+from ..support.project import PYPROJECT, ROOT, run
 
 
 def test_the_conda_environment_installs_what_pyproject_says() -> None:

@@ -35,12 +35,12 @@ from upstox_db_examples.core.batch import LIMITS
 from upstox_db_examples.core.errors import StoreUnavailable
 from upstox_db_examples.local.upstox import LocalUpstox
 
-from ..conftest import Clock, FakeTime
 from ..support import processes
+from ..support.clocks import AT_ONCE, Clock, FakeTime
 from ..support.processes import KEY, Address, token_data, wait_until
+from ..support.project import ROOT
 
 IDS = [f"CD{number:04}" for number in range(100)]
-AT_ONCE = FakeTime().pace()
 
 
 @pytest.fixture
@@ -449,15 +449,14 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_lock(tmp_path: Path, upstox: L
     code = (
         # A shell that runs the tests in the background leaves SIGINT ignored for all below it.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from upstox_db_examples import *; from tests.stores.test_batch import AT_ONCE\n"
+        "from upstox_db_examples import *; from tests.support.clocks import AT_ONCE\n"
         f"login = Accounts({ {user_id: upstox.add_account(user_id).credentials() for user_id in IDS[:30]} }, "
         f"base_domain={upstox.base_domain!r})\n"
         f"with PooledUpstoxStorage({str(tmp_path / 'upstox.db')!r}, login=login) as store:\n"
         f"    store.store_token_batch({IDS[:30]}, pace=AT_ONCE)"
     )
-    root = Path(__file__).parent.parent.parent
     interrupted = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=root, env=dict(os.environ), stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE, text=True
     )
     wait_until(lambda: upstox.logins() >= 5)
     interrupted.send_signal(signal.SIGINT)

@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pymongo
 import pytest
-from bson import json_util
 
 from upstox_db_examples import (
     ConfigurationError,
@@ -31,11 +29,13 @@ from upstox_db_examples import (
 )
 from upstox_db_examples.mongodb import schema as mongodb_schema
 
-from ..conftest import Clock
+from ..support.clocks import Clock
+from ..support.databases import MongoDatabase
+from ..support.mongodb import restore_version_1
+from ..support.postgresql import bare
 from ..support.processes import KEY, USER, Address, made_up_login
-from .test_postgresql import bare
+from ..support.project import VERSION_1
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "version_1"
 OLD_KEY = b"the same key for all processes.."  # KEY holds it, and does not give it back
 ACCOUNT = "0123456789abcdef"
 FIRST, LATER, DEATH = (f"2099-01-06T{time}:00+00:00" for time in ("03:15", "04:15", "22:00"))
@@ -107,23 +107,11 @@ def restore(address: Address) -> None:
     """Bring back what version 1 wrote, by the bare driver."""
     name = address.kind.partition(":")[2]
     if name == "MongoUpstoxStorage":
-        _restore_mongodb(*address.arguments)
+        restore_version_1(MongoDatabase(*address.arguments))
     elif name in ("PostgreSQLUpstoxStorage", "HybridUpstoxStorage"):
-        bare(address.arguments[-1], (FIXTURES / "postgresql.sql").read_text())
+        bare(address.arguments[-1], (VERSION_1 / "postgresql.sql").read_text())
     else:
-        shutil.copy(FIXTURES / "sqlite.db", address.arguments[0])
-
-
-def _restore_mongodb(url: str, name: str) -> None:
-    with pymongo.MongoClient[Any](url, tz_aware=True) as client:
-        for collection, made in json_util.loads((FIXTURES / "mongodb.json").read_text()).items():
-            there = client[name].create_collection(collection, **made["options"])
-            for index in made["indexes"]:
-                options = {key: value for key, value in index.items() if key not in ("v", "key")}
-                if index["name"] != "_id_":
-                    there.create_index(list(index["key"].items()), **options)
-            if made["documents"]:
-                there.insert_many(made["documents"])
+        shutil.copy(VERSION_1 / "sqlite.db", address.arguments[0])
 
 
 def never(_: str | None) -> Any:
@@ -272,7 +260,7 @@ def test_an_export_of_version_1_is_imported(each_address: Address, opened: Opene
     clock.set(6, 10)
     store = opened(each_address)
     for new in (True, False):
-        counts = import_tokens(store, FIXTURES / "upstox.export", progress=False)
+        counts = import_tokens(store, VERSION_1 / "upstox.export", progress=False)
         assert tuple(counts) == (4, 4, 11, 4 * new, 11 * new)
     assert_as_it_was(store)
     assert {user_id: token_of(store, user_id) for user_id in TOKENS} == TOKENS

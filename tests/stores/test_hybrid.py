@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import redis.connection
 from redis import Redis
 from redis.exceptions import ResponseError
 from upstox_totp.models import AccessTokenData
@@ -23,49 +22,24 @@ from upstox_db_examples import (
     HybridUpstoxStorage,
     KeyRing,
     TokenRefused,
-    TokenStorage,
 )
 from upstox_db_examples.core.token import StoredToken
 from upstox_db_examples.hybrid.redis import Found, runtime_acl
 
-from ..conftest import Clock, shown_with_locals
 from ..contracts.backend import made_up
-from ..contracts.reliability import Counts, ReliabilityContract, a_writer_can_be_killed_at_any_moment
-from ..contracts.store import OpenStore, StoreContract, living
+from ..contracts.reliability import ReliabilityContract, a_writer_can_be_killed_at_any_moment
+from ..contracts.store import StoreContract
 from ..support import processes
+from ..support.clocks import Clock
+from ..support.hybrid import OnHybrid, count_messages_to_redis
+from ..support.leaks import shown_with_locals
 from ..support.naive import FoldsAgain, TellsRedisLast
+from ..support.postgresql import bare, count_messages
 from ..support.processes import USER, Address, token_data
-from .test_postgresql import bare, count_messages
+from ..support.stores import Counts, OpenStore, living
 
 
-class TestHybrid(StoreContract):
-    @pytest.fixture(autouse=True)
-    def _servers(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Iterator[None]:
-        self.url, self.redis_url, self.prefix = postgres_url, redis_server, redis_prefix
-        with Redis.from_url(redis_server, decode_responses=True) as self.redis:
-            yield
-
-    def connect(self, **options: Any) -> TokenStorage:
-        return HybridUpstoxStorage(self.redis_url, self.url, redis_prefix=self.prefix, **options)
-
-    def raw_rows(self) -> list[dict[str, Any]]:
-        return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
-
-    def write_raw(self, token_id: Any, **values: Any) -> None:
-        for column, value in values.items():
-            bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
-        for key in self.redis.scan_iter(self.key("*")):
-            self.redis.delete(key)
-
-    def key(self, user_id: str = USER) -> str:
-        return f"{{{self.prefix}}}:token:{user_id}"
-
-    @pytest.fixture
-    def store(self, open_store: OpenStore) -> HybridUpstoxStorage:
-        store = open_store()
-        assert isinstance(store, HybridUpstoxStorage)
-        return store
-
+class TestHybrid(OnHybrid, StoreContract):
     # Who answers
 
     def test_a_hot_read_with_its_count_and_audit_is_one_message_to_redis(
@@ -644,16 +618,3 @@ def who_folds_can_be_killed_at_any_moment(address: Address) -> None:
         assert store.get_user_statistics(USER)["total_usage"] == reads, "some were counted more than once"
         used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
         assert len(used) == reads
-
-
-def count_messages_to_redis(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The commands that are sent from now on, one entry for each message."""
-    messages: list[str] = []
-    real: Any = redis.connection.Connection.send_packed_command
-
-    def counted(connection: Any, command: Any, check_health: bool = True) -> Any:
-        messages.append(b"".join(command).split(b"\r\n")[2].decode())
-        return real(connection, command, check_health)
-
-    monkeypatch.setattr(redis.connection.Connection, "send_packed_command", counted)
-    return messages

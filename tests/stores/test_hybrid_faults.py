@@ -23,10 +23,11 @@ from upstox_db_examples.hybrid.redis import runtime_acl
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
-from ..conftest import Clock, shown_with_locals
-from ..contracts.store import living
+from ..support.clocks import Clock
+from ..support.hybrid import count_messages_to_redis
+from ..support.leaks import shown_with_locals
 from ..support.processes import USER, made_up_login, token_data
-from .test_hybrid import count_messages_to_redis
+from ..support.stores import living
 
 OpenHybrid = Callable[..., HybridUpstoxStorage]
 

@@ -28,8 +28,8 @@ from upstox_db_examples.local.processes import _free_port
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
 from ..support.databases import notes
+from ..support.postgresql import bare
 from ..support.processes import token_data, wait_until
-from .test_postgresql import bare
 
 PASSWORD = "all-nodes-have-this-one"
 KEPT, REVOKED = ["CD0001", "CD0002"], "CD0003"

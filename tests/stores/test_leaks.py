@@ -32,8 +32,9 @@ from upstox_db_examples import (
 from upstox_db_examples.local.servers import MongoDBServer, PostgreSQLServer, RedisServer
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
-from ..conftest import Clock, FakeTime, shown_with_locals
 from ..support import leaks
+from ..support.clocks import Clock, FakeTime
+from ..support.leaks import shown_with_locals
 from ..support.processes import USER
 
 PASSWORD = "the-password-of-this-account"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,8 @@ from urllib.parse import quote_plus, urlsplit
 
 import pymongo
 import pytest
-from bson import ObjectId, json_util
-from bson.codec_options import CodecOptions
-from pymongo.collection import Collection
-from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, PyMongoError, WriteError
+from bson import ObjectId
+from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError, WriteError
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import (
@@ -43,61 +39,20 @@ from upstox_db_examples.mongodb import lease as mongodb_lease
 from upstox_db_examples.mongodb.lease import Leases
 from upstox_db_examples.mongodb.schema import runtime_role
 
-from ..conftest import Clock, shown_with_locals
 from ..contracts import reliability
 from ..contracts.backend import made_up
-from ..contracts.reliability import Counts, ReliabilityContract
+from ..contracts.reliability import ReliabilityContract
 from ..contracts.server import ServerContract
-from ..contracts.store import OpenStore, StoreContract, ist, living
+from ..contracts.store import StoreContract
+from ..support.clocks import Clock, ist
 from ..support.databases import MongoDatabase
+from ..support.leaks import shown_with_locals
+from ..support.mongodb import PASSWORD, RUNTIME_1, OnMongoDB, another_user, cut_off_before, restore_version_1, sent
 from ..support.processes import KEY, USER, Address, made_up_login, token_data, wait_until
-
-VERSION_1 = Path(__file__).parent.parent / "fixtures" / "version_1" / "mongodb.json"
-PASSWORD = "hunter2hunter2"
-RUNTIME_1 = ["the_runtime_role_of_version_1"]
-RUNTIME_ACTIONS_1 = {
-    "active_tokens": ["find", "insert", "update", "remove"],
-    "tokens": ["find", "insert", "update"],
-    "token_audit": ["find", "insert"],
-    "leases": ["find", "insert", "update", "remove"],
-    "schema_version": ["find"],
-}
+from ..support.stores import Counts, OpenStore, living
 
 
-class TestMongoDB(StoreContract):
-    @pytest.fixture(autouse=True)
-    def _database(self, mongo: MongoDatabase) -> None:
-        self.mongo = mongo
-
-    def connect(self, **options: Any) -> TokenStorage:
-        return MongoUpstoxStorage(self.mongo.url, self.mongo.name, **options)
-
-    def raw_rows(self) -> list[dict[str, Any]]:
-        with self.mongo.bare() as db:
-            active = {each["token_id"]: each for each in db.active_tokens.find()}
-            return [
-                {
-                    "id": record["_id"],
-                    "access_token": active.get(record["_id"], {}).get("ciphertext"),
-                    "key_id": active.get(record["_id"], {}).get("key_id"),
-                    "account": active.get(record["_id"], {}).get("account"),
-                }
-                for record in db.tokens.find().sort("_id")
-            ]
-
-    def write_raw(self, token_id: Any, **values: Any) -> None:
-        change = {"ciphertext" if name == "access_token" else name: value for name, value in values.items()}
-        with self.mongo.bare() as db:
-            db.active_tokens.with_options(CodecOptions(tz_aware=True)).update_one(
-                {"token_id": token_id}, {"$set": change}, bypass_document_validation=True
-            )
-
-    @pytest.fixture
-    def store(self, open_store: OpenStore) -> MongoUpstoxStorage:
-        store = open_store()
-        assert isinstance(store, MongoUpstoxStorage)
-        return store
-
+class TestMongoDB(OnMongoDB, StoreContract):
     # The layout
 
     def test_the_ciphertext_and_the_record_lie_apart(self, store: MongoUpstoxStorage) -> None:
@@ -321,16 +276,7 @@ class TestMongoDB(StoreContract):
     @pytest.fixture
     def version_1(self) -> None:
         """A database as version 1 has left it: three users, one of whom has revoked his token."""
-        collections = json_util.loads(VERSION_1.read_text())
-        with self.mongo.bare() as db:
-            for name, made in collections.items():
-                db.create_collection(name, **made["options"])
-                for index in made["indexes"]:
-                    options = {key: value for key, value in index.items() if key not in ("v", "key")}
-                    if index["name"] != "_id_":
-                        db[name].create_index(list(index["key"].items()), **options)
-                if made["documents"]:
-                    db[name].insert_many(made["documents"])
+        restore_version_1(self.mongo)
 
     @pytest.mark.usefixtures("version_1")
     def test_a_database_of_version_1_is_brought_forward_and_its_token_read(
@@ -945,50 +891,3 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(
         for refused in (f"{url}&tlsCAFile={stranger}", url):
             with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
                 MongoUpstoxStorage(refused, timeout=1)
-
-
-@contextmanager
-def cut_off_before(
-    patch: pytest.MonkeyPatch, method: str, collection: str | None = None, times: float = float("inf")
-) -> Iterator[None]:
-    """Where pymongo's collection would do this, the connection is lost; in this collection alone, so many times."""
-    original, lost = getattr(Collection, method), 0
-
-    def lose(self: Collection[Any], *arguments: Any, **options: Any) -> Any:
-        nonlocal lost
-        if collection in (None, self.name) and lost < times:
-            lost += 1
-            raise AutoReconnect("connection closed")
-        return original(self, *arguments, **options)
-
-    with patch.context() as patched:
-        patched.setattr(Collection, method, lose)
-        yield
-
-
-@contextmanager
-def sent(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    """The commands that the driver sends in here, by name; they are there at the end."""
-    commands: list[str] = []
-    caplog.clear()
-    with caplog.at_level(logging.DEBUG, "pymongo.command"):
-        yield commands
-    told = [record.getMessage() for record in caplog.records if record.name == "pymongo.command"]
-    begun = "".join(text for text in told if "Command started" in text)
-    commands += re.findall('"commandName": "(.+?)"', begun)
-
-
-def another_user(mongo: MongoDatabase, rights: list[str]) -> MongoDatabase:
-    """The same database, opened by a user with these rights; a role that is not there has those of version 1."""
-    name = f"user_{uuid.uuid4().hex}"
-    with mongo.bare() as db:
-        if rights == RUNTIME_1:
-            privileges = [
-                {"resource": {"db": mongo.name, "collection": collection}, "actions": actions}
-                for collection, actions in RUNTIME_ACTIONS_1.items()
-            ]
-            db.command("createRole", RUNTIME_1[0], privileges=privileges, roles=[])
-        db.command("createUser", name, pwd=PASSWORD, roles=rights)
-    host = urlsplit(mongo.url).netloc.rpartition("@")[2]
-    options = f"authSource={mongo.name}&directConnection=true"
-    return MongoDatabase(f"mongodb://{name}:{PASSWORD}@{host}/?{options}", mongo.name)

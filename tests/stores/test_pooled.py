@@ -17,20 +17,15 @@ from upstox_db_examples import InvalidInput, PooledUpstoxStorage, StoreUnavailab
 from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.sqlite.connections import connected
 
-from ..contracts.reliability import Counts, ReliabilityContract
-from ..contracts.store import OpenStore, living
+from ..contracts.reliability import ReliabilityContract
+from ..contracts.store import StoreContract
 from ..support import processes
 from ..support.processes import USER, Address
-from . import test_sqlite
-from .test_sqlite import SQLiteContract
+from ..support.sqlite import OnSQLite, count
+from ..support.stores import Counts, OpenStore, living
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "upstox.db"
-
-
-class TestPooled(SQLiteContract):
+class TestPooled(OnSQLite, StoreContract):
     def connect(self, **options: Any) -> TokenStorage:
         return PooledUpstoxStorage(self.file, **options)
 
@@ -159,7 +154,7 @@ class TestPooledUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.fixture
     def count(self, path: Path) -> Callable[[], Counts]:
-        return lambda: test_sqlite.count(path)
+        return lambda: count(path)
 
 
 @contextmanager

@@ -34,39 +34,22 @@ from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.local.upstox import LocalUpstox
 
-from ..conftest import Clock, shown_with_locals
 from ..contracts.backend import made_up
-from ..contracts.reliability import Counts, ReliabilityContract
+from ..contracts.reliability import ReliabilityContract
 from ..contracts.server import ServerContract
-from ..contracts.store import OpenStore, StoreContract, living
+from ..contracts.store import StoreContract
+from ..support.clocks import Clock
+from ..support.leaks import shown_with_locals
+from ..support.postgresql import OnPostgreSQL, as_role, bare, count_messages
 from ..support.processes import USER, Address, made_up_login, token_data
+from ..support.stores import Counts, OpenStore, living
 
 
 class PostgreSQLOfTheFirstSchema(PostgreSQLUpstoxStorage):
     _steps = PostgreSQLUpstoxStorage._steps[:1]
 
 
-class TestPostgreSQL(StoreContract):
-    @pytest.fixture(autouse=True)
-    def _url(self, postgres_url: str) -> None:
-        self.url = postgres_url
-
-    def connect(self, **options: Any) -> TokenStorage:
-        return PostgreSQLUpstoxStorage(self.url, **options)
-
-    def raw_rows(self) -> list[dict[str, Any]]:
-        return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
-
-    def write_raw(self, token_id: Any, **values: Any) -> None:
-        for column, value in values.items():
-            bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
-
-    @pytest.fixture
-    def store(self, open_store: OpenStore) -> PostgreSQLUpstoxStorage:
-        store = open_store()
-        assert isinstance(store, PostgreSQLUpstoxStorage)
-        return store
-
+class TestPostgreSQL(OnPostgreSQL, StoreContract):
     # One statement
 
     def test_a_read_with_its_count_and_audit_is_one_round_trip(
@@ -632,35 +615,6 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(
         for refused in (f"{verified}{wrong_authority}", wrong_host):
             with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
                 PostgreSQLUpstoxStorage(refused)
-
-
-def bare(url: str, sql: str, *values: object, **named: object) -> list[dict[str, Any]]:
-    """One statement by the bare driver."""
-    conn = psycopg2.connect(url, cursor_factory=psycopg2.extras.RealDictCursor)
-    try:
-        with conn, conn.cursor() as cursor:
-            cursor.execute(sql, values or named or None)
-            return [dict(row) for row in cursor.fetchall()] if cursor.description else []
-    finally:
-        conn.close()
-
-
-def as_role(url: str, role: str, password: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=f"{role}:{password}@{parts.hostname}:{parts.port}"))
-
-
-def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the store sends from now on: one entry for each message to the server and its answer."""
-    messages: list[str] = []
-    real = psycopg2.extras.RealDictCursor.execute
-
-    def counted(cursor: Any, query: str, vars: Any = None) -> Any:
-        messages.append(query)
-        return real(cursor, query, vars)
-
-    monkeypatch.setattr(psycopg2.extras.RealDictCursor, "execute", counted)
-    return messages
 
 
 def open_lock() -> Any:

@@ -34,12 +34,15 @@ from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.sqlite import connections as sqlite_connections
 from upstox_db_examples.sqlite.connections import connected
 
-from ..conftest import Clock
 from ..contracts import reliability
-from ..contracts.reliability import Counts, ReliabilityContract
-from ..contracts.store import OpenStore, StoreContract, living
+from ..contracts.reliability import ReliabilityContract
+from ..contracts.store import StoreContract
 from ..support import leaks, processes
+from ..support.clocks import Clock
+from ..support.files import limit_file_size
 from ..support.processes import USER, Address, token_data
+from ..support.sqlite import OnSQLite, bare, count
+from ..support.stores import Counts, OpenStore, living
 
 
 def others_can_read(file: Path) -> bool:
@@ -54,34 +57,7 @@ def token_data_of(user_id: str | None) -> AccessTokenData:
     return token_data(user_id or USER)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    return folder / "upstox.db"
-
-
-class SQLiteContract(StoreContract):
-    """The contract on a SQLite file, also for the pooled store."""
-
-    counted = {"audit_reads": True}
-
-    @pytest.fixture(autouse=True)
-    def _file(self, path: Path) -> None:
-        self.file = path
-
-    def raw_rows(self) -> list[dict[str, Any]]:
-        with bare(self.file) as conn:
-            return [dict(row) for row in conn.execute("SELECT * FROM upstox_tokens ORDER BY id")]
-
-    def write_raw(self, token_id: Any, **values: Any) -> None:
-        with bare(self.file) as conn:
-            for column, value in values.items():
-                raw = int(value.timestamp()) if isinstance(value, datetime) else value
-                conn.execute(f"UPDATE upstox_tokens SET {column} = ? WHERE id = ?", (raw, token_id))
-
-
-class TestSQLite(SQLiteContract):
+class TestSQLite(OnSQLite, StoreContract):
     def connect(self, **options: Any) -> TokenStorage:
         return SQLiteUpstoxStorage(self.file, **options)
 
@@ -451,29 +427,6 @@ class TestANaiveStoreUnderCrowdsAndKills:
             reliability.the_lock_lets_one_in_at_a_time(naive, tmp_path, 5)
 
 
-def count(path: Path) -> Counts:
-    with bare(path) as conn:
-        active = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens WHERE is_active ORDER BY id")]
-        ids = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens")]  # each later than the one before
-        created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
-        orphans = conn.execute(
-            f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
-            f"(SELECT count(*) FROM ({created}) WHERE token_id NOT IN (SELECT id FROM upstox_tokens))"
-        ).fetchone()[0]
-    return Counts(active, dict(zip(ids, ids, strict=True)), orphans)
-
-
-@contextlib.contextmanager
-def bare(path: Path) -> Iterator[sqlite3.Connection]:
-    """The bare driver, in autocommit mode."""
-    conn = sqlite3.connect(path, isolation_level=None, timeout=30)
-    conn.row_factory = sqlite3.Row
-    try:
-        yield conn
-    finally:
-        conn.close()
-
-
 @contextlib.contextmanager
 def full(store: SQLiteUpstoxStorage) -> Iterator[None]:
     """SQLite itself says that the database cannot grow."""
@@ -495,11 +448,6 @@ def full(store: SQLiteUpstoxStorage) -> Iterator[None]:
 def close_idle(store: SQLiteUpstoxStorage) -> None:
     while store._connections._idle:
         store._connections._idle.pop().close()
-
-
-def limit_file_size(size: int) -> None:
-    """The system refuses to let any file of this process grow beyond this."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from upstox_db_examples import KeyRing, TokenStorage
 from upstox_db_examples.core.token import IST
 
-from ..conftest import Clock
+from ..support.clocks import Clock
 from ..support.processes import Address, made_up_login
 
 MARGIN = timedelta(minutes=1)

@@ -28,7 +28,7 @@ import redis
 from upstox_db_examples import TokenStorage
 from upstox_db_examples.local import servers
 
-from ..conftest import Clock
+from .clocks import Clock
 from .processes import Address, made_up_login
 
 
@@ -164,6 +164,14 @@ def running(engine: Engine) -> Iterator[str]:
             f"Ran on {engine.name}: {engine.variable if os.environ.get(engine.variable) else f'wheel {engine.wheel}'}"
         )
         yield url
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The place for a SQLite file of this test's own, in a folder of its own."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder / "upstox.db"
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
-"""Looks for a secret in bytes: in windows of 16 bytes, as it is, in base64, in hex and as JSON escapes it."""
+"""Look for a secret: in an error, and in bytes, by windows of 16 bytes, in base64, in hex and as JSON escapes it."""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -51,3 +53,16 @@ def files_with(secrets: str | Iterable[str | bytes], folder: Path) -> list[str]:
     """The files below the folder that hold a window of a secret."""
     each = [secrets] if isinstance(secrets, str) else list(secrets)
     return sorted(str(file) for file in folder.rglob("*") if file.is_file() and find(each, file.read_bytes()))
+
+
+def shown_with_locals(error: BaseException) -> str:
+    """The error, its causes and contexts with all local variables, as `pytest --showlocals` would print them.
+
+    The frames of the tests are left out: they hold the secret that is looked for.
+    """
+    shown = traceback.TracebackException.from_exception(error, capture_locals=True)
+    chain: list[traceback.TracebackException] = [shown]
+    for link in chain:
+        link.stack[:] = [frame for frame in link.stack if f"{os.sep}tests{os.sep}" not in frame.filename]
+        chain += [nested for nested in (link.__cause__, link.__context__) if nested]
+    return "".join(shown.format()) + repr(error.args)

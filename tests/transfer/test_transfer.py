@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import stat
@@ -31,88 +30,12 @@ from upstox_db_examples import (
 )
 from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.transfer import file as transfer_file
-from upstox_db_examples.transfer.transfer import _entries
 
-from ..conftest import Clock
-from ..stores.test_postgresql import bare
 from ..support import leaks
+from ..support.clocks import Clock
+from ..support.postgresql import bare
 from ..support.processes import KEY, Address, made_up_login
-
-USERS = [f"CD{n:04}" for n in range(4)]
-
-
-def filled(store: TokenStorage, clock: Clock) -> TokenStorage:
-    """Tokens that live, were replaced, were revoked, are dead; uses; logins that failed."""
-    for user_id in USERS:
-        for _ in range(3):
-            store.store_token(user_id)
-            store.get_valid_token(user_id)
-            store.get_valid_token(user_id)
-            clock.advance(minutes=7)
-    store.revoke_token(USERS[1])
-    clock.advance(days=1)
-    store.cleanup_expired_tokens()
-    for user_id in USERS[:3]:
-        store.store_token(user_id)
-        store.get_valid_token(user_id)
-    store.revoke_token(USERS[2])
-    return store
-
-
-def token_of(store: TokenStorage, user_id: str) -> str:
-    read = store.get_valid_token(user_id)
-    assert read
-    return str(read["token"])
-
-
-def told(store: TokenStorage) -> Any:
-    """All that a store tells of its users, but for the ids of its rows."""
-    shown = [
-        (
-            store.get_user_statistics(user_id),
-            store.get_token_history(user_id, 1000),
-            sorted(
-                store.get_audit_trail(user_id, 1000), key=lambda entry: json.dumps(entry, sort_keys=True, default=str)
-            ),
-            (read := store._find(user_id, store._now(), store._now())) and store._decrypt(read).reveal(),
-        )
-        for user_id in USERS
-    ]
-    for _, history, trail, _ in shown:
-        for row in [*history, *trail]:
-            row.pop("token_id")
-    return shown
-
-
-def as_it_was(store: TokenStorage) -> Any:
-    """As `told`, without reading, which counts."""
-    return [
-        (store._tokens_of(user_id), [entry._replace(position=None) for entry in _entries(store, user_id)])
-        for user_id in store._users()
-    ]
-
-
-def to_be_compared(store: TokenStorage) -> Any:
-    """All that two stores should have in common, down to the letters of the tokens that live."""
-    now = store._now()
-    return {
-        user_id: (
-            [
-                replace(
-                    token,
-                    ciphertext=store._decrypt(token).reveal() if token.ciphertext and token.expires_at > now else "",
-                    key_id="",
-                )
-                for token in store._tokens_of(user_id)
-            ],
-            sorted(
-                json.dumps(entry._replace(position=None), default=str, sort_keys=True)
-                for entry in _entries(store, user_id)
-            ),
-        )
-        for user_id in store._users()
-    }
-
+from ..support.transfers import USERS, as_it_was, filled, token_of, told
 
 # Between the stores
 

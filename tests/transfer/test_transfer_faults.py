@@ -32,12 +32,12 @@ from upstox_db_examples import (
 from upstox_db_examples.core.store import BATCH
 from upstox_db_examples.core.token import AuditEntry, StoredToken
 
-from ..conftest import Clock
-from ..stores.test_sqlite import limit_file_size
 from ..support import processes
+from ..support.clocks import Clock
 from ..support.databases import MongoDatabase
+from ..support.files import limit_file_size
 from ..support.processes import KEY, USER, Address, made_up_login
-from .test_transfer import USERS, as_it_was, filled, to_be_compared, token_of, told
+from ..support.transfers import USERS, as_it_was, filled, to_be_compared, token_of, told
 
 Open = Callable[..., TokenStorage]
 MANY = 20_000  # audit entries of one user
