@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,13 +19,12 @@ from upstox_db_examples.local.processes import Server
 
 from ..support.clocks import Clock
 from ..support.leaks import shown_with_locals
-from ..support.processes import KEY, USER, token_data, wait_until
-from ..support.stores import living
-
-OpenOne = Callable[..., TokenStorage]
+from ..support.processes import KEY, USER, wait_until
+from ..support.stores import CountsLogins, OpenStore, living, opening
 
 
-class ServerContract(ABC):
+@pytest.mark.usefixtures("own_servers")
+class ServerContract(CountsLogins, ABC):
     """These promises, for a store's tests to subclass.
 
     Attributes:
@@ -40,37 +40,24 @@ class ServerContract(ABC):
         """A store on the server."""
 
     @pytest.fixture
-    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-        monkeypatch.delenv(self.kind.variable, raising=False)
+    def server(self) -> Iterator[Server]:
         with self.kind() as server:
             yield server
 
     @pytest.fixture
-    def open_one(self, server: Server, clock: Clock) -> Iterator[OpenOne]:
-        self.logins = 0
-        opened: list[TokenStorage] = []
-
-        def open_with(**options: Any) -> TokenStorage:
-            opened.append(self.connect(server.url, login=self.login, keys=KEY, clock=clock, **options))
-            return opened[-1]
-
-        yield open_with
-        for store in opened:
-            store.close()
+    def open_one(self, server: Server, clock: Clock) -> Iterator[OpenStore]:
+        with opening(partial(self.connect, server.url), login=self.login, keys=KEY, clock=clock) as open_one:
+            yield open_one
 
     @pytest.fixture
-    def store(self, open_one: OpenOne) -> TokenStorage:
+    def store(self, open_one: OpenStore) -> TokenStorage:
         return open_one(timeout=1)
-
-    def login(self, user_id: str | None) -> AccessTokenData:
-        self.logins += 1
-        return token_data(user_id or USER, f"eyJ0eXAi{self.logins:060}")
 
     def start(self, server: Server, store: TokenStorage) -> None:
         server.start()
         wait_until(lambda: store.get_storage_status()[self.name] == "healthy")
 
-    def test_that_is_restarted_between_two_calls_goes_unnoticed(self, server: Server, open_one: OpenOne) -> None:
+    def test_that_is_restarted_between_two_calls_goes_unnoticed(self, server: Server, open_one: OpenStore) -> None:
         store = open_one()
         token = store.store_token(USER)["token"]
         for end in (server.stop, server.kill):
@@ -157,7 +144,7 @@ class ServerContract(ABC):
         assert ids.index(active[0]) <= ids.index(acknowledged[-1])
 
     def test_eight_threads_count_exactly_what_they_were_handed_through_a_stall(
-        self, server: Server, open_one: OpenOne
+        self, server: Server, open_one: OpenStore
     ) -> None:
         store = open_one(timeout=20)
         store.store_token(USER)

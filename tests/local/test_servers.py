@@ -42,11 +42,7 @@ from upstox_db_examples.local.servers import (
 from ..support.processes import wait_until
 from ..support.project import ROOT
 
-
-@pytest.fixture(autouse=True)
-def _our_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("POSTGRES_URL", "MONGODB_URL", "REDIS_URL"):
-        monkeypatch.delenv(variable, raising=False)
+pytestmark = pytest.mark.usefixtures("own_servers")
 
 
 @pytest.fixture

@@ -83,11 +83,11 @@ def is_a_picture(file: Path) -> None:
     assert ElementTree.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
+@pytest.mark.usefixtures("own_servers")  # Its PostgreSQL takes a hundred connections and more.
 def test_the_smallest_run_writes_the_table_and_the_picture(
-    tmp_path: Path, mongo_server: str, redis_server: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mongo_server: str, redis_server: str
 ) -> None:
     servers = {"MONGODB_URL": mongo_server, "REDIS_URL": redis_server}
-    monkeypatch.delenv("POSTGRES_URL", raising=False)  # It starts one that takes a hundred connections and more.
     smallest = ["--tokens", "20", "--rounds", "1", "--seconds", "0.2", "--folder", str(tmp_path / "out")]
     before = keys(redis_server)
     done = subprocess.run(

@@ -133,10 +133,8 @@ def test_a_pool_needs_no_progress_bar(tmp_path: Path) -> None:
     assert "'success': False" in run(code, tmp_path).stdout
 
 
-def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MONGODB_URL", raising=False)  # The guide names no database, and the default one may be in use.
+@pytest.mark.usefixtures("own_servers")  # The guide names no database, and the default one may be in use.
+def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(tmp_path: Path) -> None:
     with LocalUpstox() as upstox, MongoDBServer() as server:
         environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
         usage = GUIDE_USAGE_MONGODB.replace("mongodb://localhost:27017/", server.url)
@@ -150,10 +148,10 @@ def test_the_guides_usage_of_mongodb_runs_as_it_stands_but_for_the_url(
     assert "eyJ0eX" not in done.stdout
 
 
+@pytest.mark.usefixtures("own_servers")
 def test_the_guides_usage_of_the_hybrid_runs_as_it_stands_but_for_host_port_and_url(
-    tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, postgres_url: str
 ) -> None:
-    monkeypatch.delenv("REDIS_URL", raising=False)
     with LocalUpstox() as upstox, RedisServer() as redis:
         environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
         parts = urlsplit(redis.url)

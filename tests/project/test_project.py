@@ -233,8 +233,8 @@ def test_every_public_name_says_what_it_is() -> None:
     assert silent == []
 
 
-def test_the_code_in_docstrings_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("POSTGRES_URL", raising=False)
+@pytest.mark.usefixtures("own_servers")
+def test_the_code_in_docstrings_runs() -> None:
     names = [name for _, name, _ in pkgutil.walk_packages(upstox_db_examples.__path__, "upstox_db_examples.")]
     modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
     tried = [doctest.testmod(module, raise_on_error=True).attempted for module in modules]

@@ -27,14 +27,14 @@ from upstox_db_examples.core.token import StoredToken
 from upstox_db_examples.hybrid.redis import Found, runtime_acl
 
 from ..contracts.backend import made_up
-from ..contracts.reliability import ReliabilityContract, a_writer_can_be_killed_at_any_moment
+from ..contracts.reliability import ReliabilityContract
 from ..contracts.store import StoreContract
 from ..support import processes
 from ..support.clocks import Clock
 from ..support.hybrid import OnHybrid, count_messages_to_redis
 from ..support.leaks import shown_with_locals
 from ..support.naive import FoldsAgain, TellsRedisLast
-from ..support.postgresql import bare, count_messages
+from ..support.postgresql import bare, count_messages, counts
 from ..support.processes import USER, Address, token_data
 from ..support.stores import Counts, OpenStore, living
 
@@ -549,22 +549,18 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     @pytest.fixture
     def count(self, postgres_url: str, address: Address) -> Iterator[Callable[[], Counts]]:
         """What lies in PostgreSQL, where a reader that warms Redis all the time gets nothing older."""
-        created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
-        orphans = f"SELECT count(*) AS orphans FROM upstox_tokens WHERE id NOT IN ({created})"
         stop = threading.Event()
 
         def counted() -> Counts:
-            rows = bare(postgres_url, "SELECT id, generation, is_active FROM upstox_tokens")
-            active = [row["id"] for row in rows if row["is_active"]]
+            found = counts(postgres_url)
             handed_out = store.get_valid_token(USER)
             if handed_out:
-                assert not active or handed_out["token_id"] >= active[0], "a stale token was handed out"
-            elif active:
+                assert not found.active or handed_out["token_id"] >= found.active[0], "a stale token was handed out"
+            elif found.active:
                 newest = store._newest(USER)  # A login that was killed may have replaced it.
                 assert newest is not None
                 assert newest.in_doubt, "a token was not there"
-            generations = {row["id"]: row["generation"] for row in rows}
-            return Counts(active, generations, bare(postgres_url, orphans)[0]["orphans"])
+            return found
 
         def keep_reading() -> int:
             reads = 0
@@ -588,33 +584,31 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     ) -> None:
         careless = address._replace(kind=f"{TellsRedisLast.__module__}:TellsRedisLast")
         with pytest.raises(AssertionError, match="stale"):
-            a_writer_can_be_killed_at_any_moment(careless, count)
+            self.test_a_writer_can_be_killed_200_times(careless, count)
 
     @pytest.mark.slow
     def test_who_folds_can_be_killed_at_any_moment(self, address: Address) -> None:
-        who_folds_can_be_killed_at_any_moment(address)
+        dice = random.Random(1)
+        with address.open(login=processes.made_up_login) as store:
+            store.store_token(USER)
+            reads = 0
+            for _ in range(40):
+                process, connection = processes.start(processes.fold_on_and_on, address)
+                assert connection.recv() == "ready"
+                end = time.monotonic() + dice.uniform(0, 0.05)
+                while time.monotonic() < end:
+                    store.get_valid_token(USER)
+                    reads += 1
+                processes.kill(process)
+                connection.close()
+            assert reads > 100
+            assert store.get_user_statistics(USER)["total_usage"] == reads, "some were counted more than once"
+            used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
+            assert len(used) == reads
 
     @pytest.mark.slow
     def test_without_an_id_for_each_use_some_are_counted_twice(self, address: Address) -> None:
         with pytest.raises(AssertionError, match="counted more than once"):
-            who_folds_can_be_killed_at_any_moment(address._replace(kind=f"{FoldsAgain.__module__}:FoldsAgain"))
-
-
-def who_folds_can_be_killed_at_any_moment(address: Address) -> None:
-    dice = random.Random(1)
-    with address.open(login=processes.made_up_login) as store:
-        store.store_token(USER)
-        reads = 0
-        for _ in range(40):
-            process, connection = processes.start(processes.fold_on_and_on, address)
-            assert connection.recv() == "ready"
-            end = time.monotonic() + dice.uniform(0, 0.05)
-            while time.monotonic() < end:
-                store.get_valid_token(USER)
-                reads += 1
-            processes.kill(process)
-            connection.close()
-        assert reads > 100
-        assert store.get_user_statistics(USER)["total_usage"] == reads, "some were counted more than once"
-        used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
-        assert len(used) == reads
+            self.test_who_folds_can_be_killed_at_any_moment(
+                address._replace(kind=f"{FoldsAgain.__module__}:FoldsAgain")
+            )

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from redis import Redis
-from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import ConfigurationError, HybridUpstoxStorage, KeyRing, StoreUnavailable
 from upstox_db_examples.hybrid.redis import runtime_acl
@@ -26,24 +26,23 @@ from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 from ..support.clocks import Clock
 from ..support.hybrid import count_messages_to_redis
 from ..support.leaks import shown_with_locals
-from ..support.processes import USER, made_up_login, token_data
-from ..support.stores import living
+from ..support.processes import USER, made_up_login
+from ..support.stores import CountsLogins, living, opening
 
 OpenHybrid = Callable[..., HybridUpstoxStorage]
 
 
-class TestServersThatFail:
+@pytest.mark.usefixtures("own_servers")
+class TestServersThatFail(CountsLogins):
     """On servers of our own, which can be stopped, killed, stalled and filled."""
 
     @pytest.fixture
-    def postgresql(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[PostgreSQLServer]:
-        monkeypatch.delenv("POSTGRES_URL", raising=False)
+    def postgresql(self) -> Iterator[PostgreSQLServer]:
         with PostgreSQLServer() as server:
             yield server
 
     @pytest.fixture
-    def redis(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[RedisServer]:
-        monkeypatch.delenv("REDIS_URL", raising=False)
+    def redis(self) -> Iterator[RedisServer]:
         with RedisServer(settings={"appendfsync": "always"}) as server:
             yield server
 
@@ -51,18 +50,10 @@ class TestServersThatFail:
     def open_store(
         self, postgresql: PostgreSQLServer, redis: RedisServer, keys: KeyRing, clock: Clock
     ) -> Iterator[OpenHybrid]:
-        self.logins = 0
-        opened: list[HybridUpstoxStorage] = []
-
-        def open_one(**options: Any) -> HybridUpstoxStorage:
-            quick: dict[str, Any] = {"believed": 0.5, "redis_pause": 0.5, "timeout": 1}
-            common = {"login": self.login, "keys": keys, "clock": clock}
-            opened.append(HybridUpstoxStorage(redis.url, postgresql.url, **{**quick, **common, **options}))
-            return opened[-1]
-
-        yield open_one
-        for store in opened:
-            store.close()
+        quick: dict[str, Any] = {"believed": 0.5, "redis_pause": 0.5, "timeout": 1}
+        connect = partial(HybridUpstoxStorage, redis.url, postgresql.url)
+        with opening(connect, login=self.login, keys=keys, clock=clock, **quick) as open_one:
+            yield open_one
 
     @pytest.fixture
     def store(self, open_store: OpenHybrid) -> HybridUpstoxStorage:
@@ -70,10 +61,6 @@ class TestServersThatFail:
         store.store_token(USER)
         living(store)
         return store
-
-    def login(self, user_id: str | None) -> AccessTokenData:
-        self.logins += 1
-        return token_data(user_id or USER, f"eyJ0eXAi{self.logins:060}")
 
     @pytest.mark.parametrize("fault", ["kill", "pause"])
     def test_without_redis_all_goes_on_within_the_set_time(

@@ -31,6 +31,8 @@ from ..support.databases import notes
 from ..support.postgresql import bare
 from ..support.processes import token_data, wait_until
 
+pytestmark = pytest.mark.usefixtures("own_servers")
+
 PASSWORD = "all-nodes-have-this-one"
 KEPT, REVOKED = ["CD0001", "CD0002"], "CD0003"
 QUICK: dict[str, Any] = {"socket_timeout": 0.25, "socket_connect_timeout": 0.25, "retry": Retry(NoBackoff(), 0)}
@@ -191,12 +193,6 @@ class Standby(Primary):
         with conn.cursor() as cursor:
             cursor.execute(sql)
         conn.close()
-
-
-@pytest.fixture(autouse=True)
-def _servers_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("POSTGRES_URL", raising=False)
-    monkeypatch.delenv("REDIS_URL", raising=False)
 
 
 @pytest.mark.slow

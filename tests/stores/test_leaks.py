@@ -100,11 +100,7 @@ def hybrid(stack: ExitStack, _: Path) -> Surroundings:
 
 
 @pytest.fixture(params=[sqlite, pooled, postgresql, mongodb, hybrid], ids=lambda make: make.__name__)
-def surroundings(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Surroundings]:
-    for name in ("POSTGRES_URL", "MONGODB_URL", "REDIS_URL"):
-        monkeypatch.delenv(name, raising=False)
+def surroundings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Surroundings]:
     folder = tmp_path / "data"
     folder.mkdir()
     with ExitStack() as stack:
@@ -217,6 +213,7 @@ def test_the_search_finds_a_secret_in_each_form(secret: str | bytes) -> None:
     assert not leaks.find([secret], b"noise" + raw[:10] + b"noise" * 100)
 
 
+@pytest.mark.usefixtures("own_servers")
 @pytest.mark.slow
 def test_no_secret_lies_anywhere(
     surroundings: Surroundings,

@@ -39,7 +39,6 @@ from upstox_db_examples.mongodb import lease as mongodb_lease
 from upstox_db_examples.mongodb.lease import Leases
 from upstox_db_examples.mongodb.schema import runtime_role
 
-from ..contracts import reliability
 from ..contracts.backend import made_up
 from ..contracts.reliability import ReliabilityContract
 from ..contracts.server import ServerContract
@@ -795,6 +794,7 @@ class TestMongoDB(OnMongoDB, StoreContract):
 
 class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
     takeover = 3
+    killed_within = 0.2
     in_a_crowd = {"timeout": 60.0, "lease": 10.0}
 
     @pytest.fixture
@@ -805,8 +805,7 @@ class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
     @pytest.mark.slow
     def test_a_writer_can_be_killed_200_times(self, address: Address, count: Callable[[], Counts]) -> None:
         # Each killed writer leaves a lease to wait for, so this one is short.
-        short = address._replace(options={"lease": 0.1})
-        reliability.a_writer_can_be_killed_at_any_moment(short, count, within=0.2)
+        super().test_a_writer_can_be_killed_200_times(address._replace(options={"lease": 0.1}), count)
 
     @pytest.fixture
     def count(self, mongo: MongoDatabase) -> Callable[[], Counts]:
@@ -824,12 +823,12 @@ class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
         return counted
 
 
+@pytest.mark.usefixtures("own_servers")
 class TestTheTTL:
     """On a server whose TTL monitor runs each second; here time is the real one."""
 
     @pytest.fixture
-    def server(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[MongoDBServer]:
-        monkeypatch.delenv("MONGODB_URL", raising=False)
+    def server(self) -> Iterator[MongoDBServer]:
         with MongoDBServer(settings={"ttlMonitorSleepSecs": "1"}) as server:
             yield server
 
@@ -879,10 +878,8 @@ class TestAServerThatFails(ServerContract):
         return MongoUpstoxStorage(url, lease=0.3, **options)
 
 
-def test_tls_is_verified_and_a_wrong_authority_is_refused(
-    tmp_path: Path, keys: KeyRing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MONGODB_URL", raising=False)
+@pytest.mark.usefixtures("own_servers")
+def test_tls_is_verified_and_a_wrong_authority_is_refused(tmp_path: Path, keys: KeyRing) -> None:
     stranger, _, _ = make_certificates(tmp_path)
     with MongoDBServer(tls=True) as server:
         url = f"{server.url}&tls=true"

@@ -48,8 +48,7 @@ class Member(MongoDBServer):
 
 
 @pytest.fixture
-def members(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Member]]:
-    monkeypatch.delenv("MONGODB_URL", raising=False)
+def members() -> Iterator[list[Member]]:
     with contextlib.ExitStack() as stack:
         members = [stack.enter_context(Member()) for _ in range(3)]
         config = {
@@ -74,6 +73,7 @@ def primary(members: list[Member]) -> Member:
     raise AssertionError("no member became the primary")
 
 
+@pytest.mark.usefixtures("own_servers")
 @pytest.mark.slow
 def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Member], keys: KeyRing) -> None:
     hosts = ",".join(each.host for each in members)

@@ -21,7 +21,7 @@ from ..contracts.reliability import ReliabilityContract
 from ..contracts.store import StoreContract
 from ..support import processes
 from ..support.processes import USER, Address
-from ..support.sqlite import OnSQLite, count
+from ..support.sqlite import OnSQLite, counts
 from ..support.stores import Counts, OpenStore, living
 
 
@@ -154,7 +154,7 @@ class TestPooledUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.fixture
     def count(self, path: Path) -> Callable[[], Counts]:
-        return lambda: count(path)
+        return lambda: counts(path)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from ..contracts.server import ServerContract
 from ..contracts.store import StoreContract
 from ..support.clocks import Clock
 from ..support.leaks import shown_with_locals
-from ..support.postgresql import OnPostgreSQL, as_role, bare, count_messages
+from ..support.postgresql import OnPostgreSQL, as_role, bare, count_messages, counts
 from ..support.processes import USER, Address, made_up_login, token_data
 from ..support.stores import Counts, OpenStore, living
 
@@ -578,19 +578,7 @@ class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.fixture
     def count(self, postgres_url: str) -> Callable[[], Counts]:
-        created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
-        orphans = (
-            f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
-            f"(SELECT count(*) FROM ({created}) AS c WHERE token_id NOT IN (SELECT id FROM upstox_tokens)) AS orphans"
-        )
-
-        def counted() -> Counts:
-            rows = bare(postgres_url, "SELECT id, generation, is_active FROM upstox_tokens")
-            active = [row["id"] for row in rows if row["is_active"]]
-            generations = {row["id"]: row["generation"] for row in rows}
-            return Counts(active, generations, bare(postgres_url, orphans)[0]["orphans"])
-
-        return counted
+        return lambda: counts(postgres_url)
 
 
 class TestAServerThatFails(ServerContract):
@@ -600,10 +588,8 @@ class TestAServerThatFails(ServerContract):
         return PostgreSQLUpstoxStorage(url, **options)
 
 
-def test_tls_is_verified_and_a_wrong_authority_is_refused(
-    tmp_path: Path, keys: KeyRing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("POSTGRES_URL", raising=False)
+@pytest.mark.usefixtures("own_servers")
+def test_tls_is_verified_and_a_wrong_authority_is_refused(tmp_path: Path, keys: KeyRing) -> None:
     with PostgreSQLServer(tls=True) as server:
         verified = f"{server.url}?sslmode=verify-full&sslrootcert="
         with PostgreSQLUpstoxStorage(f"{verified}{server.ca_file}", login=made_up_login, keys=keys) as store:

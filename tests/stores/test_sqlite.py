@@ -34,14 +34,13 @@ from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.sqlite import connections as sqlite_connections
 from upstox_db_examples.sqlite.connections import connected
 
-from ..contracts import reliability
 from ..contracts.reliability import ReliabilityContract
 from ..contracts.store import StoreContract
 from ..support import leaks, processes
 from ..support.clocks import Clock
 from ..support.files import limit_file_size
 from ..support.processes import USER, Address, token_data
-from ..support.sqlite import OnSQLite, bare, count
+from ..support.sqlite import OnSQLite, bare, counts
 from ..support.stores import Counts, OpenStore, living
 
 
@@ -376,7 +375,11 @@ class TestSQLiteUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.fixture
     def count(self, path: Path) -> Callable[[], Counts]:
-        return lambda: count(path)
+        return lambda: counts(path)
+
+
+class Promises(ReliabilityContract):
+    seconds_of_crowding = 5
 
 
 class TestANaiveStoreUnderCrowdsAndKills:
@@ -392,39 +395,39 @@ class TestANaiveStoreUnderCrowdsAndKills:
 
     def test_several_processes_log_in(self, naive: Address, upstox: LocalUpstox, account: Account) -> None:
         with pytest.raises(AssertionError):
-            reliability.of_32_processes_on_an_empty_store_one_logs_in(naive, upstox, account)
+            Promises().test_of_32_processes_one_logs_in(naive, upstox, account)
 
     @pytest.mark.slow
     def test_a_crowd_whose_token_is_refused_logs_in(
         self, naive: Address, upstox: LocalUpstox, account: Account
     ) -> None:
         with pytest.raises(AssertionError, match="one before them, and one for all of them"):
-            reliability.of_1024_callers_whose_token_is_refused_one_logs_in(naive, upstox, account, {})
+            Promises().test_of_1024_callers_whose_token_is_refused_one_logs_in(naive, upstox, account)
 
     def test_a_holder_woken_late_makes_a_second_token(self, naive: Address) -> None:
         with pytest.raises(AssertionError, match="two tokens are believed to live"):
-            reliability.a_holder_that_is_stopped_and_woken_late_makes_no_second_token(naive)
+            Promises().test_a_holder_woken_late_makes_no_second_token(naive)
 
     def test_nobody_waits_for_a_login(self, naive: Address, upstox: LocalUpstox, account: Account) -> None:
         with pytest.raises(AssertionError, match="although another process is logging in"):
-            reliability.a_login_whose_process_is_killed_holds_nobody_up(naive, upstox, account)
+            Promises().test_a_killed_login_holds_nobody_up(naive, upstox, account)
 
     @pytest.mark.slow
     def test_a_killed_writer_leaves_a_mess(self, naive: Address, path: Path) -> None:
         with pytest.raises(AssertionError, match="none active"):
-            reliability.a_writer_can_be_killed_at_any_moment(naive, lambda: count(path))
+            Promises().test_a_writer_can_be_killed_200_times(naive, lambda: counts(path))
 
     @pytest.mark.slow
     def test_a_rotation_in_two_steps_takes_tokens_away(self, path: Path) -> None:
         with pytest.raises(AssertionError, match="not there while keys were rotated"):
-            reliability.a_rotation_can_be_killed_at_any_moment(
+            Promises().test_a_rotation_can_be_killed_at_any_moment(
                 Address("tests.support.naive:RotatesInTwoSteps", (str(path),))
             )
 
     @pytest.mark.slow
     def test_a_lock_that_removes_its_file_lets_two_in(self, naive: Address, tmp_path: Path) -> None:
         with pytest.raises(AssertionError):
-            reliability.the_lock_lets_one_in_at_a_time(naive, tmp_path, 5)
+            Promises().test_the_lock_lets_one_in_at_a_time(naive, tmp_path)
 
 
 @contextlib.contextmanager

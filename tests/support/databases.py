@@ -15,7 +15,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -30,6 +30,7 @@ from upstox_db_examples.local import servers
 
 from .clocks import Clock
 from .processes import Address, made_up_login
+from .stores import opening
 
 
 class Engine(NamedTuple):
@@ -167,6 +168,13 @@ def running(engine: Engine) -> Iterator[str]:
 
 
 @pytest.fixture
+def own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that this test starts is its own, also where a URL names another."""
+    for engine in ENGINES:
+        monkeypatch.delenv(engine.variable, raising=False)
+
+
+@pytest.fixture
 def path(tmp_path: Path) -> Path:
     """The place for a SQLite file of this test's own, in a folder of its own."""
     folder = tmp_path / "data"
@@ -179,25 +187,17 @@ def postgres_server() -> Iterator[str]:
     yield from running(POSTGRESQL)
 
 
-@pytest.fixture
-def postgres_url(postgres_server: str) -> Iterator[str]:
-    """A database of this test's own."""
-    yield from _postgres_database(postgres_server)
-
-
-@pytest.fixture
-def another_postgres_url(postgres_server: str) -> Iterator[str]:
-    """A second database of this test's own."""
-    yield from _postgres_database(postgres_server)
-
-
 def _postgres_database(postgres_server: str) -> Iterator[str]:
+    """A database of this test's own."""
     name = f"test_{uuid.uuid4().hex}"
     _run(postgres_server, f"CREATE DATABASE {name}")
     try:
         yield urlunsplit(urlsplit(postgres_server)._replace(path=f"/{name}"))
     finally:
         _run(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+postgres_url, another_postgres_url = pytest.fixture(_postgres_database), pytest.fixture(_postgres_database)
 
 
 @pytest.fixture(scope="session")
@@ -216,19 +216,8 @@ class MongoDatabase(NamedTuple):
             yield client[self.name]
 
 
-@pytest.fixture
-def mongo(mongo_server: str) -> Iterator[MongoDatabase]:
-    """A database of this test's own."""
-    yield from _mongo_database(mongo_server)
-
-
-@pytest.fixture
-def another_mongo(mongo_server: str) -> Iterator[MongoDatabase]:
-    """A second database of this test's own."""
-    yield from _mongo_database(mongo_server)
-
-
 def _mongo_database(mongo_server: str) -> Iterator[MongoDatabase]:
+    """A database of this test's own."""
     database = MongoDatabase(mongo_server, f"test_{uuid.uuid4().hex}")
     try:
         yield database
@@ -237,24 +226,16 @@ def _mongo_database(mongo_server: str) -> Iterator[MongoDatabase]:
             client.drop_database(database.name)
 
 
+mongo, another_mongo = pytest.fixture(_mongo_database), pytest.fixture(_mongo_database)
+
+
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[str]:
     yield from running(REDIS)
 
 
-@pytest.fixture
-def redis_prefix(redis_server: str) -> Iterator[str]:
+def _redis_keys(redis_server: str) -> Iterator[str]:
     """A prefix for this test's own keys."""
-    yield from _redis_prefix(redis_server)
-
-
-@pytest.fixture
-def another_redis_prefix(redis_server: str) -> Iterator[str]:
-    """A second prefix for this test's own keys."""
-    yield from _redis_prefix(redis_server)
-
-
-def _redis_prefix(redis_server: str) -> Iterator[str]:
     prefix = f"test_{uuid.uuid4().hex}"
     try:
         yield prefix
@@ -262,6 +243,9 @@ def _redis_prefix(redis_server: str) -> Iterator[str]:
         with redis.Redis.from_url(redis_server) as client:
             for key in client.scan_iter(f"{{{prefix}}}:*"):
                 client.delete(key)
+
+
+redis_prefix, another_redis_prefix = pytest.fixture(_redis_keys), pytest.fixture(_redis_keys)
 
 
 @pytest.fixture(
@@ -303,13 +287,11 @@ def _empty(name: str, which: str, request: pytest.FixtureRequest, tmp_path: Path
 @pytest.fixture
 def opened(clock: Clock) -> Iterator[Callable[..., TokenStorage]]:
     """Opens a store that counts and audits reads, and needs no Upstox."""
-    with ExitStack() as stack:
 
-        def open_one(address: Address, **options: Any) -> TokenStorage:
-            common = {"login": made_up_login, "clock": clock, "actor": "tests", **address.counting()}
-            store: TokenStorage = stack.enter_context(address.open(**{**common, **options}))
-            return store
+    def connect(address: Address, **options: Any) -> Any:
+        return address.open(**{**address.counting(), **options})
 
+    with opening(connect, login=made_up_login, clock=clock, actor="tests") as open_one:
         yield open_one
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from upstox_db_examples import PostgreSQLUpstoxStorage, TokenStorage
 
-from .stores import OnAStore, OpenStore
+from .stores import Counts, OnAStore, OpenStore
 
 
 class OnPostgreSQL(OnAStore):
@@ -63,3 +63,15 @@ def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(psycopg2.extras.RealDictCursor, "execute", counted)
     return messages
+
+
+def counts(url: str) -> Counts:
+    """Count what lies in the two tables."""
+    created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
+    orphans = (
+        f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
+        f"(SELECT count(*) FROM ({created}) AS c WHERE token_id NOT IN (SELECT id FROM upstox_tokens)) AS orphans"
+    )
+    rows = bare(url, "SELECT id, generation, is_active FROM upstox_tokens")
+    active = [row["id"] for row in rows if row["is_active"]]
+    return Counts(active, {row["id"]: row["generation"] for row in rows}, bare(url, orphans)[0]["orphans"])

@@ -34,7 +34,7 @@ class OnSQLite(OnAStore):
                 conn.execute(f"UPDATE upstox_tokens SET {column} = ? WHERE id = ?", (raw, token_id))
 
 
-def count(path: Path) -> Counts:
+def counts(path: Path) -> Counts:
     with bare(path) as conn:
         active = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens WHERE is_active ORDER BY id")]
         ids = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens")]  # each later than the one before

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import pytest
+from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import KeyRing, SdkLogin, TokenResult, TokenStorage
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from .clocks import Clock
-from .processes import USER
+from .processes import USER, token_data
 
 OpenStore = Callable[..., TokenStorage]
 
@@ -38,6 +40,29 @@ class Counts(NamedTuple):
     orphans: int
 
 
+@contextmanager
+def opening[Store: TokenStorage](connect: Callable[..., Store], **common: Any) -> Iterator[Callable[..., Store]]:
+    """Give a function that opens stores, with these options and its own, and close them all at the end."""
+    with ExitStack() as stack:
+
+        def open_one(*where: Any, **options: Any) -> Store:
+            store = connect(*where, **{**common, **options})
+            stack.callback(store.close)
+            return store
+
+        yield open_one
+
+
+class CountsLogins:
+    """A login of a test's own, which counts how often it is asked and gives another token each time."""
+
+    logins = 0
+
+    def login(self, user_id: str | None) -> AccessTokenData:
+        self.logins += 1
+        return token_data(user_id or USER, f"eyJ0eXAi{self.logins:060}")
+
+
 class OnAStore(ABC):
     """The fixtures that open stores. The classes `On...` of the databases say how; contracts and tests inherit them."""
 
@@ -58,16 +83,9 @@ class OnAStore(ABC):
 
     @pytest.fixture
     def open_store(self, upstox: LocalUpstox, account: Account, keys: KeyRing, clock: Clock) -> Iterator[OpenStore]:
-        opened: list[TokenStorage] = []
         login = SdkLogin(account.credentials(), base_domain=upstox.base_domain)
-
-        def open_one(**options: Any) -> TokenStorage:
-            opened.append(self.connect(**{"login": login, "keys": keys, "clock": clock, "actor": "tests", **options}))
-            return opened[-1]
-
-        yield open_one
-        for store in opened:
-            store.close()
+        with opening(self.connect, login=login, keys=keys, clock=clock, actor="tests") as open_one:
+            yield open_one
 
     @pytest.fixture
     def store(self, open_store: OpenStore) -> TokenStorage:

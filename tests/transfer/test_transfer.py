@@ -284,8 +284,8 @@ def test_an_empty_store_makes_an_empty_export(empty: TokenStorage, tmp_path: Pat
 # The databases' own backups
 
 
-def test_pg_dump_and_a_restore_keep_all_and_show_no_token(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    monkeypatch.delenv("POSTGRES_URL", raising=False)
+@pytest.mark.usefixtures("own_servers")
+def test_pg_dump_and_a_restore_keep_all_and_show_no_token(clock: Clock) -> None:
     options: dict[str, Any] = {"keys": KEY, "login": made_up_login, "clock": clock}
     with PostgreSQLServer() as server:
         tools, second = server._binaries, f"{server.url}_restored"
