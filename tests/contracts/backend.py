@@ -26,7 +26,7 @@ def made_up(store: TokenStorage, user_id: str, generation: int = 1, account: str
 
 
 class BackendContract(OnAStore):
-    """Every store's tests inherit these, as a part of `StoreContract`."""
+    """The methods of a backend, asked directly."""
 
     def test_a_second_token_of_a_generation_is_refused(self, store: TokenStorage) -> None:
         store._insert(made_up(store, USER))
@@ -97,9 +97,6 @@ class BackendContract(OnAStore):
         assert (entry["action"], entry["metadata"]) == ("adopted", {"fields_missing": ["poa"]})
 
     # Marks
-
-    def found(self, store: TokenStorage, user_id: str = USER, *, locked: bool = False) -> bool:
-        return store._find(user_id, store._now(), store._now(), locked=locked) is not None
 
     def test_a_marked_token_is_found_while_its_login_holds_the_lock(
         self, store: TokenStorage, open_store: Callable[..., TokenStorage]

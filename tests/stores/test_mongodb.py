@@ -365,9 +365,6 @@ class TestMongoDB(OnMongoDB, StoreContract):
 
     # Marks
 
-    def found(self, store: TokenStorage, user_id: str = USER, *, locked: bool = False) -> bool:
-        return store._find(user_id, store._now(), store._now(), locked=locked) is not None
-
     def test_a_lease_that_ends_turns_its_mark_into_doubt(
         self, store: MongoUpstoxStorage, open_store: OpenStore
     ) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Any
 
-from upstox_db_examples import Pace
+from upstox_db_examples import Pace, TokenStorage
 from upstox_db_examples.core.token import IST
 
 # Far ahead: a database that looks at its own clock must not think that these tokens are dead.
@@ -54,3 +55,19 @@ class FakeTime:
 
 
 AT_ONCE = FakeTime().pace()
+
+
+class Passing:
+    """Lets a store's notes believe that so many seconds have passed in the database."""
+
+    def __init__(self, *stores: TokenStorage) -> None:
+        self.seconds = 0.0
+        for store in stores:
+            store._notes = self._later(store._notes)  # type: ignore[method-assign]
+
+    def _later(self, told: Any) -> Any:
+        def notes(names: list[str]) -> tuple[float, dict[str, str]]:
+            now, there = told(names)
+            return now + self.seconds, there
+
+        return notes

@@ -322,3 +322,7 @@ def token_data(user_id: str, token: str = "eyJ0eXAi" * 9) -> AccessTokenData:
         is_active=True,
         access_token=token,
     )
+
+
+def response(user_id: str, token: str, **more: Any) -> dict[str, Any]:
+    return {"user_id": user_id, "access_token": token, **more}

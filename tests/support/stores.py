@@ -94,3 +94,6 @@ class OnAStore(ABC):
     @pytest.fixture
     def counting(self, open_store: OpenStore) -> TokenStorage:
         return open_store(**self.counted)
+
+    def found(self, store: TokenStorage, user_id: str = USER, *, locked: bool = False) -> bool:
+        return store._find(user_id, store._now(), store._now(), locked=locked) is not None
