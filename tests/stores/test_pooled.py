@@ -21,11 +21,11 @@ from ..contracts.reliability import ReliabilityContract
 from ..contracts.store import StoreContract
 from ..support import processes
 from ..support.processes import USER, Address
-from ..support.sqlite import OnSQLite, counts
+from ..support.sqlite import OnASQLiteFile, counts
 from ..support.stores import Counts, OpenStore, living
 
 
-class TestPooled(OnSQLite, StoreContract):
+class TestPooled(OnASQLiteFile, StoreContract):
     def connect(self, **options: Any) -> TokenStorage:
         return PooledUpstoxStorage(self.file, **options)
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from .stores import Counts, OnAStore
+from upstox_db_examples import SQLiteUpstoxStorage, TokenStorage
+
+from .stores import Counts, OnAStore, OpenStore
 
 
-class OnSQLite(OnAStore):
+class OnASQLiteFile(OnAStore):
     """A store on a SQLite file: the plain or the pooled one."""
 
     counted = {"audit_reads": True}
@@ -32,6 +34,17 @@ class OnSQLite(OnAStore):
             for column, value in values.items():
                 raw = int(value.timestamp()) if isinstance(value, datetime) else value
                 conn.execute(f"UPDATE upstox_tokens SET {column} = ? WHERE id = ?", (raw, token_id))
+
+
+class OnSQLite(OnASQLiteFile):
+    def connect(self, **options: Any) -> TokenStorage:
+        return SQLiteUpstoxStorage(self.file, **options)
+
+    @pytest.fixture
+    def store(self, open_store: OpenStore) -> SQLiteUpstoxStorage:
+        store = open_store()
+        assert isinstance(store, SQLiteUpstoxStorage)
+        return store
 
 
 def counts(path: Path) -> Counts:
