@@ -14,17 +14,8 @@ from collections.abc import Iterator
 import pytest
 
 from ..support import databases
-from ..support.every_step import (
-    ERROR,
-    INTERRUPT,
-    KILL,
-    OUTAGE,
-    PLAIN,
-    TWO_INTERRUPTS,
-    WORKERS,
-    Way,
-    broken_at_every_step,
-)
+from ..support.every_step import PLAIN, WORKERS, Way, broken_at_every_step
+from ..support.faults import ERROR, INTERRUPT, KILL, OUTAGE, TWO_INTERRUPTS
 from ..support.processes import Address
 
 pytestmark = pytest.mark.slow

@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from upstox_db_examples.local.upstox import Account
+
 WINDOW = 16
 PRINTABLE = re.compile(rb"[ -~]{%d,}" % WINDOW)
 
@@ -66,3 +68,15 @@ def shown_with_locals(error: BaseException) -> str:
         link.stack[:] = [frame for frame in link.stack if f"{os.sep}tests{os.sep}" not in frame.filename]
         chain += [nested for nested in (link.__cause__, link.__context__) if nested]
     return "".join(shown.format()) + repr(error.args)
+
+
+def secrets_of(account: Account) -> list[str]:
+    return [value for name, value in account.credentials().items() if name not in ("redirect_uri",)]
+
+
+def assert_shows_nothing(error: BaseException, account: Account) -> None:
+    shown = shown_with_locals(error)
+    assert [secret for secret in secrets_of(account) if secret in shown] == []
+    assert "eyJ" not in shown
+    assert error.__cause__ is None
+    assert error.__context__ is None

@@ -75,3 +75,13 @@ def counts(url: str) -> Counts:
     rows = bare(url, "SELECT id, generation, is_active FROM upstox_tokens")
     active = [row["id"] for row in rows if row["is_active"]]
     return Counts(active, {row["id"]: row["generation"] for row in rows}, bare(url, orphans)[0]["orphans"])
+
+
+def ask(url: str, sql: str = "SELECT 1") -> object:
+    conn = psycopg2.connect(url, connect_timeout=5)
+    try:
+        with conn, conn.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchone()[0] if cursor.description else None  # type: ignore[index]
+    finally:
+        conn.close()
