@@ -4,72 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from datetime import datetime, timedelta
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from upstox_db_examples import KeyRing, Pace
-from upstox_db_examples.core.token import IST
+from upstox_db_examples import KeyRing
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
-pytest_plugins = ["tests.databases"]
+from .support.clocks import Clock
 
-# Far ahead, for a database that looks at its own clock must not take these tokens for dead ones.
-YEAR = 2099
-TUESDAY_EVENING = datetime(YEAR, 1, 6, 20, 0, tzinfo=IST)
-
-
-class Clock:
-    """The present, as the test says."""
-
-    def __init__(self, now: datetime = TUESDAY_EVENING) -> None:
-        self.now = now
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def set(self, day: int, hour: int, minute: int = 0, second: int = 0) -> None:
-        """A moment in January, in India; the 6th is a Tuesday."""
-        self.now = datetime(YEAR, 1, day, hour, minute, second, tzinfo=IST)
-
-    def advance(self, **parts: float) -> None:
-        self.now += timedelta(**parts)
-
-
-class FakeTime:
-    """Seconds that pass only by sleeping."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-
-    def clock(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-    def pace(self, limits: Iterable[tuple[int, float]] = ()) -> Pace:
-        """Turns at this time: without limits, at once."""
-        return Pace(limits, clock=self.clock, sleep=self.sleep)
-
-
-def shown_with_locals(error: BaseException) -> str:
-    """The error, its causes and contexts with all local variables, as `pytest --showlocals` would print them.
-
-    The frames of the tests are left out: they hold the secret that is looked for.
-    """
-    shown = traceback.TracebackException.from_exception(error, capture_locals=True)
-    chain: list[traceback.TracebackException] = [shown]
-    for link in chain:
-        link.stack[:] = [frame for frame in link.stack if f"{os.sep}tests{os.sep}" not in frame.filename]
-        chain += [nested for nested in (link.__cause__, link.__context__) if nested]
-    return "".join(shown.format()) + repr(error.args)
+pytest_plugins = ["tests.support.databases"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,204 @@
+"""What every store promises of secrets: what lies in the database, under which key, and what is shown."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+from upstox_totp.models import AccessTokenData
+
+from upstox_db_examples import (
+    ConfigurationError,
+    KeyRing,
+    KeyUnavailable,
+    Secret,
+    StorageError,
+    TokenRefused,
+    TokenStorage,
+)
+from upstox_db_examples.core.cipher import Binding
+from upstox_db_examples.local.upstox import Account, LocalUpstox
+
+from ..support.clocks import Clock, ist
+from ..support.processes import USER, token_data
+from ..support.stores import OnAStore, OpenStore, living
+
+
+class SecretContract(OnAStore):
+    """A token lies encrypted, in its place only, and out of sight."""
+
+    # What lies in the database
+
+    def test_the_row_holds_ciphertext_and_nothing_of_the_token(self, store: TokenStorage, keys: KeyRing) -> None:
+        stored = store.store_token()
+        (row,) = self.raw_rows()
+        assert row["access_token"].startswith(f"v2.{keys.key_ids[0]}.")
+        assert stored["token"][:20] not in json.dumps(row, default=str)
+
+    def test_a_replaced_or_revoked_token_is_erased(self, store: TokenStorage) -> None:
+        store.store_token()
+        store.store_token()
+        assert [row["access_token"] is None for row in self.raw_rows()] == [True, False]
+        assert store.revoke_token(USER) is True
+        assert [row["access_token"] is None for row in self.raw_rows()] == [True, True]
+        assert store.get_valid_token(USER) is None
+        assert store.revoke_token(USER) is False
+
+    def test_a_ciphertext_in_another_users_row_is_refused(self, open_store: OpenStore) -> None:
+        store = open_store(login=lambda user_id: token_data(user_id or USER))
+        store.store_token("CD0001")
+        store.store_token("CD0002")
+        first, second = self.raw_rows()
+        self.write_raw(second["id"], access_token=first["access_token"])
+        with pytest.raises(TokenRefused):
+            store.get_valid_token("CD0002")
+        assert store.get_valid_token("CD0001")
+
+    def test_a_ciphertext_from_another_kind_of_store_is_refused(self, store: TokenStorage, keys: KeyRing) -> None:
+        store.store_token()
+        (row,) = self.raw_rows()
+        here = Binding(USER, ist(7, 3, 30), 1, type(store)._kind, row["account"])
+        assert keys.decrypt(row["access_token"], here)
+        for kind in {"access token in SQLite", "access token in PostgreSQL", "access token in MongoDB"} - {here.kind}:
+            elsewhere = keys.encrypt(Secret("eyJ0eXAi" * 9), here._replace(kind=kind))
+            self.write_raw(row["id"], access_token=elsewhere)
+            with pytest.raises(TokenRefused):
+                store.get_valid_token(USER)
+
+    def test_a_prolonged_token_is_refused(self, store: TokenStorage, clock: Clock) -> None:
+        store.store_token()
+        (row,) = self.raw_rows()
+        self.write_raw(row["id"], expires_at=ist(9, 3, 30))
+        clock.set(8, 10)
+        with pytest.raises(TokenRefused):
+            store.get_or_create_token(USER)
+
+    def test_plaintext_where_ciphertext_is_due_is_refused(self, store: TokenStorage) -> None:
+        stored = store.store_token()
+        (row,) = self.raw_rows()
+        self.write_raw(row["id"], access_token=stored["token"])
+        with pytest.raises(TokenRefused) as caught:
+            store.get_valid_token(USER)
+        assert stored["token"][:20] not in str(caught.value)
+
+    def test_a_lost_key_is_named_and_destroys_nothing(self, store: TokenStorage, open_store: OpenStore) -> None:
+        stored = store.store_token()
+        before = self.raw_rows()
+        stranger = open_store(keys=KeyRing(KeyRing.new_key()))
+        for reading in (stranger.get_valid_token, stranger.get_or_create_token):
+            with pytest.raises(KeyUnavailable, match=before[0]["key_id"]):
+                reading(USER)
+        assert [row["access_token"] for row in self.raw_rows()] == [row["access_token"] for row in before]
+        read = living(store)
+        assert read["token"] == stored["token"]
+
+    def test_a_key_that_cannot_be_had_costs_no_login(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
+        def vault() -> KeyRing:
+            raise ConfigurationError("the vault is shut")
+
+        with pytest.raises(ConfigurationError, match="the vault is shut"):
+            open_store(keys=vault).store_token()
+        assert upstox.attempts() == 0
+
+    def test_history_statistics_and_audit_hold_no_token_and_need_no_key(
+        self, counting: TokenStorage, open_store: OpenStore
+    ) -> None:
+        def no_key() -> KeyRing:
+            raise AssertionError("a key was asked for")
+
+        stored = counting.store_token()
+        counting.get_valid_token(USER)
+        keyless = open_store(keys=no_key)
+        told = json.dumps(
+            [keyless.get_token_history(USER), keyless.get_user_statistics(USER), keyless.get_audit_trail(USER)]
+        )
+        assert "v2." not in told
+        assert all(stored["token"][at : at + 16] not in told for at in range(0, len(stored["token"]) - 16))
+
+    def test_keys_are_rotated_and_the_old_one_can_go(self, open_store: OpenStore) -> None:
+        old, new = KeyRing.new_key(), KeyRing.new_key()
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        before = open_store(login=login, keys=KeyRing(old))
+        tokens = {user_id: before.store_token(user_id)["token"] for user_id in (f"CD{n:04}" for n in range(7))}
+        rotating = open_store(keys=lambda: KeyRing(new, old))
+        assert rotating.rotate_keys() == 7
+        assert rotating.rotate_keys() == 0
+        assert rotating.keys_in_use() == {KeyRing(new).key_ids[0]: 7}
+        after = open_store(keys=KeyRing(new))
+        for user_id, token in tokens.items():
+            read = after.get_valid_token(user_id)
+            assert read is not None
+            assert read["token"] == token
+
+    def test_a_program_that_runs_since_before_the_new_key_rotates_to_it(self, open_store: OpenStore) -> None:
+        old, new = KeyRing.new_key(), KeyRing.new_key()
+        vault = [old]
+
+        def keys() -> KeyRing:
+            return KeyRing(*vault)
+
+        def login(user_id: str | None) -> AccessTokenData:
+            return token_data(user_id or USER)
+
+        running = open_store(keys=keys, login=login)
+        running.store_token(USER)
+        vault[:] = [new, old]
+        open_store(keys=keys, login=login).store_token("CD5678")
+        assert running.rotate_keys() == 1
+        assert running.keys_in_use() == {KeyRing(new).key_ids[0]: 2}
+
+    def test_a_token_that_cannot_be_read_does_not_stop_a_rotation(self, open_store: OpenStore) -> None:
+        lost, old, new = (KeyRing.new_key() for _ in range(3))
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        open_store(login=login, keys=KeyRing(lost)).store_token("CD0001")
+        for user_id in ("CD0000", "CD0002"):
+            open_store(login=login, keys=KeyRing(old)).store_token(user_id)
+        rotating = open_store(keys=KeyRing(new, old))
+        with pytest.raises(KeyUnavailable, match=r"^Encrypted again: 2, but not the tokens of CD0001") as caught:
+            rotating.rotate_keys()
+        assert caught.value.key_id == KeyRing(lost).key_ids[0]
+        assert rotating.keys_in_use() == {KeyRing(new).key_ids[0]: 2, KeyRing(lost).key_ids[0]: 1}
+        assert rotating.revoke_token("CD0001")
+        assert rotating.rotate_keys() == 0
+
+    def test_a_program_that_runs_for_long_learns_of_a_new_key(self, open_store: OpenStore) -> None:
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        vault = [KeyRing.new_key()]
+        long_running = open_store(login=login, keys=lambda: KeyRing(*vault))
+        long_running.store_token(USER)
+        vault.insert(0, KeyRing.new_key())
+        assert open_store(keys=KeyRing(*vault)).rotate_keys() == 1
+        assert living(long_running)
+
+    # Out of sight
+
+    def test_nothing_that_is_printed_or_logged_shows_a_secret(
+        self, store: TokenStorage, account: Account, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.DEBUG)
+        logging.getLogger("upstox-totp").setLevel(logging.DEBUG)
+        try:
+            result = store.store_token()
+            read = store.get_valid_token(USER)
+        finally:
+            logging.getLogger("upstox-totp").setLevel(logging.INFO)
+        text = f"{caplog.text} {result} {read!r} {store!r} {vars(store)!r}"
+        assert caplog.text, "the store's own events are logged"
+        for secret in (result["token"], account.totp_secret, account.client_secret):
+            assert secret[:20] not in text
+        # Six digits may stand in a random number as well.
+        assert not re.search(rf"(?<![0-9A-Za-z]){account.pin}(?![0-9A-Za-z])", text)
+
+    def test_a_closed_store_says_so_and_closes_twice(self, store: TokenStorage) -> None:
+        store.close()
+        store.close()
+        with pytest.raises(StorageError, match="closed"):
+            store.get_valid_token(USER)
+
+    def test_it_is_a_context_manager(self, open_store: OpenStore) -> None:
+        with open_store() as store:
+            store.store_token()
+        with pytest.raises(StorageError, match="closed"):
+            store.store_token()

@@ -1,0 +1,22 @@
+"""What several tests of core/ have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from upstox_db_examples import SdkLogin
+from upstox_db_examples.local.upstox import Account, LocalUpstox
+
+from ..support.pools import Opener
+
+
+@pytest.fixture
+def opener(tmp_path: Path) -> Opener:
+    return Opener(tmp_path / "some.db")
+
+
+@pytest.fixture
+def login(upstox: LocalUpstox, account: Account) -> SdkLogin:
+    return SdkLogin(account.credentials(), base_domain=upstox.base_domain)

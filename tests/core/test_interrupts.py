@@ -1,0 +1,76 @@
+"""Signals that wait for a login: whose handlers are there afterwards, and what a forked child does with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from multiprocessing.connection import Connection
+from types import FrameType
+
+import pytest
+
+from upstox_db_examples.core.interrupts import PutOff, raise_pending
+
+from ..support.processes import start
+
+
+def a_handler(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
+def test_a_handler_that_the_login_has_set_for_good_stays() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with PutOff():
+            signal.signal(signal.SIGTERM, a_handler)
+        assert signal.getsignal(signal.SIGTERM) is a_handler
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+
+def test_the_outer_login_alone_puts_signals_off() -> None:
+    with pytest.raises(KeyboardInterrupt), PutOff():
+        with PutOff():
+            signal.raise_signal(signal.SIGINT)
+            raise_pending()
+        done = True
+    assert done
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def fork_in_a_login(connection: Connection) -> None:
+    """Fork in a login of the main thread, there and in another thread; sends what Ctrl-C did to each child."""
+    results = []
+
+    def fork() -> None:
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            try:
+                signal.raise_signal(signal.SIGINT)
+                os.write(writing, b"it waited")
+            except KeyboardInterrupt:
+                with PutOff():  # The child's own login is protected as any other.
+                    os.write(writing, b"it came at once" if signal.getsignal(signal.SIGINT) else b"")
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as opened:
+            results.append(opened.read())
+        os.wait()
+
+    with PutOff():
+        fork()
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+    connection.send(results)
+
+
+def test_a_child_that_was_forked_during_a_login_does_not_wait_for_it() -> None:
+    process, connection = start(fork_in_a_login)
+    assert connection.recv() == ["it came at once"] * 2
+    process.join()

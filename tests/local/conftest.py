@@ -1,0 +1,18 @@
+"""What several tests of local/ have."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this test's servers make their temporary folders; other tests on this machine make theirs elsewhere."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)  # The server is nobody where we are root, and has to get in.
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        yield Path(name)

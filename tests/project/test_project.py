@@ -1,0 +1,241 @@
+"""The files around the package say the same as the package."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import assert_type
+
+import pytest
+
+import upstox_db_examples
+from upstox_db_examples.core.login import FIELDS
+from upstox_db_examples.hybrid import HybridUpstoxStorage
+from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.mongodb import MongoUpstoxStorage
+from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
+
+from ..support.databases import ENGINES, MongoDatabase
+from ..support.project import PYPROJECT, ROOT, run
+
+
+def test_the_conda_environment_installs_what_pyproject_says() -> None:
+    text = (ROOT / "environment.yml").read_text()
+    assert f"- python{PYPROJECT['project']['requires-python']}" in text
+    assert "- --editable .[dev]" in text, "all packages come from pyproject.toml, so there is no second list to drift"
+    packages = re.findall(r"^ +- ([^\s]+)", text, flags=re.MULTILINE)
+    assert packages == ["conda-forge", f"python{PYPROJECT['project']['requires-python']}", "pip", "pip:", "--editable"]
+
+
+def test_sqlite_needs_no_driver(tmp_path: Path) -> None:
+    code = (
+        "import sys; import upstox_db_examples as u; u.SQLiteUpstoxStorage('x.db').get_valid_token('AB1234')\n"
+        "u.PooledUpstoxStorage('x.db').get_valid_token('AB1234')\n"
+        "drivers = ('psycopg2', 'tqdm', 'pymongo', 'redis', 'upstox_totp')\n"
+        "print([name for name in drivers if name in sys.modules])"
+    )
+    done = run(code, tmp_path)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
+    # `make check` fails here if one of them is Any to mypy; editors complete what mypy sees.
+    lazy = (
+        assert_type(upstox_db_examples.PostgreSQLUpstoxStorage, type[PostgreSQLUpstoxStorage]),
+        assert_type(upstox_db_examples.MongoUpstoxStorage, type[MongoUpstoxStorage]),
+        assert_type(upstox_db_examples.HybridUpstoxStorage, type[HybridUpstoxStorage]),
+    )
+    assert {each.__name__ for each in lazy} == set(upstox_db_examples._NEED_A_DRIVER) < set(upstox_db_examples.__all__)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "package", "extra"),
+    [
+        ("PostgreSQLUpstoxStorage", ["psycopg2"], "psycopg2-binary", "postgresql"),
+        ("MongoUpstoxStorage", ["pymongo", "bson", "gridfs"], "pymongo", "mongodb"),  # all that is in its wheel
+        ("MongoUpstoxStorage", ["pymongo"], "pymongo", "mongodb"),
+        ("HybridUpstoxStorage", ["redis"], "redis", "hybrid"),
+        ("HybridUpstoxStorage", ["psycopg2"], "psycopg2-binary", "hybrid"),
+    ],
+)
+def test_a_missing_driver_is_named_with_what_to_install(
+    tmp_path: Path, name: str, missing: list[str], package: str, extra: str
+) -> None:
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\nfrom upstox_db_examples import {name}"
+    told = run(code, tmp_path).stderr.splitlines()[-1]
+    assert told == f"ModuleNotFoundError: {name} needs {package}. In a clone of this project: pip install '.[{extra}]'"
+
+
+def test_the_readme_code_runs(tmp_path: Path, postgres_url: str, mongo: MongoDatabase, redis_server: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code = "\n".join(blocks)
+    for theirs, ours in (
+        ('"postgresql://user:password@host/database"', repr(postgres_url)),
+        ('"mongodb://user:password@host/", "upstox_db"', f"{mongo.url!r}, {mongo.name!r}"),
+        ('"redis://:password@host/0"', repr(redis_server)),
+    ):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    assert "@host" not in code
+    code += "\nassert all(store.get_valid_token('ZZ9999') is None for store in stores)"
+    with LocalUpstox() as upstox:
+        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        done = run(code, tmp_path, **environment)
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_the_readme_names_the_credentials_and_the_images_that_the_tests_use() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (accounts,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
+    (account,) = tomllib.loads(accounts).values()
+    others = re.findall(r"\w+_?\w+", accounts.partition("# and ")[2])
+    assert {*account, *others} == set(FIELDS)
+    assert re.findall(r"docker run .* (\w+:[\d.]+)", readme) == [engine.image for engine in ENGINES]
+
+
+def make_with(tmp_path: Path, *interpreters: str) -> subprocess.CompletedProcess[str]:
+    """`make`, where these are the only interpreters: each of them says its name and can do whatever it is asked."""
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sh", "make", "rm", "touch", "mktemp"):
+        found = next(Path(folder, tool) for folder in os.environ["PATH"].split(":") if Path(folder, tool).exists())
+        (tools / tool).symlink_to(found)
+    for name in interpreters:
+        (tools / name).touch(mode=0o700)
+        (tools / name).write_text(f'#!{tools / "sh"}\n[ "$1" = -c ] || echo {name} "$@"\n')
+    return subprocess.run(
+        ["make", "SHELL=" + str(tools / "sh"), "ELSEWHERE=", ".venv/bin/python"],
+        cwd=tmp_path,
+        env={"PATH": str(tools), "HOME": str(tmp_path)},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_the_interpreter_is_found_or_its_lack_is_said(tmp_path: Path) -> None:
+    done = make_with(tmp_path)
+    assert done.returncode != 0
+    assert "No Python 3.12 or newer with venv was found" in done.stderr
+
+
+def test_an_interpreter_that_the_tests_run_on_goes_before_a_newer_one(tmp_path: Path) -> None:
+    done = make_with(tmp_path, "python", "python3", "python3.12", "python3.14")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "python3.12 -m venv .venv")
+
+
+@pytest.mark.parametrize(
+    ("selected", "processes", "told"),
+    [("one or two", "0", "1 deselected."), ("not two", "1", "1 deselected, 1 skipped.")],
+)
+def test_what_was_not_run_is_told(tmp_path: Path, selected: str, processes: str, told: str) -> None:
+    code = "import pytest\ndef test_one(): pass\ndef test_two(): pass\ndef test_three(): pytest.skip('')\n"
+    (tmp_path / "test_some.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "tests.support.databases"]
+    command += ["-n", processes, "-k", selected]
+    command += ["--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path)]
+    quick = dict.fromkeys(("POSTGRES_URL", "MONGODB_URL", "REDIS_URL"), "none is asked")
+    quick["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **quick}, text=True, capture_output=True, check=True)
+    assert f"\nNot run, of the tests collected: {told}\n" in done.stdout
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    file = ROOT / document
+    to = r'([^)#:\s]*)(?:#([^)\s]+))?(?: "(.+?)")?'
+    links = [*re.findall(rf"\]\({to}\)", file.read_text()), *re.findall(rf"(?m)^\[[^]]+\]: {to}$", file.read_text())]
+    assert [link for link, _, _ in links if not (file.parent / link).exists()] == []
+    places_in = {link: places(file.parent / (link or file)) for link, place, _ in links if place}
+    assert [(link, place) for link, place, _ in links if place and place not in places_in[link]] == []
+    text = file.read_text()
+    assert set(re.findall(r"\]\[([^]]+)\]", text)) == set(re.findall(r"(?m)^\[([^]]+)\]: ", text))
+    tests = [(link, title) for link, _, title in links if title]
+    assert [title for link, title in tests if f"def {title}(" not in (file.parent / link).read_text()] == []
+
+
+def test_no_code_in_the_readme_is_wider_than_githubs_page() -> None:
+    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 96] == []
+
+
+def places(document: Path) -> set[str]:
+    """Where in it a link can lead: its headings, spelt as Jupyter does in a notebook, and as GitHub does elsewhere."""
+    text = document.read_text()
+    if document.suffix == ".ipynb":
+        text = "\n".join(
+            "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
+        )
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    if document.suffix == ".ipynb":
+        return {heading.replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_each_line_of_the_guides_lists_leads_to_a_cell_and_tests_and_names_what_is_there() -> None:
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| \d+ [A-Z].*$", readme, flags=re.MULTILINE)
+    assert len(rows) == 10 + 5
+    code = "\n".join(file.read_text() for file in (ROOT / "upstox_db_examples").rglob("*.py"))
+    for row in rows:
+        _, line, method, cell, tests, _ = row.split("|")
+        names = re.findall(r"`([a-z_]+|[A-Z]\w+)", method)
+        outside = ("make", "pg_dump")  # Not ours; the tests in the row's last column run them.
+        assert [name for name in names if not re.search(rf"\b{name}\b", code) and name not in outside] == [], line
+        assert "ipynb#" in cell, line
+        for group in tests.split(";"):
+            words = re.findall("`(.*?)`", group)
+            files = re.findall(r"\]\((.*?)\)", group)
+            named = [re.findall(r"def (test_\w+)", (ROOT / file).read_text()) for file in files]
+            assert files, line
+            for word in words:
+                assert all(any(word in name for name in found) for found in named), f"{line}: {word}"
+
+
+def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> None:
+    found = pkgutil.walk_packages(upstox_db_examples.__path__, "upstox_db_examples.")
+    modules = {each.name: importlib.import_module(each.name) for each in found if not each.name.endswith("__main__")}
+    loggers = {name: getattr(module, "logger", None) for name, module in modules.items()}
+    # A folder's own file only exports, and what is in local/ runs for learning and tests.
+    all_silent = {name.partition(".")[2] for name, logger in loggers.items() if logger is None}
+    folders = {name.partition(".")[2] for name, module in modules.items() if hasattr(module, "__path__")}
+    silent = {name for name in all_silent - folders if not name.startswith("local.")}
+    # Values, promises, constants, the files that others tell of, and the command, which prints.
+    in_core = ("answer", "backend", "checks", "credentials", "errors", "files", "login", "notes", "pool", "refusals")
+    assert silent == {
+        *(f"core.{name}" for name in (*in_core, "token")),
+        *(f"{name}.queries" for name in ("sqlite", "postgresql", "hybrid")),
+        *("cli", "cli_copy", "cli_logins", "cli_upkeep", "copy_files", "copy_pattern", "token_file", "transfer.file"),
+        *("hybrid_redis", "mongodb_schema"),  # the earlier places of two functions
+    }
+    assert all(logger.name == name for name, logger in loggers.items() if logger)
+
+
+def test_every_public_name_says_what_it_is() -> None:
+    silent = []
+    for name in upstox_db_examples.__all__:
+        public = getattr(upstox_db_examples, name)
+        methods = [each for each in vars(public) if each[0] != "_"] if inspect.isclass(public) else []
+        said = {name: public, **{f"{name}.{method}": getattr(public, method) for method in methods}}
+        silent += [each for each, what in said.items() if callable(what) and not inspect.getdoc(what)]
+    assert silent == []
+
+
+@pytest.mark.usefixtures("own_servers")
+def test_the_code_in_docstrings_runs() -> None:
+    names = [name for _, name, _ in pkgutil.walk_packages(upstox_db_examples.__path__, "upstox_db_examples.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    tried = [doctest.testmod(module, raise_on_error=True).attempted for module in modules]
+    assert sum(tried) > 0

@@ -1,0 +1,144 @@
+"""MongoDB as a replica set of three, under a steady load, while its primary is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pymongo
+import pytest
+from pymongo.errors import PyMongoError
+
+from upstox_db_examples import KeyRing, MongoUpstoxStorage, StorageError
+from upstox_db_examples.local.servers import MongoDBServer
+
+from ..support.databases import notes
+from ..support.processes import made_up_login
+
+PASSWORD = "the key that all members share"
+ELECTION_SECONDS = 2
+
+
+class Member(MongoDBServer):
+    """One of three: it neither makes a set of its own nor waits to be its primary."""
+
+    def _password(self) -> str:
+        return PASSWORD.replace(" ", "")
+
+    def _is_ready(self) -> bool:
+        with contextlib.suppress(PyMongoError), self.direct() as client:
+            return bool(client.admin.command("hello")["ok"])
+        return False
+
+    def direct(self, seconds: float = 1) -> pymongo.MongoClient[Any]:
+        return pymongo.MongoClient("127.0.0.1", self._port, directConnection=True, timeoutMS=1000 * seconds)
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self._port}"
+
+    def is_primary(self) -> bool:
+        with contextlib.suppress(PyMongoError), self.direct() as client:
+            return bool(client.admin.command("hello")["isWritablePrimary"])
+        return False
+
+
+@pytest.fixture
+def members() -> Iterator[list[Member]]:
+    with contextlib.ExitStack() as stack:
+        members = [stack.enter_context(Member()) for _ in range(3)]
+        config = {
+            "_id": "rs0",
+            "members": [{"_id": number, "host": each.host} for number, each in enumerate(members)],
+            "settings": {"electionTimeoutMillis": ELECTION_SECONDS * 1000},
+        }
+        with members[0].direct(seconds=30) as client:
+            client.admin.command("replSetInitiate", config)
+        with primary(members).direct(seconds=30) as client:
+            client.admin.command("createUser", "root", pwd=members[0]._password(), roles=["root"])
+        yield members
+
+
+def primary(members: list[Member]) -> Member:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for each in members:
+            if each.is_primary():
+                return each
+        time.sleep(0.1)
+    raise AssertionError("no member became the primary")
+
+
+@pytest.mark.usefixtures("own_servers")
+@pytest.mark.slow
+def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Member], keys: KeyRing) -> None:
+    hosts = ",".join(each.host for each in members)
+    url = f"mongodb://root:{members[0]._password()}@{hosts}/?replicaSet=rs0&authSource=admin"
+    users = ["CD0001", "CD0002", "CD0003"]
+    acknowledged: dict[str, list[str]] = {user_id: [] for user_id in users}
+    stalls: list[float] = []
+    stale = errors = reads = 0
+    stop = threading.Event()
+
+    def keep_storing(user_id: str) -> None:
+        nonlocal errors
+        while not stop.is_set():
+            begin = time.monotonic()
+            try:
+                acknowledged[user_id].append(store.store_token(user_id)["token_id"])
+            except StorageError:
+                errors += 1
+            stalls.append(time.monotonic() - begin)
+
+    def keep_reading(user_id: str) -> None:
+        nonlocal stale, errors, reads
+        while not stop.is_set():
+            known = len(acknowledged[user_id])
+            begin = time.monotonic()
+            try:
+                result = store.get_valid_token(user_id)
+            except StorageError:
+                errors += 1
+            else:
+                # What is read must be the last token that was acknowledged before, or a later one.
+                reads += 1
+                earlier = acknowledged[user_id][: known - 1] if known else []
+                stale += known > 0 and (result is None or result["token_id"] in earlier)
+            stalls.append(time.monotonic() - begin)
+
+    with MongoUpstoxStorage(url, keys=keys, login=made_up_login, timeout=15) as store:
+        with ThreadPoolExecutor(6) as threads:
+            running = [threads.submit(job, user_id) for user_id in users for job in (keep_storing, keep_reading)]
+            try:
+                for _ in range(2):
+                    time.sleep(2)
+                    killed = primary(members)
+                    killed.kill()
+                    primary([each for each in members if each is not killed])
+                    time.sleep(2)
+                    killed.start()
+                time.sleep(2)
+            finally:
+                stop.set()
+            for each in running:
+                each.result()
+        for user_id in users:
+            history = {row["token_id"]: row for row in store.get_token_history(user_id, limit=100_000)}
+            assert set(acknowledged[user_id]) <= set(history), "an acknowledged token is lost"
+            (active,) = [token_id for token_id, row in history.items() if row["is_active"]]
+            newest_first = list(history)
+            assert newest_first.index(active) <= newest_first.index(acknowledged[user_id][-1])
+        with pymongo.MongoClient[Any](url) as client:
+            assert client.upstox_db.active_tokens.count_documents({}) == len(users)
+    assert stale == 0
+    assert min(map(len, acknowledged.values())) > 20
+    assert max(stalls) < 15
+    stored = sum(map(len, acknowledged.values()))
+    notes.append(
+        f"MongoDB, the primary killed twice under load: longest stall {max(stalls):.1f} s, {errors} errors; "
+        f"{stored} stored, {reads} read, none lost"
+    )

@@ -1,0 +1,41 @@
+"""PostgreSQL: crowds, kills, and a server that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from upstox_db_examples import (
+    PostgreSQLUpstoxStorage,
+    TokenStorage,
+)
+from upstox_db_examples.local.servers import PostgreSQLServer
+
+from ..contracts.reliability import ReliabilityContract
+from ..contracts.server import ServerContract
+from ..support.postgresql import counts
+from ..support.processes import Address
+from ..support.stores import Counts
+
+
+class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
+    # 32 processes with a connection of the pool and one for a lock each: a server takes a hundred of them.
+    in_a_crowd = {"pool_size": 1, "timeout": 60.0}
+
+    @pytest.fixture
+    def address(self, postgres_url: str) -> Address:
+        PostgreSQLUpstoxStorage(postgres_url).close()
+        return Address("upstox_db_examples:PostgreSQLUpstoxStorage", (postgres_url,))
+
+    @pytest.fixture
+    def count(self, postgres_url: str) -> Callable[[], Counts]:
+        return lambda: counts(postgres_url)
+
+
+class TestAServerThatFails(ServerContract):
+    kind, name = PostgreSQLServer, "postgresql"
+
+    def connect(self, url: str, **options: Any) -> TokenStorage:
+        return PostgreSQLUpstoxStorage(url, **options)

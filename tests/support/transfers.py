@@ -1,0 +1,87 @@
+"""Stores with something to transfer in them, and all that they tell of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from upstox_db_examples import TokenStorage
+from upstox_db_examples.transfer.transfer import _entries
+
+from .clocks import Clock
+
+USERS = [f"CD{n:04}" for n in range(4)]
+
+
+def filled(store: TokenStorage, clock: Clock) -> TokenStorage:
+    """Tokens that live, were replaced, were revoked, are dead; uses; logins that failed."""
+    for user_id in USERS:
+        for _ in range(3):
+            store.store_token(user_id)
+            store.get_valid_token(user_id)
+            store.get_valid_token(user_id)
+            clock.advance(minutes=7)
+    store.revoke_token(USERS[1])
+    clock.advance(days=1)
+    store.cleanup_expired_tokens()
+    for user_id in USERS[:3]:
+        store.store_token(user_id)
+        store.get_valid_token(user_id)
+    store.revoke_token(USERS[2])
+    return store
+
+
+def token_of(store: TokenStorage, user_id: str) -> str:
+    read = store.get_valid_token(user_id)
+    assert read
+    return str(read["token"])
+
+
+def told(store: TokenStorage) -> Any:
+    """All that a store tells of its users, but for the ids of its rows."""
+    shown = [
+        (
+            store.get_user_statistics(user_id),
+            store.get_token_history(user_id, 1000),
+            sorted(
+                store.get_audit_trail(user_id, 1000), key=lambda entry: json.dumps(entry, sort_keys=True, default=str)
+            ),
+            (read := store._find(user_id, store._now(), store._now())) and store._decrypt(read).reveal(),
+        )
+        for user_id in USERS
+    ]
+    for _, history, trail, _ in shown:
+        for row in [*history, *trail]:
+            row.pop("token_id")
+    return shown
+
+
+def as_it_was(store: TokenStorage) -> Any:
+    """As `told`, without reading, which counts."""
+    return [
+        (store._tokens_of(user_id), [entry._replace(position=None) for entry in _entries(store, user_id)])
+        for user_id in store._users()
+    ]
+
+
+def to_be_compared(store: TokenStorage) -> Any:
+    """All that two stores should have in common, down to the letters of the tokens that live."""
+    now = store._now()
+    return {
+        user_id: (
+            [
+                replace(
+                    token,
+                    ciphertext=store._decrypt(token).reveal() if token.ciphertext and token.expires_at > now else "",
+                    key_id="",
+                )
+                for token in store._tokens_of(user_id)
+            ],
+            sorted(
+                json.dumps(entry._replace(position=None), default=str, sort_keys=True)
+                for entry in _entries(store, user_id)
+            ),
+        )
+        for user_id in store._users()
+    }
