@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 from upstox_db_examples.core.store import TokenStorage
 
 # What a step is called in the table. One that a store has not, such as the room on SQLite's disk, is left out.
-READ = {"_find": "found in the database", "_decrypt": "decrypted"}
+READ = {"find": "found in the database", "decrypt": "decrypted"}
 STORE = {
-    "_lock": "lock taken and given back",
-    "_newest": "newest token looked up",
-    "_notes": "refusals looked up",
-    "_begin_login": "login audited and token marked",
-    "_make_room": "room on the disk made sure of",
-    "_encrypt": "encrypted",
-    "_insert": "token stored",
+    "lock": "lock taken and given back",
+    "find_newest": "newest token looked up",
+    "read_notes": "refusals looked up",
+    "begin_login": "login audited and token marked",
+    "make_room": "room on the disk made sure of",
+    "encrypt": "encrypted",
+    "insert": "token stored",
 }
 REST = "the rest"
 CALLS = 300
@@ -51,8 +51,9 @@ class Stopwatch:
         self._spent: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
         for name in names:
-            if method := getattr(storage, name, None):
-                setattr(storage, name, self._lock(method) if name == "_lock" else self._step(name, method))
+            for part in (storage.backend, storage.cipher):
+                if method := getattr(part, name, None):
+                    setattr(part, name, self._lock(method) if name == "lock" else self._step(name, method))
 
     def times(
         self, store: str, operation: str, call: Callable[[str], object], users: Sequence[str], names: dict[str, str]
@@ -77,12 +78,12 @@ class Stopwatch:
         @contextmanager
         def timed(name: str) -> Iterator[None]:
             lock = method(name)
-            with self._running("_lock"):
+            with self._running("lock"):
                 lock.__enter__()
             try:
                 yield
             finally:
-                with self._running("_lock"):
+                with self._running("lock"):
                     lock.__exit__(None, None, None)
 
         return timed

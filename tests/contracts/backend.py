@@ -20,20 +20,20 @@ OTHERS = ["CD0002", "CD0003", "CD0001"]
 
 
 def made_up(store: TokenStorage, user_id: str, generation: int = 1, account: str | None = None) -> StoredToken:
-    now = store._now()
+    now = store.backend.context.now()
     token = StoredToken(user_id, "", "", generation, now, now + timedelta(hours=1), account=account)
-    return store._encrypt(Secret(f"a token of {user_id}, number {generation}"), token)
+    return store.cipher.replace_ciphertext(token, Secret(f"a token of {user_id}, number {generation}"))
 
 
 class BackendContract(OnAStore):
     """The methods of a backend, asked directly."""
 
     def test_a_second_token_of_a_generation_is_refused(self, store: TokenStorage) -> None:
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         again = made_up(store, USER)
         with pytest.raises(LoginSuperseded):
-            store._insert(again)
-        (kept,) = store._tokens_of(USER)
+            store.backend.insert(again)
+        (kept,) = store.backend.read_tokens(USER)
         assert kept.ciphertext not in ("", again.ciphertext)
         actions = [entry["action"] for entry in store.get_audit_trail(USER)]
         assert actions == ["created"], "what is refused leaves no entry"
@@ -42,57 +42,57 @@ class BackendContract(OnAStore):
         for generation in (1, 2):
             token = made_up(store, USER, generation)
             clock.advance(seconds=1)
-            store._insert(token)
+            store.backend.insert(token)
         (ended,) = [entry for entry in store.get_audit_trail(USER) if entry["action"] == "deactivated"]
         assert ended["metadata"] == {"reason": "new_token_generated"}
         assert ended["performed_at"] == token.created_at.isoformat()
 
     def test_a_ciphertext_that_changed_meanwhile_is_not_replaced(self, store: TokenStorage) -> None:
-        store._insert(made_up(store, USER))
-        (old,) = store._under_other_keys("another key", 10)
-        assert store._replace_ciphertexts([(old, replace(old, ciphertext=made_up(store, USER).ciphertext))]) == 1
-        assert store._replace_ciphertexts([(old, replace(old, ciphertext=made_up(store, USER).ciphertext))]) == 0
-        store._insert(made_up(store, USER, 2))
-        newest = store._tokens_of(USER)[-1].ciphertext
-        assert store._replace_ciphertexts([(old, replace(old, ciphertext=made_up(store, USER).ciphertext))]) == 0
-        assert [token.ciphertext for token in store._tokens_of(USER)] == ["", newest]
+        store.backend.insert(made_up(store, USER))
+        (old,) = store.backend.find_under_other_keys("another key", 10)
+        assert store.backend.replace_ciphertexts([(old, replace(old, ciphertext=made_up(store, USER).ciphertext))]) == 1
+        assert store.backend.replace_ciphertexts([(old, replace(old, ciphertext=made_up(store, USER).ciphertext))]) == 0
+        store.backend.insert(made_up(store, USER, 2))
+        newest = store.backend.read_tokens(USER)[-1].ciphertext
+        assert store.backend.replace_ciphertexts([(old, replace(old, ciphertext=made_up(store, USER).ciphertext))]) == 0
+        assert [token.ciphertext for token in store.backend.read_tokens(USER)] == ["", newest]
 
     def test_no_more_tokens_are_given_than_asked_for(self, store: TokenStorage) -> None:
         for user_id in OTHERS:
-            store._insert(made_up(store, user_id))
-        assert len(store._under_other_keys("another key", 2)) == 2
-        assert {token.user_id for token in store._under_other_keys("another key", 10)} == set(OTHERS)
-        assert store._under_other_keys(next(iter(store.keys_in_use())), 10) == []
+            store.backend.insert(made_up(store, user_id))
+        assert len(store.backend.find_under_other_keys("another key", 2)) == 2
+        assert {token.user_id for token in store.backend.find_under_other_keys("another key", 10)} == set(OTHERS)
+        assert store.backend.find_under_other_keys(next(iter(store.keys_in_use())), 10) == []
 
     def test_an_accounts_active_tokens_are_found_the_latest_first(self, store: TokenStorage, clock: Clock) -> None:
         for user_id in OTHERS:
             clock.advance(seconds=1)
-            store._insert(made_up(store, user_id, account="an account"))
-        assert [token.user_id for token in store._tokens_of_account("an account")] == OTHERS[::-1]
-        assert [store._decrypt(token).reveal() for token in store._tokens_of_account("an account")] == [
+            store.backend.insert(made_up(store, user_id, account="an account"))
+        assert [token.user_id for token in store.backend.find_by_account("an account")] == OTHERS[::-1]
+        assert [store.cipher.decrypt(token).reveal() for token in store.backend.find_by_account("an account")] == [
             f"a token of {user_id}, number 1" for user_id in OTHERS[::-1]
         ]
-        store._revoke(OTHERS[-1], store._now())
-        assert [token.user_id for token in store._tokens_of_account("an account")] == OTHERS[1::-1]
-        assert store._tokens_of_account("another") == []
+        store.backend.revoke(OTHERS[-1], store.backend.context.now())
+        assert [token.user_id for token in store.backend.find_by_account("an account")] == OTHERS[1::-1]
+        assert store.backend.find_by_account("another") == []
 
     def test_the_newest_token_is_known_after_its_end(self, store: TokenStorage) -> None:
-        assert store._newest(USER) is None
-        issued = store._now() - timedelta(minutes=5)
+        assert store.backend.find_newest(USER) is None
+        issued = store.backend.context.now() - timedelta(minutes=5)
         for generation in (1, 2):
-            store._insert(replace(made_up(store, USER, generation), issued_at=issued))
-        newest = store._newest(USER)
+            store.backend.insert(replace(made_up(store, USER, generation), issued_at=issued))
+        newest = store.backend.find_newest(USER)
         assert newest is not None
         assert (newest.user_id, newest.generation, newest.issued_at, newest.in_doubt) == (USER, 2, issued, False)
-        assert store._decrypt(newest).reveal() == f"a token of {USER}, number 2"
-        store._revoke(USER, store._now())
-        ended = store._newest(USER)
+        assert store.cipher.decrypt(newest).reveal() == f"a token of {USER}, number 2"
+        store.backend.revoke(USER, store.backend.context.now())
+        ended = store.backend.find_newest(USER)
         assert ended is not None
         assert (ended.generation, ended.issued_at, ended.ciphertext) == (2, issued, "")
         assert store.get_user_statistics(USER)["total_usage"] == 0, "looking is not using"
 
     def test_a_token_can_be_called_adopted(self, store: TokenStorage) -> None:
-        store._insert(made_up(store, USER), "adopted", {"fields_missing": ["poa"]})
+        store.backend.insert(made_up(store, USER), "adopted", {"fields_missing": ["poa"]})
         (entry,) = store.get_audit_trail(USER)
         assert (entry["action"], entry["metadata"]) == ("adopted", {"fields_missing": ["poa"]})
 
@@ -102,49 +102,49 @@ class BackendContract(OnAStore):
         self, store: TokenStorage, open_store: Callable[..., TokenStorage]
     ) -> None:
         other = open_store()
-        store._insert(made_up(store, USER))
-        assert store._in_doubt(USER) is None
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {"process": "p"})
+        store.backend.insert(made_up(store, USER))
+        assert store.backend.find_in_doubt(USER) is None
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {"process": "p"})
             assert self.found(other), "the login is under way"
             assert not self.found(store, locked=True), "the caller holds the lock, so no other login is under way"
-            assert other._newest(USER).in_doubt  # type: ignore[union-attr]
+            assert other.backend.find_newest(USER).in_doubt  # type: ignore[union-attr]
         assert not self.found(other), "the login has ended, nobody knows how"
         assert not self.found(store)
-        with store._lock(USER):
-            doubtful = store._in_doubt(USER)
+        with store.backend.lock(USER):
+            doubtful = store.backend.find_in_doubt(USER)
             assert doubtful is not None
-            assert store._decrypt(doubtful).reveal() == f"a token of {USER}, number 1"
-            store._clear_doubt(replace(doubtful, generation=7))
+            assert store.cipher.decrypt(doubtful).reveal() == f"a token of {USER}, number 1"
+            store.backend.clear_doubt(replace(doubtful, generation=7))
             assert not self.found(store, locked=True), "it was another token that lives"
-            store._clear_doubt(doubtful)
+            store.backend.clear_doubt(doubtful)
             assert self.found(store, locked=True)
-            assert store._in_doubt(USER) is None
+            assert store.backend.find_in_doubt(USER) is None
         assert self.found(other)
         (login,) = [entry for entry in store.get_audit_trail(USER) if entry["action"] == "login"]
         assert (login["metadata"], login["token_id"]) == ({"process": "p"}, None)
 
     def test_a_login_that_made_no_token_takes_its_mark_away_and_no_earlier_one(self, store: TokenStorage) -> None:
-        store._insert(made_up(store, USER))
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
-            store._end_login(USER, in_doubt=False)
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            store.backend.end_login(USER, in_doubt=False)
         assert self.found(store)
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})  # ... and its process dies.
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
-            store._end_login(USER, in_doubt=False)
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})  # ... and its process dies.
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            store.backend.end_login(USER, in_doubt=False)
         assert not self.found(store)
-        with store._lock(USER):
-            store._insert(made_up(store, USER, 2))
+        with store.backend.lock(USER):
+            store.backend.insert(made_up(store, USER, 2))
         assert self.found(store), "a new token is in no doubt"
 
     def test_a_login_that_may_have_made_a_token_leaves_its_mark_for_good(self, store: TokenStorage) -> None:
-        store._insert(made_up(store, USER))
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
-            store._end_login(USER, in_doubt=True)
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            store.backend.end_login(USER, in_doubt=True)
             assert not self.found(store), "whoever holds the lock"
         assert not self.found(store)
 
@@ -153,88 +153,90 @@ class BackendContract(OnAStore):
     ) -> None:
         other = open_store()
         for user_id in [USER, *OTHERS]:
-            store._insert(made_up(store, user_id))
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
-            with store._lock("-account-x"):
-                store._begin_login(None, "-account-x", store._now(), {})
+            store.backend.insert(made_up(store, user_id))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            with store.backend.lock("-account-x"):
+                store.backend.begin_login(None, "-account-x", store.backend.context.now(), {})
             assert self.found(other), "this one's own login is under way"
             assert not any(self.found(other, user_id) for user_id in OTHERS)
-            store._end_login("-account-x", in_doubt=True, user_id=OTHERS[0])
-            store._end_login("-account-x", in_doubt=False)
-            store._end_login(USER, in_doubt=False)
+            store.backend.end_login("-account-x", in_doubt=True, user_id=OTHERS[0])
+            store.backend.end_login("-account-x", in_doubt=False)
+            store.backend.end_login(USER, in_doubt=False)
         assert [self.found(store, user_id) for user_id in [USER, *OTHERS]] == [True, False, True, True]
-        assert store._in_doubt(USER) is store._in_doubt(OTHERS[1]) is None
+        assert store.backend.find_in_doubt(USER) is store.backend.find_in_doubt(OTHERS[1]) is None
 
     def test_a_token_in_doubt_is_moved_as_such(self, store: TokenStorage) -> None:
-        store._insert(replace(made_up(store, USER), issued_at=store._now()))
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
-            store._end_login(USER, in_doubt=True)
-        (token,) = store._tokens_of(USER)
-        assert (token.in_doubt, token.issued_at) == (True, store._now())
+        store.backend.insert(replace(made_up(store, USER), issued_at=store.backend.context.now()))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            store.backend.end_login(USER, in_doubt=True)
+        (token,) = store.backend.read_tokens(USER)
+        assert (token.in_doubt, token.issued_at) == (True, store.backend.context.now())
         moved = replace(token, user_id=OTHERS[0])
-        with store._lock(OTHERS[0]):
-            store._put_in(OTHERS[0], [moved], [])
+        with store.backend.lock(OTHERS[0]):
+            store.backend.merge(OTHERS[0], [moved], [])
         assert not self.found(store, OTHERS[0])
-        (there,) = store._tokens_of(OTHERS[0])
+        (there,) = store.backend.read_tokens(OTHERS[0])
         assert there == moved
 
     # Notes
 
     def test_notes_are_kept_replaced_and_erased(self, store: TokenStorage) -> None:
-        assert store._notes(["one", "two"])[1] == {}
-        store._write_note("one", "first")
-        store._write_note("two", "second")
-        store._write_note("one", "third")
-        assert store._notes(["one", "three"])[1] == {"one": "third"}
-        store._erase_note("one")
-        store._erase_note("one")
-        assert store._notes(["one", "two"])[1] == {"two": "second"}
+        assert store.backend.read_notes(["one", "two"])[1] == {}
+        store.backend.write_note("one", "first")
+        store.backend.write_note("two", "second")
+        store.backend.write_note("one", "third")
+        assert store.backend.read_notes(["one", "three"])[1] == {"one": "third"}
+        store.backend.erase_note("one")
+        store.backend.erase_note("one")
+        assert store.backend.read_notes(["one", "two"])[1] == {"two": "second"}
 
     def test_notes_are_timed_by_the_database(self, store: TokenStorage) -> None:
         before = time.time()
-        told = store._notes([])[0]
+        told = store.backend.read_notes([])[0]
         assert before - 2 <= told <= time.time() + 2, "not by the store's own clock, which the tests set"
 
     def test_logins_of_other_processes_are_told(self, store: TokenStorage, clock: Clock) -> None:
-        begin = store._now()
+        begin = store.backend.context.now()
         for number in range(4):
-            store._begin_login(USER, USER, store._now(), {"process": "mine" if number == 1 else "another"})
+            store.backend.begin_login(
+                USER, USER, store.backend.context.now(), {"process": "mine" if number == 1 else "another"}
+            )
             clock.advance(seconds=10)
-        others = store._logins_since(begin, "mine")
+        others = store.backend.logins_since(begin, "mine")
         assert others == [begin + timedelta(seconds=seconds) for seconds in (30, 20)]
 
     def test_all_who_left_a_trace_are_users(self, store: TokenStorage) -> None:
-        store._record(None, "login", store._now())
-        store._record(OTHERS[0], "login_failed", store._now())
-        store._insert(made_up(store, USER))
-        assert sorted(store._users(), key=str) == [USER, OTHERS[0], None]
-        assert store._tokens_of(None) == store._tokens_of(OTHERS[0]) == []
+        store.backend.record(None, "login", store.backend.context.now())
+        store.backend.record(OTHERS[0], "login_failed", store.backend.context.now())
+        store.backend.insert(made_up(store, USER))
+        assert sorted(store.backend.list_users(), key=str) == [USER, OTHERS[0], None]
+        assert store.backend.read_tokens(None) == store.backend.read_tokens(OTHERS[0]) == []
 
     @pytest.mark.parametrize("user_id", [USER, None])
     def test_entries_of_one_second_come_each_once_and_in_their_order(
         self, store: TokenStorage, user_id: str | None, clock: Clock
     ) -> None:
         for number in range(9):
-            store._record(user_id, "login_failed", store._now(), {"number": number})
+            store.backend.record(user_id, "login_failed", store.backend.context.now(), {"number": number})
             clock.advance(seconds=int(number == 6))
         numbers, last = [], None
-        while batch := store._entries_of(user_id, last, 2):
+        while batch := store.backend.read_entries(user_id, last, 2):
             assert len(batch) <= 2
             numbers += [entry.metadata["number"] for entry in batch]
             last = batch[-1]
         assert numbers == list(range(9))
 
     def test_what_is_moved_has_no_id_of_this_store(self, store: TokenStorage) -> None:
-        store._insert(made_up(store, USER))
-        (token,) = store._tokens_of(USER)
+        store.backend.insert(made_up(store, USER))
+        (token,) = store.backend.read_tokens(USER)
         assert (token.token_id, token.source) == (None, None)
-        assert store._decrypt(token).reveal() == f"a token of {USER}, number 1"
+        assert store.cipher.decrypt(token).reveal() == f"a token of {USER}, number 1"
 
     def test_a_key_that_encrypts_nothing_is_not_counted(self, store: TokenStorage, keys: KeyRing) -> None:
-        assert store._count_keys() == {}
-        store._insert(made_up(store, USER))
-        assert store._count_keys() == {keys.key_ids[0]: 1}
-        store._revoke(USER, store._now())
-        assert store._count_keys() == {}
+        assert store.backend.count_keys() == {}
+        store.backend.insert(made_up(store, USER))
+        assert store.backend.count_keys() == {keys.key_ids[0]: 1}
+        store.backend.revoke(USER, store.backend.context.now())
+        assert store.backend.count_keys() == {}

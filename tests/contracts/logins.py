@@ -66,7 +66,7 @@ class LoginContract(OnAStore):
 
     def test_the_token_of_another_user_is_stored_under_that_ones_name(self, open_store: OpenStore) -> None:
         store = open_store(login=lambda _: token_data("CD0001", "eyJ0eXAi" + "c" * 60))
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         with pytest.raises(LoginRefused, match=rf"asked for {USER} and logged CD0001 in"):
             store.store_token(USER)
         assert held(store, "CD0001") == "eyJ0eXAi" + "c" * 60
@@ -122,7 +122,7 @@ class LoginContract(OnAStore):
             with pytest.raises(StorageError):
                 store.store_token(USER)
             assert held(store) == first
-            store._erase_note("limit")
+            store.backend.erase_note("limit")
 
     def test_a_save_that_fails_puts_the_earlier_token_in_doubt(
         self, store: TokenStorage, upstox: LocalUpstox, monkeypatch: pytest.MonkeyPatch
@@ -133,7 +133,7 @@ class LoginContract(OnAStore):
             raise StoreUnavailable("The disk is full.")
 
         with monkeypatch.context() as broken:
-            broken.setattr(store, "_insert", down)
+            broken.setattr(store.backend, "insert", down)
             with pytest.raises(TokenNotStored) as caught:
                 store.store_token(USER)
         assert upstox.is_living(caught.value.token.reveal())
@@ -186,7 +186,7 @@ class LoginContract(OnAStore):
             raise AssertionError("it went on")
 
         store = open_store(login=login)
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         with pytest.raises(KeyboardInterrupt):
             store.store_token(USER)
         assert held(store)
@@ -206,7 +206,7 @@ class LoginContract(OnAStore):
 
         minted: list[str] = []
         another, store = open_store(login=inner), open_store(login=outer)
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             store.store_token(USER)
@@ -222,7 +222,7 @@ class LoginContract(OnAStore):
             raise ValueError("after a second try")
 
         store = open_store(login=login)
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         with pytest.raises(ValueError, match="second try"):
             store.store_token(USER)
         assert held(store) is None
@@ -234,7 +234,7 @@ class LoginContract(OnAStore):
             raise AssertionError("it went on")
 
         store = open_store(login=login)
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         with pytest.raises(KeyboardInterrupt):
             store.store_token(USER)
         assert held(store) is None, "nobody knows what that login did"
@@ -244,7 +244,7 @@ class LoginContract(OnAStore):
         self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
     ) -> None:
         store = open_store(login=made_up_login)
-        insert, calls = store._insert, []
+        insert, calls = store.backend.insert, []
 
         def interrupted(*arguments: Any) -> Any:
             calls.append(arguments)
@@ -252,7 +252,7 @@ class LoginContract(OnAStore):
                 raise interrupt
             return insert(*arguments)
 
-        monkeypatch.setattr(store, "_insert", interrupted)
+        monkeypatch.setattr(store.backend, "insert", interrupted)
         with pytest.raises(interrupt):
             store.store_token(USER)
         assert held(store)
@@ -268,7 +268,7 @@ class LoginContract(OnAStore):
             raise StoreUnavailable("The disk is full.")
 
         store = open_store(login=login)
-        monkeypatch.setattr(store, "_insert", down)
+        monkeypatch.setattr(store.backend, "insert", down)
         with pytest.raises(TokenNotStored) as caught:
             store.store_token(USER)
         assert caught.value.token.reveal().startswith("eyJ")

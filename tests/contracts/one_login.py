@@ -100,9 +100,9 @@ class OneLoginContract(OnAStore):
             assert slow.result()["user_id"] == USER
         assert upstox.logins() == 1
         with (
-            store._lock(ENTRIES_LOCK),
+            store.backend.lock(ENTRIES_LOCK),
             pytest.raises(StorageError, match="for another transfer"),
-            impatient._lock(ENTRIES_LOCK),
+            impatient.backend.lock(ENTRIES_LOCK),
         ):
             pass
 
@@ -179,7 +179,7 @@ class OneLoginContract(OnAStore):
             monkeypatch.setattr(store, step, odd)
             return token_data(USER)
 
-        store._login = login
+        store.login = login
         with pytest.raises(TokenNotStored) as caught:
             store.store_token()
         assert caught.value.token.reveal() == token_data(USER).access_token

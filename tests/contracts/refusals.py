@@ -21,7 +21,7 @@ from upstox_db_examples import (
     TokenStorage,
 )
 from upstox_db_examples.core.cipher import Binding
-from upstox_db_examples.core.notes import EPOCH, LONGEST_LIMIT, UNKNOWN_REFUSAL
+from upstox_db_examples.core.notes import EPOCH, LONGEST_LIMIT, UNKNOWN_REFUSAL, applicant_of
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from ..support.clocks import Clock, Passing
@@ -77,8 +77,8 @@ class RefusalContract(OnAStore):
             store.store_token(named)
             assert asked == ["ab1234", named], "a login is asked as the caller asked"
         assert held(store) == held(store, "ab1234") == answers[1]["access_token"]
-        assert [token.generation for token in store._tokens_of(USER)] == [1, 2]
-        assert store._tokens_of("ab1234") == []
+        assert [token.generation for token in store.backend.read_tokens(USER)] == [1, 2]
+        assert store.backend.read_tokens("ab1234") == []
         assert store.get_audit_trail("ab1234") == store.get_audit_trail(USER) != []
 
     def test_a_row_that_only_names_the_account_is_passed_over(
@@ -86,9 +86,9 @@ class RefusalContract(OnAStore):
     ) -> None:
         mine = store.store_token()["token"]
         clock.advance(seconds=1)
-        account = store._login.account  # type: ignore[attr-defined]
+        account = store.login.account  # type: ignore[attr-defined]
         forged = replace(made_up(store, "CD5678"), account=account)  # its ciphertext is bound to no account
-        store._insert(forged)
+        store.backend.insert(forged)
         with caplog.at_level(logging.WARNING):
             assert open_store().get_or_create_token()["token"] == mine
         assert "CD5678 names this account" in caplog.text
@@ -199,17 +199,17 @@ class RefusalContract(OnAStore):
         assert other.get_or_create_token(USER)
 
     def test_a_forged_note_stops_nobody(self, store: TokenStorage, open_store: OpenStore) -> None:
-        applicant = store._applicant(USER)
+        applicant = applicant_of(store.login, USER)
         note = json.dumps({"credentials": applicant.credentials, "code": "1", "seconds": None, "why": "", "at": 0})
         name = f"refusal {applicant.who}"
-        place = Binding(name, EPOCH, 0, f"login note of {store._kind}")
+        place = Binding(name, EPOCH, 0, f"login note of {store.backend.store_kind}")
         others = KeyRing(KeyRing.new_key()).encrypt(Secret(note), place)
-        moved = store._ring.encrypt(Secret(note), place._replace(user_id="refusal user CD0001"))
+        moved = store.cipher.ring.encrypt(Secret(note), place._replace(user_id="refusal user CD0001"))
         for forged in ("", note, others, moved):
-            store._write_note(name, forged)
+            store.backend.write_note(name, forged)
             assert store.get_or_create_token(USER)
             store.revoke_token(USER)
-        store._write_note(name, store._ring.encrypt(Secret(note), place))
+        store.backend.write_note(name, store.cipher.ring.encrypt(Secret(note), place))
         with pytest.raises(LoginRefused):
             open_store().get_or_create_token(USER)
 

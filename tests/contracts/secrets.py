@@ -59,7 +59,7 @@ class SecretContract(OnAStore):
     def test_a_ciphertext_from_another_kind_of_store_is_refused(self, store: TokenStorage, keys: KeyRing) -> None:
         store.store_token()
         (row,) = self.raw_rows()
-        here = Binding(USER, ist(7, 3, 30), 1, type(store)._kind, row["account"])
+        here = Binding(USER, ist(7, 3, 30), 1, store.backend.store_kind, row["account"])
         assert keys.decrypt(row["access_token"], here)
         for kind in {"access token in SQLite", "access token in PostgreSQL", "access token in MongoDB"} - {here.kind}:
             elsewhere = keys.encrypt(Secret("eyJ0eXAi" * 9), here._replace(kind=kind))

@@ -99,7 +99,7 @@ class ServerContract(CountsLogins, ABC):
             server.kill()
             return self.login(user_id)
 
-        store._login = login_while_the_server_dies
+        store.login = login_while_the_server_dies
         with pytest.raises(TokenNotStored) as caught:
             store.store_token(USER)
         self.start(server, store)

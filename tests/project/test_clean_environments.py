@@ -16,8 +16,9 @@ import pytest
 
 from upstox_db_examples import KeyRing, SQLiteUpstoxStorage
 from upstox_db_examples.copy_files import write
-from upstox_db_examples.copy_pattern import PATTERNS, collect, packages
+from upstox_db_examples.copy_pattern import collect, packages
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.patterns import PATTERNS
 
 from ..support.databases import notes
 from ..support.project import PYPROJECT, ROOT, run
@@ -71,7 +72,7 @@ def test_a_copied_pattern_runs_with_the_packages_that_the_command_names(
     environment = shutil.copytree(ready, tmp_path / "environment", symlinks=True)
     python = installed(environment, *(set(named(told)) - common))
     lines = [line.strip() for line in told.splitlines()[-3:]]
-    assert lines[0] == f"from trader.tokens import {PATTERNS[pattern][0]}"
+    assert lines[0] == f"from trader.tokens import {PATTERNS[pattern].store}"
     addresses = {}
     if pattern in ("postgresql", "hybrid"):
         addresses["postgresql://user:password@host/name"] = request.getfixturevalue("postgres_url")

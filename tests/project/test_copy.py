@@ -16,7 +16,8 @@ import upstox_db_examples
 from upstox_db_examples import InvalidInput
 from upstox_db_examples.cli import main
 from upstox_db_examples.copy_files import write
-from upstox_db_examples.copy_pattern import PATTERNS, collect, packages
+from upstox_db_examples.copy_pattern import collect, packages
+from upstox_db_examples.patterns import PATTERNS
 
 from ..support.project import ROOT, run
 
@@ -83,7 +84,7 @@ def test_the_package_has_the_class_and_the_errors(tmp_path: Path, pattern: str) 
     names = [
         name for name, each in vars(errors).items() if isinstance(each, type) and each.__module__ == errors.__name__
     ]
-    assert done.stdout.startswith(str(sorted([*names, PATTERNS[pattern][0]])))
+    assert done.stdout.startswith(str(sorted([*names, PATTERNS[pattern].store])))
     checked = [sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--select", "E,F,I,RUF022"]
     subprocess.run([*checked, "--line-length=120", "mine/__init__.py"], check=True, capture_output=True)
     assert "MIT licence" in (tmp_path / "mine" / "__init__.py").read_text()
@@ -145,7 +146,7 @@ def test_a_name_that_would_hide_another_module_is_good_only_within_a_package(
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "trader").mkdir()
     (tmp_path / "trader" / "__init__.py").touch()
-    line = f"from trader.{folder} import {PATTERNS[pattern][0]}"
+    line = f"from trader.{folder} import {PATTERNS[pattern].store}"
     assert f"    {line}\n" in copy(pattern, f"trader/{folder}").output
     assert run(line, tmp_path).stderr == ""
 
@@ -189,7 +190,7 @@ def test_without_a_folder_or_with_an_unknown_pattern_it_is_a_wrong_command(tmp_p
 
 @each_pattern
 def test_each_class_is_its_folders_and_each_driver_is_named(pattern: str) -> None:
-    assert PATTERNS[pattern][0] in importlib.import_module(f"upstox_db_examples.{pattern}").__all__
+    assert PATTERNS[pattern].store in importlib.import_module(f"upstox_db_examples.{pattern}").__all__
     needed, optional = packages(collect(pattern))
     assert not any(each.startswith("click") for each in needed + optional), "only the command needs it"
     assert any(each.startswith("tqdm") for each in optional) == (pattern == "pooled")
@@ -198,6 +199,6 @@ def test_each_class_is_its_folders_and_each_driver_is_named(pattern: str) -> Non
 def test_all_patterns_are_offered() -> None:
     folders = {file.parent.name for file in (ROOT / "upstox_db_examples").glob("*/store.py")} - {"core"}
     assert set(PATTERNS) == folders
-    assert {store for store, _ in PATTERNS.values()} == {
+    assert {each.store for each in PATTERNS.values()} == {
         name for name in upstox_db_examples.__all__ if name.endswith("UpstoxStorage")
     }

@@ -220,14 +220,14 @@ def test_no_result_shows_a_secret(tmp_path: Path, clock: Clock) -> None:
 def test_a_token_that_could_not_be_stored_is_not_lost(
     store: TokenStorage, monkeypatch: pytest.MonkeyPatch, upstox: LocalUpstox
 ) -> None:
-    real = type(store)._insert
+    real = type(store.backend).insert
 
     def refuse_one(self: Any, token: Any, *more: Any) -> Any:
         if token.user_id == IDS[1]:
             raise StoreUnavailable("the disk is full")
         return real(self, token, *more)
 
-    monkeypatch.setattr(type(store), "_insert", refuse_one)
+    monkeypatch.setattr(type(store.backend), "insert", refuse_one)
     results = batch(store, IDS[:3])
     assert [result["success"] for result in results] == [True, False, True]
     assert isinstance(results[1].exception, TokenNotStored)
@@ -245,13 +245,13 @@ def fake() -> FakeTime:
 
 def follow(fake: FakeTime, store: TokenStorage) -> None:
     """Let the database's clock run on with this time: limits that other programs have to know are timed by it."""
-    told = store._notes
+    told = store.backend.read_notes
 
     def notes(names: Sequence[str]) -> tuple[float, dict[str, str]]:
         now, there = told(names)
         return now + fake.now, there
 
-    store._notes = notes  # type: ignore[method-assign]
+    store.backend.read_notes = notes  # type: ignore[method-assign]
 
 
 def test_logins_keep_to_upstoxs_limits(fake: FakeTime) -> None:
@@ -317,13 +317,13 @@ def test_an_account_whose_one_time_passwords_are_blocked_holds_nobody_else_up(
 ) -> None:
     follow(fake, store)
     order: list[tuple[str, float]] = []
-    accounts = store._login
+    accounts = store.login
 
     def noted(user_id: str | None) -> object:
         order.append((str(user_id), fake.now))
         return accounts(user_id)
 
-    store._login = noted
+    store.login = noted
     upstox.fail("otp_blocked")
     assert all(result["success"] for result in batch(store, IDS[:3], pace=fake.pace()))
     assert order == [(IDS[0], 0), (IDS[1], 0), (IDS[2], 0), (IDS[0], 600)]
@@ -354,13 +354,13 @@ def test_the_others_get_their_turn_while_one_waits_for_his_next_code(
     store: TokenStorage, upstox: LocalUpstox, fake: FakeTime
 ) -> None:
     order: list[str] = []
-    accounts = store._login
+    accounts = store.login
 
     def noted(user_id: str | None) -> object:
         order.append(str(user_id))
         return accounts(user_id)
 
-    store._login = noted
+    store.login = noted
     upstox.fail("drop", step=5)
     results = batch(store, IDS[:3], pace=fake.pace())
     assert all(result["success"] for result in results)
@@ -387,7 +387,9 @@ def test_the_logins_of_other_programs_count(tmp_path: Path, fake: FakeTime, cloc
         PooledUpstoxStorage(tmp_path / "upstox.db", login=login, keys=KEY, clock=clock) as other,
     ):
         for _ in range(10):
-            other._begin_login("XX0001", "XX0001", other._now(), {"process": "of another program"})
+            other.backend.begin_login(
+                "XX0001", "XX0001", other.backend.context.now(), {"process": "of another program"}
+            )
         clock.advance(seconds=20)
         begun = fake.now
 

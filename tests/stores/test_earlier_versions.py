@@ -28,6 +28,8 @@ from upstox_db_examples import (
     migrate,
 )
 from upstox_db_examples.mongodb import schema as mongodb_schema
+from upstox_db_examples.postgresql.backend import PostgreSQLBackend
+from upstox_db_examples.sqlite.backend import SQLiteBackend
 
 from ..support.clocks import Clock
 from ..support.databases import MongoDatabase
@@ -65,20 +67,28 @@ AUDIT = {
 Opened = Callable[..., TokenStorage]
 
 
+class SQLiteBackendOfVersion1(SQLiteBackend):
+    schema_steps = SQLiteBackend.schema_steps[:1]
+
+
+class PostgreSQLBackendOfVersion1(PostgreSQLBackend):
+    schema_steps = PostgreSQLBackend.schema_steps[:1]
+
+
 class SQLiteOfVersion1(SQLiteUpstoxStorage):
-    _steps = SQLiteUpstoxStorage._steps[:1]
+    backend_class = SQLiteBackendOfVersion1
 
 
 class PooledOfVersion1(PooledUpstoxStorage):
-    _steps = PooledUpstoxStorage._steps[:1]
+    backend_class = SQLiteBackendOfVersion1
 
 
 class PostgreSQLOfVersion1(PostgreSQLUpstoxStorage):
-    _steps = PostgreSQLUpstoxStorage._steps[:1]
+    backend_class = PostgreSQLBackendOfVersion1
 
 
 class HybridOfVersion1(HybridUpstoxStorage):
-    _steps = HybridUpstoxStorage._steps[:1]
+    postgres_class = PostgreSQLBackendOfVersion1
 
 
 OF_VERSION_1 = {
@@ -126,8 +136,10 @@ def token_of(store: TokenStorage, user_id: str) -> str | None:
 def ciphertexts(store: TokenStorage) -> dict[str | None, list[str]]:
     """The version of each living ciphertext."""
     return {
-        user_id: [token.ciphertext.partition(".")[0] for token in store._tokens_of(user_id) if token.ciphertext]
-        for user_id in store._users()
+        user_id: [
+            token.ciphertext.partition(".")[0] for token in store.backend.read_tokens(user_id) if token.ciphertext
+        ]
+        for user_id in store.backend.list_users()
     }
 
 
@@ -146,9 +158,9 @@ def assert_as_it_was(store: TokenStorage) -> None:
         assert {(entry["actor"], entry["user_id"]) for entry in audit} == {("an earlier program", user_id)}
         reasons = [entry["metadata"] for entry in audit if entry["action"] == "deactivated"]
         assert reasons == [{"reason": "new_token_generated"}] * (user_id == USER)
-    (nobodys,) = store._entries_of(None, None, 10)
+    (nobodys,) = store.backend.read_entries(None, None, 10)
     assert (nobodys.action, nobodys.performed_at.isoformat(), nobodys.generation) == ("login", FIRST, None)
-    for token in store._tokens_of(USER):
+    for token in store.backend.read_tokens(USER):
         assert (token.account, token.products, token.exchanges) == (ACCOUNT, ["D"], ["NSE"])
         assert token.metadata == {"is_active_user": True, "generation_method": "upstox_totp_sdk"}
         assert (token.issued_at, token.in_doubt) == (None, False)
@@ -179,7 +191,7 @@ class TestADatabaseOfVersion1:
         for user_id, generations in ((USER, [1, 2, 3]), ("CD5678", [1, 2])):
             new = store.store_token(user_id)["token"]
             assert token_of(store, user_id) == new
-            tokens = store._tokens_of(user_id)
+            tokens = store.backend.read_tokens(user_id)
             assert [token.generation for token in tokens] == generations
             assert [token.ciphertext[:3] for token in tokens] == [""] * (len(tokens) - 1) + ["v2."]
         assert [entry["action"] for entry in store.get_audit_trail(USER) if entry["action"] != "used"][:3] == [
@@ -230,8 +242,8 @@ class TestADatabaseOfVersion1:
         store = opened(each_address)
         new = store.store_token("EF9012")
         assert (new["user_id"], token_of(store, "ef9012")) == ("ef9012", new["token"]), "the earlier one is dead"
-        assert [token.generation for token in store._tokens_of("ef9012")] == [1, 2]
-        assert store._tokens_of("EF9012") == []
+        assert [token.generation for token in store.backend.read_tokens("ef9012")] == [1, 2]
+        assert store.backend.read_tokens("EF9012") == []
 
     def test_a_program_of_version_1_that_meets_the_new_schema_is_told_to_be_upgraded(
         self, each_address: Address, opened: Opened, monkeypatch: pytest.MonkeyPatch
@@ -239,7 +251,7 @@ class TestADatabaseOfVersion1:
         name = each_address.kind.partition(":")[2]
         earlier = Address(f"{__name__}:{OF_VERSION_1[name].__name__}", each_address.arguments, each_address.options)
         store = opened(each_address, login=never)
-        monkeypatch.setattr(mongodb_schema, "VERSION", 1)
+        monkeypatch.setattr(mongodb_schema, "SCHEMA_VERSION", 1)
         for _ in range(2):
             with pytest.raises(ConfigurationError, match=r"has schema version 2; this package knows 1\. Upgrade it\."):
                 earlier.open(login=never).get_or_create_token("CD5678")
@@ -252,7 +264,7 @@ def test_the_earlier_programs_of_these_tests_open_what_version_1_wrote(
     """Otherwise the test above could pass for another reason."""
     restore(each_address)
     name = each_address.kind.partition(":")[2]
-    monkeypatch.setattr(mongodb_schema, "VERSION", 1)
+    monkeypatch.setattr(mongodb_schema, "SCHEMA_VERSION", 1)
     Address(f"{__name__}:{OF_VERSION_1[name].__name__}", each_address.arguments, each_address.options).open().close()
 
 
@@ -266,5 +278,5 @@ def test_an_export_of_version_1_is_imported(each_address: Address, opened: Opene
     assert {user_id: token_of(store, user_id) for user_id in TOKENS} == TOKENS
     assert ciphertexts(store)[USER] == ["v1"]
     new_one = store.store_token(USER)["token"]
-    assert [token.generation for token in store._tokens_of(USER)] == [1, 2, 3]
+    assert [token.generation for token in store.backend.read_tokens(USER)] == [1, 2, 3]
     assert token_of(store, USER) == new_one

@@ -132,7 +132,7 @@ class TestHybrid(OnHybrid, StoreContract):
         as_in_the_guide = {name: found.get(name) for name in ("host", "port", "db", "password")}
         for config in ({**as_in_the_guide, "decode_responses": True}, as_in_the_guide, self.redis):
             with HybridUpstoxStorage(
-                config, self.url, redis_prefix=self.prefix, keys=keys, clock=store._clock
+                config, self.url, redis_prefix=self.prefix, keys=keys, clock=store.backend.context.now
             ) as again:
                 again.init_postgres()
                 assert again.get_valid_token(USER)["token"] == token  # type: ignore[index]

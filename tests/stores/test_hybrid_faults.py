@@ -97,7 +97,7 @@ class TestServersThatFail(CountsLogins):
         store, other = open_store(believed=60), open_store(believed=60)
         old = store.store_token(USER)["token"]
         redis.kill()
-        store._believed = 0
+        store.backend.believed = 0
         store.store_token(USER)
         redis.start()
         assert living(other)["token"] == old
@@ -115,8 +115,8 @@ class TestServersThatFail(CountsLogins):
         self, postgresql: PostgreSQLServer, store: HybridUpstoxStorage, open_store: OpenHybrid
     ) -> None:
         other = open_store()
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             assert living(other)["source"] == "postgresql"
         postgresql.kill()
         for reader in (store, other):
@@ -128,8 +128,8 @@ class TestServersThatFail(CountsLogins):
     ) -> None:
         others = [open_store() for _ in range(3)]
         redis.kill()
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             redis.start()
             assert living(others[0])["source"] == "postgresql"
         assert others[1].get_valid_token(USER) is None
@@ -149,7 +149,7 @@ class TestServersThatFail(CountsLogins):
         with Redis.from_url(redis.url) as bare_redis:
             bare_redis.config_set("maxmemory", 1)
             assert living(store)["source"] == "postgresql"
-            assert not store._redis.bury([USER], 1).certain, "a copy that comes late may find room again"
+            assert not store.backend.redis.bury([USER], 1).certain, "a copy that comes late may find room again"
             token = store.store_token(USER)["token"]
             assert living(store)["token"] == token
             assert "Redis takes no writes (OutOfMemoryError)" in store.get_storage_status()["redis"]
@@ -283,15 +283,15 @@ class TestServersThatFail(CountsLogins):
 
 def one_waits_of_four(store: HybridUpstoxStorage) -> bool:
     """While PostgreSQL gives no answer, at most one of several readers finds out whether it is back."""
-    asked, ask = [], store._use
+    asked, ask = [], store.backend.postgres.find_and_record
 
     def counted(*values: Any) -> Any:
         asked.append(time.monotonic())
         return ask(*values)
 
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as threads:
-        patch.setattr(store, "_use", counted)
-        time.sleep(store._believed + 0.1)
+        patch.setattr(store.backend.postgres, "find_and_record", counted)
+        time.sleep(store.backend.believed + 0.1)
         list(threads.map(lambda _: [living(store) for _ in range(5)], range(4)))
     return len(asked) == 1
 

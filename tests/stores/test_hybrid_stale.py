@@ -28,7 +28,7 @@ class TestHybrid(OnHybrid):
         open_store(keys=KeyRing(old)).store_token()
         writer, reader = open_store(keys=KeyRing(new, old)), open_store(keys=KeyRing(new, old))
         assert isinstance(reader, HybridUpstoxStorage)
-        read_postgresql = reader._use
+        read_postgresql = reader.backend.postgres.find_and_record
 
         def and_then_something_changes(*values: Any, **options: Any) -> StoredToken | None:
             token: StoredToken | None = read_postgresql(*values, **options)
@@ -37,7 +37,7 @@ class TestHybrid(OnHybrid):
 
         self.redis.delete(self.key())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reader, "_use", and_then_something_changes)
+            patch.setattr(reader.backend.postgres, "find_and_record", and_then_something_changes)
             assert reader.get_valid_token(USER), "it was alive when the read began"
         (row,) = (row for row in self.raw_rows() if row["is_active"] or change == "revoke_token")
         for store in (reader, writer, open_store(keys=KeyRing(new))):
@@ -50,17 +50,17 @@ class TestHybrid(OnHybrid):
     ) -> None:
         writer, other = open_store(), open_store()
         assert isinstance(writer, HybridUpstoxStorage)
-        put = writer._redis.put
+        put = writer.backend.redis.put
 
         def ended_by_another_before(token: StoredToken, *rest: Any, **options: Any) -> int | None:
             if change == "revoke_token":
                 assert other.revoke_token(USER)
             else:  # as after a login of an account that named nobody
-                other._insert(replace(token, token_id=None, generation=token.generation + 1))
+                other.backend.insert(replace(token, token_id=None, generation=token.generation + 1))
             return put(token, *rest, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(writer._redis, "put", ended_by_another_before)
+            patch.setattr(writer.backend.redis, "put", ended_by_another_before)
             stored = writer.store_token(USER)
         for store in (writer, other, open_store()):
             if change == "revoke_token":
@@ -73,7 +73,7 @@ class TestHybrid(OnHybrid):
     ) -> None:
         revoker, writer = open_store(), open_store()
         assert isinstance(revoker, HybridUpstoxStorage)
-        bury = revoker._redis.bury
+        bury = revoker.backend.redis.bury
 
         def and_then_another_stores(*arguments: Any) -> Any:
             buried = bury(*arguments)
@@ -81,7 +81,7 @@ class TestHybrid(OnHybrid):
             writer.store_token(USER)
             return buried
 
-        monkeypatch.setattr(revoker._redis, "bury", and_then_another_stores)
+        monkeypatch.setattr(revoker.backend.redis, "bury", and_then_another_stores)
         assert revoker.revoke_token(USER)
         assert [store.get_valid_token(USER) for store in (writer, revoker)] == [None, None]
 
@@ -100,7 +100,7 @@ class TestHybrid(OnHybrid):
         assert isinstance(store, HybridUpstoxStorage)
         store.store_token()
         self.redis.delete(self.key())
-        read_postgresql = store._use
+        read_postgresql = store.backend.postgres.find_and_record
 
         def slowly(*values: Any) -> StoredToken | None:
             token: StoredToken | None = read_postgresql(*values)
@@ -108,7 +108,7 @@ class TestHybrid(OnHybrid):
             return token
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(store, "_use", slowly)
+            patch.setattr(store.backend.postgres, "find_and_record", slowly)
             living(store)
         assert self.redis.get(self.key()) is None
         clock, _ = self.redis.time()

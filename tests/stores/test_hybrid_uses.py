@@ -32,7 +32,7 @@ class TestHybrid(OnHybrid):
         self, store: HybridUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store.store_token()
-        use, other = store._redis.use, open_store()
+        use, other = store.backend.redis.read_and_count, open_store()
         assert isinstance(other, HybridUpstoxStorage)
 
         def and_the_answer_is_lost(*arguments: Any, **options: Any) -> Found:
@@ -41,7 +41,7 @@ class TestHybrid(OnHybrid):
             return Found("no answer")
 
         with monkeypatch.context() as patch:
-            patch.setattr(store._redis, "use", and_the_answer_is_lost)
+            patch.setattr(store.backend.redis, "read_and_count", and_the_answer_is_lost)
             assert living(store)["source"] == "postgresql"
         assert store.get_user_statistics(USER)["total_usage"] == 1
 
@@ -77,7 +77,7 @@ class TestHybrid(OnHybrid):
         for _ in range(7):
             living(store)
         with monkeypatch.context() as killed_before_that:
-            killed_before_that.setattr(store._redis, "forget_uses", lambda _: None)
+            killed_before_that.setattr(store.backend.redis, "forget_uses", lambda _: None)
             assert store.fold_uses() == 7
         assert store.fold_uses() == 0
         assert self.redis.xlen(f"{{{self.prefix}}}:uses") == 0
@@ -120,7 +120,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
             if handed_out:
                 assert not found.active or handed_out["token_id"] >= found.active[0], "a stale token was handed out"
             elif found.active:
-                newest = store._newest(USER)  # A login that was killed may have replaced it.
+                newest = store.backend.find_newest(USER)  # A login that was killed may have replaced it.
                 assert newest is not None
                 assert newest.in_doubt, "a token was not there"
             return found

@@ -29,6 +29,7 @@ from upstox_db_examples import (
     import_tokens,
     migrate,
 )
+from upstox_db_examples.core.notes import applicant_of
 from upstox_db_examples.local.servers import MongoDBServer, PostgreSQLServer, RedisServer
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
@@ -184,11 +185,10 @@ def full_run(
 
 def forget_failures(store: TokenStorage) -> None:
     """Let the next login ask Upstox: what an earlier failure has left would stop it."""
-    who = store._applicant(USER).who
+    who = applicant_of(store.login, USER).who
     for name in ("limit", f"limit {who}", f"refusal {who}"):
-        store._erase_note(name)
+        store.backend.erase_note(name)
     store.revoke_token("ZZ9999")  # whom Failure.OTHER_USER names
-    store._user_of.clear()
 
 
 def wrong_statement(store: SQLiteUpstoxStorage) -> None:

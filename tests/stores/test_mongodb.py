@@ -47,8 +47,8 @@ class TestMongoDB(OnMongoDB, StoreContract):
         with sent(caplog) as commands:
             living(store)
         assert commands == ["find", "findAndModify"]
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             with sent(caplog) as commands:
                 living(store)
         assert commands == ["find", "find", "findAndModify"], "the lease of the login that is under way"
@@ -56,9 +56,9 @@ class TestMongoDB(OnMongoDB, StoreContract):
     def test_notes_and_the_clock_are_two_round_trips(
         self, store: MongoUpstoxStorage, caplog: pytest.LogCaptureFixture
     ) -> None:
-        store._write_note("one", "text")
+        store.backend.write_note("one", "text")
         with sent(caplog) as commands:
-            assert store._notes(["one"])[1] == {"one": "text"}
+            assert store.backend.read_notes(["one"])[1] == {"one": "text"}
         assert commands == ["hello", "find"]
 
     def test_the_clock_of_the_database_has_no_time_zone(
@@ -67,7 +67,7 @@ class TestMongoDB(OnMongoDB, StoreContract):
         monkeypatch.setenv("TZ", "Asia/Kolkata")
         time.tzset()
         try:
-            assert abs(store._notes([])[0] - time.time()) < 60
+            assert abs(store.backend.read_notes([])[0] - time.time()) < 60
         finally:
             monkeypatch.delenv("TZ")
             time.tzset()
@@ -111,13 +111,13 @@ class TestMongoDB(OnMongoDB, StoreContract):
                 db.tokens.update_one({"_id": record["_id"]}, {"$set": {"access_token": "x"}})
 
     def test_writes_wait_for_a_majority_and_its_journals(self, store: MongoUpstoxStorage) -> None:
-        with store._database() as db:
+        with store.backend.connection.database() as db:
             assert db.write_concern.document == {"w": "majority", "j": True}
 
     def test_each_query_uses_an_index(self, store: MongoUpstoxStorage) -> None:
         store.store_token()
         living(store)
-        now = store._now()
+        now = store.backend.context.now()
         dead = {"is_active": True, "expires_at": {"$lte": now}}
         queries: list[tuple[str, dict[str, Any], list[tuple[str, int]]]] = [
             ("active_tokens", {"_id": USER, "expires_at": {"$gt": now}, "ciphertext": {"$exists": True}}, []),
@@ -148,11 +148,11 @@ class TestMongoDB(OnMongoDB, StoreContract):
                 assert "'SORT'" not in str(plan), (collection, query, plan)
 
     def test_logins_are_looked_for_among_logins_alone(self, store: MongoUpstoxStorage) -> None:
-        begin = store._now() - timedelta(seconds=1)
-        store._record(USER, "login", store._now(), {"process": "another"})
+        begin = store.backend.context.now() - timedelta(seconds=1)
+        store.backend.record(USER, "login", store.backend.context.now(), {"process": "another"})
         for _ in range(20):
-            store._record(USER, "used", store._now())
-        assert len(store._logins_since(begin, "mine")) == 1
+            store.backend.record(USER, "used", store.backend.context.now())
+        assert len(store.backend.logins_since(begin, "mine")) == 1
         query = {"action": "login", "performed_at": {"$gt": begin}, "metadata.process": {"$ne": "mine"}}
         with self.mongo.bare() as db:
             stats = db.token_audit.find(query).sort("performed_at", -1).limit(100).explain()["executionStats"]

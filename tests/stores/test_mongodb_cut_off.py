@@ -75,15 +75,15 @@ class TestMongoDB(OnMongoDB):
         with self.mongo.bare() as db:
             assert db.active_tokens.find_one({"_id": USER})["generation"] == 1
             assert db.tokens.count_documents({}) == 2, "both attempts have one record"
-        newest = store._newest(USER)
+        newest = store.backend.find_newest(USER)
         assert newest is not None
-        assert store._decrypt(newest).reveal() == first, "the token that never became active hides no other"
+        assert store.cipher.decrypt(newest).reveal() == first, "the token that never became active hides no other"
         assert newest.in_doubt
         assert [row["is_active"] for row in store.get_token_history(USER)] == [False, True]
         # Upstox has killed the first one, and nobody waits for the lease to end by itself.
         wait_until(lambda: store.get_valid_token(USER) is None, seconds=3)
         assert store.save_token(token_data(USER, caught.value.token.reveal()))["token"] == living(store)["token"]
-        assert store._tokens_of(USER)[-1].generation == 2
+        assert store.backend.read_tokens(USER)[-1].generation == 2
         third = store.store_token(USER)["token"]
         assert living(store)["token"] == third
         with self.mongo.bare() as db:
@@ -107,17 +107,17 @@ class TestMongoDB(OnMongoDB):
                 before = db.active_tokens.find_one()
             token = made_up(store, USER, generation)
             if came_by == "login":
-                store._insert(token)
+                store.backend.insert(token)
                 living(store)
             else:
-                store._put_in(USER, [token], [])
+                store.backend.merge(USER, [token], [])
         with self.mongo.bare() as db:  # as after a restore that was not of one moment, or a migration that was killed
             db.active_tokens.replace_one({}, before)
-        newest = store._newest(USER)
+        newest = store.backend.find_newest(USER)
         assert newest is not None
         assert newest.generation == 2
         with pytest.raises(LoginSuperseded):
-            store._insert(made_up(store, USER, 2))
+            store.backend.insert(made_up(store, USER, 2))
 
     def test_a_swap_whose_tidying_up_fails_is_stored_all_the_same(
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

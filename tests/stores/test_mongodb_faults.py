@@ -74,8 +74,10 @@ class TestTheTTL:
         with MongoUpstoxStorage(server.url, login=login, keys=keys, policy=FewSeconds()) as store:
             stored = store.store_token(USER)
             assert living(store)["usage_count"] == 1
-            with store._lock(USER):
-                store._begin_login(USER, USER, store._now(), {})  # A marked document goes as any other does.
+            with store.backend.lock(USER):
+                store.backend.begin_login(
+                    USER, USER, store.backend.context.now(), {}
+                )  # A marked document goes as any other does.
             with pymongo.MongoClient[Any](server.url) as client:
                 db = client.upstox_db
                 assert db.active_tokens.count_documents({}) == 1

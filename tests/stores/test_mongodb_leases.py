@@ -36,8 +36,8 @@ class TestMongoDB(OnMongoDB):
     ) -> None:
         other = open_store()
         store.store_token(USER)
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             with self.mongo.bare() as db:
                 (lease,) = db.leases.find()
                 for change, is_found in [
@@ -50,7 +50,7 @@ class TestMongoDB(OnMongoDB):
                     assert self.found(other) is is_found, change
                 db.leases.delete_many({})
                 assert not self.found(other)
-        assert store._in_doubt(USER) is not None
+        assert store.backend.find_in_doubt(USER) is not None
         assert store.get_user_statistics(USER)["total_usage"] == 2, "what is not found is not counted"
 
     def test_a_login_that_comes_to_its_end_while_its_token_is_read_is_no_doubt(
@@ -64,27 +64,27 @@ class TestMongoDB(OnMongoDB):
             db.leases.delete_many({})
             return ask(*arguments)
 
-        with self.mongo.bare() as db, store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with self.mongo.bare() as db, store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             monkeypatch.setattr(Leases, "lives", ends_before_it_is_looked_for)
             assert self.found(other)
 
     @pytest.mark.parametrize("ends", ["-account-x", USER])
     def test_of_a_users_two_logins_at_once_each_can_leave_a_doubt(self, store: MongoUpstoxStorage, ends: str) -> None:
         store.store_token(USER)
-        with store._lock("-account-x"):
-            store._begin_login(None, "-account-x", store._now(), {})
-            with store._lock(USER):
-                store._begin_login(USER, USER, store._now(), {})
-                store._end_login(ends, in_doubt=False)  # ... and the other one's process dies.
+        with store.backend.lock("-account-x"):
+            store.backend.begin_login(None, "-account-x", store.backend.context.now(), {})
+            with store.backend.lock(USER):
+                store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+                store.backend.end_login(ends, in_doubt=False)  # ... and the other one's process dies.
         assert not self.found(store)
 
     def test_a_caller_who_has_lost_the_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
         store.store_token(USER)
-        with store._lock(USER), self.mongo.bare() as db:
+        with store.backend.lock(USER), self.mongo.bare() as db:
             db.leases.update_many({}, {"$set": {"owner": "somebody else"}})
             with pytest.raises(StoreUnavailable, match="another caller took over"):
-                store._begin_login(USER, USER, store._now(), {})
+                store.backend.begin_login(USER, USER, store.backend.context.now(), {})
         assert self.found(store)
         assert [entry["action"] for entry in store.get_audit_trail(USER)].count("login") == 1
 
@@ -120,7 +120,7 @@ class TestMongoDB(OnMongoDB):
     def test_a_login_that_comes_too_late_is_refused(self, store: MongoUpstoxStorage, open_store: OpenStore) -> None:
         def login_while_another_is_faster(_: str | None) -> AccessTokenData:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(store, "_lock", lambda _: nullcontext())
+                patch.setattr(store.backend, "lock", lambda _: nullcontext())
                 store.store_token(USER)
             return token_data(USER)
 
@@ -176,8 +176,8 @@ class TestMongoDB(OnMongoDB):
                 return datetime.now(tz) + timedelta(hours=1)
 
         holder, other = open_store(), open_store(login_wait=0.3)
-        with holder._lock(USER):
+        with holder.backend.lock(USER):
             monkeypatch.setattr(mongodb_lease, "datetime", AnHourAhead)
             monkeypatch.setattr(time, "time", lambda: AnHourAhead.now(UTC).timestamp())
-            with pytest.raises(StoreUnavailable, match="Waited"), other._lock(USER):
+            with pytest.raises(StoreUnavailable, match="Waited"), other.backend.lock(USER):
                 raise AssertionError

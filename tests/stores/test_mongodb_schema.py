@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pymongo
 import pytest
+from bson import ObjectId
 from pymongo.errors import OperationFailure, PyMongoError, WriteError
 
 from upstox_db_examples import (
@@ -71,10 +72,11 @@ class TestMongoDB(OnMongoDB):
     def test_a_cleanup_of_many_users_sends_some_commands_and_not_one_for_each(
         self, store: MongoUpstoxStorage, caplog: pytest.LogCaptureFixture
     ) -> None:
-        now = store._now()
+        now = store.backend.context.now()
 
         def entries(user_id: str) -> list[Any]:
-            return [store._entry(user_id, "used", now - timedelta(days=100))]
+            old = {"performed_at": now - timedelta(days=100), "actor": "a", "action": "used", "metadata": {}}
+            return [{"_id": ObjectId(), "token_id": None, "user_id": user_id, **old}]
 
         names = {"is_active": False, "created_at": now, "expires_at": now, "usage_count": 1, "last_used_at": None}
         with self.mongo.bare() as db:
@@ -131,9 +133,9 @@ class TestMongoDB(OnMongoDB):
             assert {name: sorted(map(str, db[name].find())) for name in before} == before
             assert all(indexes[name] <= set(db[name].index_information()) for name in before), "steps only add"
             assert db.schema_version.find_one()["version"] == 2
-        (active,) = [token for token in store._tokens_of(USER) if token.ciphertext]
+        (active,) = [token for token in store.backend.read_tokens(USER) if token.ciphertext]
         assert active.ciphertext.startswith("v1.")
-        assert living(store)["token"] == store._decrypt(active).reveal()
+        assert living(store)["token"] == store.cipher.decrypt(active).reveal()
         assert store.get_valid_token("CD5678") is None
         second = others[0].store_token(USER)
         assert living(store)["token"] == second["token"]
@@ -152,8 +154,8 @@ class TestMongoDB(OnMongoDB):
         assert open_store(keys=KeyRing(new, b"the same key for all processes..")).rotate_keys() == 2
         after = open_store(keys=KeyRing(new))
         assert living(after)["token"] == token
-        assert after._tokens_of(USER)[-1].ciphertext.startswith("v1.")
-        assert after._decrypt(after._tokens_of(USER)[-1]).reveal() == token
+        assert after.backend.read_tokens(USER)[-1].ciphertext.startswith("v1.")
+        assert after.cipher.decrypt(after.backend.read_tokens(USER)[-1]).reveal() == token
 
     @pytest.mark.usefixtures("version_1")
     @pytest.mark.parametrize("rights", [RUNTIME_1, ["readWrite"]])
@@ -229,9 +231,9 @@ class TestMongoDB(OnMongoDB):
         runtime.revoke_token(USER)
         with pytest.raises(ZeroDivisionError):
             open_store(login=lambda _: 1 // 0).store_token(USER)
-        assert runtime._other_logins(60) == []
-        runtime._write_note("one", "text")
-        runtime._erase_note("one")
+        assert runtime.backend.logins_since(runtime.backend.context.now(), "") == []
+        runtime.backend.write_note("one", "text")
+        runtime.backend.erase_note("one")
         runtime.store_token()
         assert runtime.rotate_keys() == 0
         clock.set(7, 3, 30)

@@ -15,7 +15,7 @@ import pytest
 
 from upstox_db_examples import InvalidInput, PooledUpstoxStorage, StoreUnavailable, TokenStorage, pooled
 from upstox_db_examples.local.upstox import LocalUpstox
-from upstox_db_examples.sqlite.connections import connected
+from upstox_db_examples.sqlite.connections import open_connection
 
 from ..contracts.reliability import ReliabilityContract
 from ..contracts.store import StoreContract
@@ -68,9 +68,9 @@ class TestPooled(OnASQLiteFile, StoreContract):
 
         def counted(path: Path) -> sqlite3.Connection:
             opened.append(path)
-            return connected(path)
+            return open_connection(path)
 
-        monkeypatch.setattr(pooled.store, "connected", counted)
+        monkeypatch.setattr(pooled.store, "open_connection", counted)
         store = self.pooled(open_store, pool_size=3)
         with ThreadPoolExecutor(8) as threads:
             tokens = {result["token"] for result in threads.map(store.get_or_create_token, [USER] * 400)}

@@ -20,6 +20,7 @@ from upstox_db_examples import (
 )
 from upstox_db_examples.core.token import Secret, StoredToken
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.postgresql.rows import read_token
 
 from ..contracts.backend import made_up
 from ..contracts.store import StoreContract
@@ -53,7 +54,9 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
         store.store_token()
         waiting = "SELECT count(*) AS waiting FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         columns = "user_id, key_id, products, exchanges, created_at, expires_at, account, metadata, access_token"
-        replacement = store._encrypt(Secret("eyJ0eXAi-new"), dataclasses.replace(self.active(), generation=2))
+        replacement = store.cipher.replace_ciphertext(
+            dataclasses.replace(self.active(), generation=2), Secret("eyJ0eXAi-new")
+        )
         with ThreadPoolExecutor(1) as thread, store.get_connection() as conn, conn.cursor() as cursor:
             cursor.execute(f"CREATE TEMP TABLE old AS SELECT {columns} FROM upstox_tokens")
             cursor.execute("UPDATE upstox_tokens SET is_active = false, access_token = NULL")
@@ -69,11 +72,13 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
 
     @pytest.mark.slow
     def test_each_query_uses_an_index_with_a_million_old_tokens(self, store: PostgreSQLUpstoxStorage) -> None:
-        fill(self.url, 1_000_000, store._now())
+        fill(self.url, 1_000_000, store.backend.context.now())
+        now = store.backend.context.now()
         values = {
-            "user_id": USER, "now": store._now(), "alive_after": store._now(), "actor": "a", "limit": 10, "key_id": "k",
+            "user_id": USER, "now": now, "alive_after": now, "seen": [], "note": None,
+            "actor": "a", "limit": 10, "key_id": "k",
             "account": "x", "action": "a", "reason": "{}", "metadata": "{}",
-            "performed_at": store._now(), "position": 0, "generation": 1, "key": 7, "mark": 0, "moment": store._now(),
+            "performed_at": now, "position": 0, "generation": 1, "key": 7, "mark": 0, "moment": now,
             "process": "p",
         }  # fmt: skip
         for name in (
@@ -116,21 +121,21 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
     # Constraints
 
     def test_a_later_token_that_is_active_stays(self, store: PostgreSQLUpstoxStorage) -> None:
-        store._insert(made_up(store, USER, 5))
+        store.backend.insert(made_up(store, USER, 5))
         with pytest.raises(LoginSuperseded):
-            store._insert(made_up(store, USER, 3))
+            store.backend.insert(made_up(store, USER, 3))
         assert [(row["generation"], row["is_active"]) for row in self.raw_rows()] == [(5, True)]
 
     def test_another_unique_constraint_is_no_newer_login(self, store: PostgreSQLUpstoxStorage) -> None:
         bare(self.url, "CREATE UNIQUE INDEX one_for_each_email ON upstox_tokens (email)")
-        store._insert(dataclasses.replace(made_up(store, USER), email="someone@example.com"))
+        store.backend.insert(dataclasses.replace(made_up(store, USER), email="someone@example.com"))
         another = dataclasses.replace(made_up(store, "CD0001"), email="someone@example.com")
         with pytest.raises(StoreUnavailable, match="by the constraint one_for_each_email"):
-            store._insert(another)
+            store.backend.insert(another)
 
     def active(self) -> StoredToken:
         (row,) = bare(self.url, f"SELECT {postgresql.HANDED_OUT} FROM upstox_tokens WHERE is_active")
-        return postgresql.store._token(row)
+        return read_token(row)
 
     def test_a_refused_audit_entry_refuses_the_token(self, store: PostgreSQLUpstoxStorage, upstox: LocalUpstox) -> None:
         store.store_token()

@@ -28,14 +28,14 @@ class TestPostgreSQL(OnPostgreSQL):
     # Marks
 
     def test_a_login_that_waits_for_a_new_token_marks_it(self, store: PostgreSQLUpstoxStorage) -> None:
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         waiting = "SELECT count(*) AS waiting FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         columns = "user_id, key_id, products, exchanges, created_at, expires_at, metadata"
         with ThreadPoolExecutor(1) as thread, store.get_connection() as conn, conn.cursor() as cursor:
             cursor.execute("UPDATE upstox_tokens SET is_active = false, access_token = NULL")
             new = f"INSERT INTO upstox_tokens (generation, access_token, {columns}) SELECT 2, 'x', {columns}"
             cursor.execute(f"{new} FROM upstox_tokens")
-            begun = thread.submit(store._begin_login, USER, USER, store._now(), {})
+            begun = thread.submit(store.backend.begin_login, USER, USER, store.backend.context.now(), {})
             while not bare(self.url, waiting)[0]["waiting"]:
                 time.sleep(0.01)
             conn.commit()
@@ -45,24 +45,24 @@ class TestPostgreSQL(OnPostgreSQL):
     def test_the_next_holder_of_the_lock_is_not_taken_for_the_login_that_died(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
     ) -> None:
-        store._insert(made_up(store, USER))
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
-        with store._lock(USER):
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+        with store.backend.lock(USER):
             assert open_store().get_valid_token(USER) is None
 
     def test_readers_of_a_token_in_doubt_do_not_take_each_other_for_its_login(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
     ) -> None:
-        store._insert(made_up(store, USER))
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
         stop = threading.Event()
 
         def lock_on_and_on() -> None:
             other = open_store()
             while not stop.is_set():
-                with other._lock(USER):
+                with other.backend.lock(USER):
                     pass
 
         with ThreadPoolExecutor(5) as threads:
@@ -73,18 +73,18 @@ class TestPostgreSQL(OnPostgreSQL):
         assert found == [None] * 200
 
     def test_a_login_itself_still_reads_the_token_that_it_may_replace(self, store: PostgreSQLUpstoxStorage) -> None:
-        store._insert(made_up(store, USER))
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             assert living(store)["token"]
 
     def test_a_read_of_a_marked_token_is_one_round_trip_too(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         other = open_store()
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             messages = count_messages(monkeypatch)
             living(other)
             assert len(messages) == 1
@@ -98,10 +98,10 @@ class TestPostgreSQL(OnPostgreSQL):
             "USE",
             postgresql.USE.replace("pg_try_advisory_xact_lock_shared(login_lock)", f"({looked}) = 1"),
         )
-        store._insert(made_up(store, USER))
+        store.backend.insert(made_up(store, USER))
         living(store)
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             with pytest.raises(StoreUnavailable):
                 living(store)
 
@@ -109,29 +109,29 @@ class TestPostgreSQL(OnPostgreSQL):
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
     ) -> None:
         other = open_store()
-        store._insert(made_up(store, USER))
-        with store._lock("-account-x"):
-            store._begin_login(None, "-account-x", store._now(), {})
-            with ThreadPoolExecutor(1) as thread, other._lock(USER):
-                doubtful = thread.submit(other._in_doubt, USER).result()
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock("-account-x"):
+            store.backend.begin_login(None, "-account-x", store.backend.context.now(), {})
+            with ThreadPoolExecutor(1) as thread, other.backend.lock(USER):
+                doubtful = thread.submit(other.backend.find_in_doubt, USER).result()
                 assert doubtful is not None
-                other._clear_doubt(doubtful)
-                assert other._in_doubt(USER) is not None
-        other._clear_doubt(doubtful)
-        assert other._in_doubt(USER) is None
+                other.backend.clear_doubt(doubtful)
+                assert other.backend.find_in_doubt(USER) is not None
+        other.backend.clear_doubt(doubtful)
+        assert other.backend.find_in_doubt(USER) is None
 
     def test_two_logins_that_mark_everybody_do_not_wait_for_each_other(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
     ) -> None:
         for number in range(50):
-            store._insert(made_up(store, f"CD{number:04}"))
+            store.backend.insert(made_up(store, f"CD{number:04}"))
 
         def mark_all(name: str) -> None:
             other = open_store()
             for _ in range(10):
-                with other._lock(name):
-                    other._begin_login(None, name, other._now(), {})
-                    other._end_login(name, in_doubt=False)
+                with other.backend.lock(name):
+                    other.backend.begin_login(None, name, other.backend.context.now(), {})
+                    other.backend.end_login(name, in_doubt=False)
 
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(mark_all, [f"-account-{number}" for number in range(4)]))
@@ -144,7 +144,7 @@ class TestPostgreSQL(OnPostgreSQL):
     ) -> None:
         def login_while_another_is_faster(_: str | None) -> AccessTokenData:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(store, "_lock", lambda _: open_lock())
+                patch.setattr(store.backend, "lock", lambda _: open_lock())
                 store.store_token(USER)
             return token_data(USER)
 
@@ -165,46 +165,46 @@ class TestPostgreSQL(OnPostgreSQL):
     def test_who_has_lost_the_lock_goes_on_by_another_connection_and_begins_no_login(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
     ) -> None:
-        with store._lock(USER):
+        with store.backend.lock(USER):
             self.kill_who_holds_a_lock()
             with pytest.raises(StoreUnavailable, match="that held the lock is gone"):
-                store._begin_login(USER, USER, store._now(), {})
-            store._insert(made_up(store, USER))
-            with open_store(login_wait=1)._lock(USER):
+                store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            store.backend.insert(made_up(store, USER))
+            with open_store(login_wait=1).backend.lock(USER):
                 pass
-            with store._lock("CD0001"), pytest.raises(StoreUnavailable, match="Waited"):
-                open_store(login_wait=0.1)._lock("CD0001").__enter__()
+            with store.backend.lock("CD0001"), pytest.raises(StoreUnavailable, match="Waited"):
+                open_store(login_wait=0.1).backend.lock("CD0001").__enter__()
         assert living(store)
-        with store._lock(USER):
+        with store.backend.lock(USER):
             pass
 
     def test_who_got_no_answer_in_time_goes_on_by_another_connection(self, open_store: OpenStore) -> None:
         store = open_store(timeout=0.5)
         assert isinstance(store, PostgreSQLUpstoxStorage)
-        with store._lock(USER):
+        with store.backend.lock(USER):
             with pytest.raises(StoreUnavailable, match="no answer"):
-                store._run("SELECT pg_sleep(5)")
-            store._insert(made_up(store, USER))
+                store.backend.connections.run("SELECT pg_sleep(5)")
+            store.backend.insert(made_up(store, USER))
         assert living(store)
 
     def test_a_refused_statement_costs_nobody_the_lock(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
     ) -> None:
-        with store._lock(USER):
-            store._insert(made_up(store, USER))
+        with store.backend.lock(USER):
+            store.backend.insert(made_up(store, USER))
             with pytest.raises(LoginSuperseded):
-                store._insert(made_up(store, USER))
-            store._begin_login(USER, USER, store._now(), {})
+                store.backend.insert(made_up(store, USER))
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             with pytest.raises(StoreUnavailable, match="Waited"):
-                open_store(login_wait=0.1)._lock(USER).__enter__()
+                open_store(login_wait=0.1).backend.lock(USER).__enter__()
 
     def test_an_inner_lock_is_free_when_it_is_left(self, store: PostgreSQLUpstoxStorage, open_store: OpenStore) -> None:
         other = open_store(login_wait=0.1)
-        with store._lock("-account-x"):
-            with store._lock(USER):
+        with store.backend.lock("-account-x"):
+            with store.backend.lock(USER):
                 pass
-            with other._lock(USER), pytest.raises(StoreUnavailable, match="Waited"):
-                other._lock("-account-x").__enter__()
+            with other.backend.lock(USER), pytest.raises(StoreUnavailable, match="Waited"):
+                other.backend.lock("-account-x").__enter__()
 
     def kill_who_holds_a_lock(self) -> None:
         bare(

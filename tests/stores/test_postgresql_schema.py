@@ -15,6 +15,7 @@ from upstox_db_examples import (
     StorageError,
     postgresql,
 )
+from upstox_db_examples.postgresql.backend import PostgreSQLBackend
 
 from ..contracts.backend import made_up
 from ..support.clocks import Clock
@@ -22,9 +23,13 @@ from ..support.postgresql import OnPostgreSQL, as_role, bare
 from ..support.processes import USER, token_data
 from ..support.stores import OpenStore, living
 
+STEPS = PostgreSQLBackend.schema_steps
 
-class PostgreSQLOfTheFirstSchema(PostgreSQLUpstoxStorage):
-    _steps = PostgreSQLUpstoxStorage._steps[:1]
+
+def with_steps(*steps: str) -> type[PostgreSQLUpstoxStorage]:
+    """A store of another version, with these schema steps."""
+    backend = type("OtherBackend", (PostgreSQLBackend,), {"schema_steps": steps})
+    return type("OtherVersion", (PostgreSQLUpstoxStorage,), {"backend_class": backend})
 
 
 class TestPostgreSQL(OnPostgreSQL):
@@ -41,11 +46,8 @@ class TestPostgreSQL(OnPostgreSQL):
         assert stores[0].store_token()["token"] == living(stores[7])["token"]
 
     def test_an_older_schema_is_taken_forward_and_a_later_one_is_refused(self, store: PostgreSQLUpstoxStorage) -> None:
-        class Later(PostgreSQLUpstoxStorage):
-            _steps = (*PostgreSQLUpstoxStorage._steps, "ALTER TABLE upstox_tokens ADD COLUMN colour text")
-
         store.store_token()
-        with Later(self.url):
+        with with_steps(*STEPS, "ALTER TABLE upstox_tokens ADD COLUMN colour text")(self.url):
             assert self.raw_rows()[0]["colour"] is None
         with pytest.raises(ConfigurationError, match=r"schema version 3; this package knows 2. Upgrade it"):
             PostgreSQLUpstoxStorage(self.url)
@@ -53,7 +55,7 @@ class TestPostgreSQL(OnPostgreSQL):
     def test_the_first_schema_is_taken_forward_with_the_token_in_it(
         self, open_store: OpenStore, another_postgres_url: str
     ) -> None:
-        PostgreSQLOfTheFirstSchema(self.url).close()
+        with_steps(*STEPS[:1])(self.url).close()
         of_the_first, self.url = self.url, another_postgres_url
         token = made_up(open_store(), USER)
         self.url = of_the_first
@@ -70,20 +72,15 @@ class TestPostgreSQL(OnPostgreSQL):
         )
         store = open_store()
         assert living(store)["token"] == f"a token of {USER}, number 1"
-        with store._lock(USER):
-            store._begin_login(USER, USER, store._now(), {})
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
         assert store.get_valid_token(USER) is None
         assert bare(self.url, "SELECT version FROM upstox_schema") == [{"version": 2}]
 
     def test_a_step_that_fails_leaves_the_schema_as_it_was(self, store: PostgreSQLUpstoxStorage) -> None:
-        class Broken(PostgreSQLUpstoxStorage):
-            _steps = (
-                *PostgreSQLUpstoxStorage._steps,
-                "ALTER TABLE upstox_tokens ADD COLUMN colour text; SELECT nonsense",
-            )
-
+        broken = with_steps(*STEPS, "ALTER TABLE upstox_tokens ADD COLUMN colour text; SELECT nonsense")
         with pytest.raises(StorageError):
-            Broken(self.url)
+            broken(self.url)
         assert store.store_token()
         assert "colour" not in self.raw_rows()[0]
 
@@ -145,7 +142,7 @@ class TestPostgreSQL(OnPostgreSQL):
         role = f"runtime_{urlsplit(self.url).path[-12:]}"
         bare(self.url, f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
         try:
-            with PostgreSQLOfTheFirstSchema(self.url) as owner:
+            with with_steps(*STEPS[:1])(self.url) as owner:
                 grants = "GRANT SELECT ON upstox_schema, upstox_tokens TO {role}"
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(postgresql.queries, "GRANTS", grants)

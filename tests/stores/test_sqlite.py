@@ -28,7 +28,8 @@ from upstox_db_examples import (
 )
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.sqlite import connections as sqlite_connections
-from upstox_db_examples.sqlite.connections import connected
+from upstox_db_examples.sqlite.backend import SQLiteBackend
+from upstox_db_examples.sqlite.connections import open_connection
 
 from ..contracts.store import StoreContract
 from ..support import leaks
@@ -47,6 +48,15 @@ def others_can_read(file: Path) -> bool:
 
 def token_data_of(user_id: str | None) -> AccessTokenData:
     return token_data(user_id or USER)
+
+
+STEPS = SQLiteBackend.schema_steps
+
+
+def with_steps(*steps: str) -> type[SQLiteUpstoxStorage]:
+    """A store of another version, with these schema steps."""
+    backend = type("OtherBackend", (SQLiteBackend,), {"schema_steps": steps})
+    return type("OtherVersion", (SQLiteUpstoxStorage,), {"backend_class": backend})
 
 
 class TestSQLite(OnSQLite, StoreContract):
@@ -160,11 +170,9 @@ class TestSQLite(OnSQLite, StoreContract):
     # The schema
 
     def test_an_older_schema_is_taken_forward_and_a_later_one_is_refused(self, store: SQLiteUpstoxStorage) -> None:
-        class Later(SQLiteUpstoxStorage):
-            _steps = (*SQLiteUpstoxStorage._steps, "ALTER TABLE upstox_tokens ADD COLUMN colour TEXT;")
-
+        later_version = with_steps(*STEPS, "ALTER TABLE upstox_tokens ADD COLUMN colour TEXT;")
         token = store.store_token()["token"]
-        with Later(store.db_path, keys=store._ring, clock=store._clock) as later:
+        with later_version(store.db_path, keys=store.cipher.ring, clock=store.backend.context.now) as later:
             assert living(later)["token"] == token
             with later.get_connection() as conn:
                 assert conn.execute("SELECT colour FROM upstox_tokens").fetchone()["colour"] is None
@@ -172,13 +180,11 @@ class TestSQLite(OnSQLite, StoreContract):
             SQLiteUpstoxStorage(store.db_path)
 
     def test_a_step_that_fails_leaves_the_schema_as_it_was(self, store: SQLiteUpstoxStorage) -> None:
-        class Broken(SQLiteUpstoxStorage):
-            _steps = (*SQLiteUpstoxStorage._steps, "ALTER TABLE upstox_tokens ADD COLUMN colour TEXT; SELECT nonsense;")
-
+        broken = with_steps(*STEPS, "ALTER TABLE upstox_tokens ADD COLUMN colour TEXT; SELECT nonsense;")
         with pytest.raises(StorageError):
-            Broken(store.db_path)
+            broken(store.db_path)
         with bare(store.db_path) as conn:
-            assert conn.execute("PRAGMA user_version").fetchone()[0] == len(SQLiteUpstoxStorage._steps)
+            assert conn.execute("PRAGMA user_version").fetchone()[0] == len(STEPS)
             assert "colour" not in [row["name"] for row in conn.execute("PRAGMA table_info(upstox_tokens)")]
         assert store.store_token()
 
@@ -202,12 +208,12 @@ class TestSQLite(OnSQLite, StoreContract):
                     overtaken.append(str(error))
 
         def watched(path: Path) -> sqlite3.Connection:
-            conn = connected(path)
+            conn = open_connection(path)
             if not statements:
                 conn.set_trace_callback(overtake)
             return conn
 
-        monkeypatch.setattr(sqlite_connections, "connected", watched)
+        monkeypatch.setattr(sqlite_connections, "open_connection", watched)
         with SQLiteUpstoxStorage(path) as store:
             assert store.get_valid_token(USER) is None
         # From the third on this one has the lock, and makes the tables.

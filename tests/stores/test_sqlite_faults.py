@@ -20,7 +20,7 @@ from upstox_db_examples import (
 )
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.sqlite import connections as sqlite_connections
-from upstox_db_examples.sqlite.connections import connected
+from upstox_db_examples.sqlite.connections import open_connection
 
 from ..contracts.reliability import ReliabilityContract
 from ..support import processes
@@ -42,7 +42,7 @@ class TestSQLite(OnSQLite):
             for size in (1000, 100, 0):  # until there is no room for anything
                 with pytest.raises(StoreUnavailable, match="disk is full"):
                     while True:
-                        store._record(USER, "filler", store._now(), {"filler": "x" * size})
+                        store.backend.record(USER, "filler", store.backend.context.now(), {"filler": "x" * size})
             with pytest.raises(StoreUnavailable, match="disk is full"):
                 store.store_token()
             assert upstox.attempts() == 1, "no second login was begun"
@@ -197,12 +197,12 @@ def full(store: SQLiteUpstoxStorage) -> Iterator[None]:
         pages = conn.execute("PRAGMA page_count").fetchone()[0]
 
     def limited(path: Path) -> sqlite3.Connection:  # the limit belongs to a connection
-        conn = connected(path)
+        conn = open_connection(path)
         conn.execute(f"PRAGMA max_page_count = {pages}")
         return conn
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sqlite_connections, "connected", limited)
+        patch.setattr(sqlite_connections, "open_connection", limited)
         close_idle(store)
         yield
     close_idle(store)

@@ -63,7 +63,7 @@ class Passing:
     def __init__(self, *stores: TokenStorage) -> None:
         self.seconds = 0.0
         for store in stores:
-            store._notes = self._later(store._notes)  # type: ignore[method-assign]
+            store.backend.read_notes = self._later(store.backend.read_notes)  # type: ignore[method-assign]
 
     def _later(self, told: Any) -> Any:
         def notes(names: list[str]) -> tuple[float, dict[str, str]]:

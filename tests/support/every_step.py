@@ -143,8 +143,8 @@ class Worker:
         told, user_id, way = run.told, run.account.user_id, f"{self._way}, {self._kind} at {run}"
         if run.hit != (run.moment != NEVER) or (told is None) != (run.hit and self._kind == KILL):
             yield f"{way}: the fault did not hit, or not in this way"
-        for name in (user_id, f"{ACCOUNT_LOCK}{store._login.account_of(user_id)}"):
-            with store._lock(name):
+        for name in (user_id, f"{ACCOUNT_LOCK}{store.login.account_of(user_id)}"):
+            with store.backend.lock(name):
                 pass  # That login is over.
         kept = told.token if told else None
         for token in told.arrived if told else ():

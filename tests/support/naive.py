@@ -9,17 +9,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from upstox_db_examples.core.answer import Minted
+from upstox_db_examples.core.life_cycle import LifeCycle
+from upstox_db_examples.core.settings import Options, Settings
 from upstox_db_examples.core.token import StoredToken, TokenResult
 from upstox_db_examples.hybrid import HybridUpstoxStorage
+from upstox_db_examples.hybrid.backend import HybridBackend
 from upstox_db_examples.hybrid.redis import Use
-from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
+from upstox_db_examples.sqlite.backend import SQLiteBackend
 
 
 class NaiveStorage:
@@ -73,53 +75,78 @@ class NaiveStorage:
         self.conn.close()
 
 
+class TellsRedisLastBackend(HybridBackend):
+    def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        self.postgres.begin_login(user_id, lock, now, metadata)
+
+    def insert(
+        self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
+    ) -> StoredToken:
+        stored = self.postgres.insert(token, action, metadata)
+        tombstone = self.redis.bury([token.user_id], 10).tombstone  # so that `put` takes the copy at once
+        self.redis.put(stored, token.created_at, tombstone=tombstone)
+        return stored
+
+
 class TellsRedisLast(HybridUpstoxStorage):
     """The order that looks right: into PostgreSQL, and when that has worked, into Redis."""
 
-    def _begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
-        PostgreSQLUpstoxStorage._begin_login(self, user_id, lock, now, metadata)
+    backend_class = TellsRedisLastBackend
 
-    def _insert(self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None) -> int:
-        redis = self._redis
-        token_id = PostgreSQLUpstoxStorage._insert(self, token, action, metadata)
-        redis._client.set(redis._keys(token.user_id)[0], "tombstone")  # so that `put` takes the copy at once
-        redis.put(replace(token, token_id=token_id), token.created_at, tombstone="tombstone")
-        return token_id
+
+class FoldsAgainBackend(HybridBackend):
+    def fold(self, uses: list[Use]) -> int:
+        return super().fold([use._replace(use_id=uuid.uuid4().hex) for use in uses])
 
 
 class FoldsAgain(HybridUpstoxStorage):
     """Adds up what waits in Redis, and does not ask whether it has been added already."""
 
-    def _fold(self, uses: list[Use]) -> int:
-        return super()._fold([use._replace(use=uuid.uuid4().hex) for use in uses])
+    backend_class = FoldsAgainBackend
+
+
+class DoesNotMarkBackend(SQLiteBackend):
+    def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
+        self.record(user_id, "login", now, {**metadata, "under": lock})
 
 
 class DoesNotMark(SQLiteUpstoxStorage):
     """Writes down that a login begins, and leaves the token as it is that this login will kill."""
 
-    def _begin_login(self, user_id: str | None, _: str, now: datetime, metadata: dict[str, Any]) -> None:
-        self._record(user_id, "login", now, metadata)
+    backend_class = DoesNotMarkBackend
+
+
+class SavesOnceInItsLife(LifeCycle):
+    def _keep(self, minted: Minted, *rest: Any) -> TokenResult:
+        _, before, lock, now, wish, refusal = rest
+        result = self._saving.save(minted, before, now, "created")
+        self._tidy_up(minted, True, lock, wish, refusal)
+        return result
 
 
 class SavesOnce(SQLiteUpstoxStorage):
     """Stores the token that a login has made, and raises what the database or Ctrl-C has raised."""
 
-    def _keep(self, minted: Minted, *rest: Any) -> TokenResult:
-        _, before, lock, now, wish, refusal = rest
-        result = self._save(minted, before, now, "created")
-        self._tidy_up(minted, True, lock, wish, refusal)
-        return result
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(path, **options)
+        options.pop("audit_reads", None)
+        settings = Settings("SavesOnce", cast(Options, options))
+        self._life_cycle = SavesOnceInItsLife(self.backend, self.cipher, self._users, settings)
 
 
-class RotatesInTwoSteps(SQLiteUpstoxStorage):
-    """The old ciphertext goes, and then the new one comes."""
-
-    def _replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
+class RotatesInTwoStepsBackend(SQLiteBackend):
+    def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         rows = list(pairs)
         for old, new in rows:
-            with self.get_connection() as conn:
+            with self.connections.lend() as conn:
                 gone = "UPDATE upstox_tokens SET is_active = 0, access_token = NULL WHERE id = ?"
                 conn.execute(gone, (old.token_id,))
                 back = "UPDATE upstox_tokens SET is_active = 1, access_token = ?, key_id = ? WHERE id = ?"
                 conn.execute(back, (new.ciphertext, new.key_id, old.token_id))
         return len(rows)
+
+
+class RotatesInTwoSteps(SQLiteUpstoxStorage):
+    """The old ciphertext goes, and then the new one comes."""
+
+    backend_class = RotatesInTwoStepsBackend

@@ -202,7 +202,7 @@ def enter_and_leave(connection: Connection, address: Address, folder: str, secon
     entries = overlaps = 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        with store._lock(USER):
+        with store.backend.lock(USER):
             entries += 1
             try:
                 os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
@@ -215,7 +215,7 @@ def enter_and_leave(connection: Connection, address: Address, folder: str, secon
 
 def rotate(connection: Connection, address: Address, old: bytes, new: bytes) -> None:
     """Rotate the keys, in small batches, so that there is a moment between two of them."""
-    storage.BATCH = 5
+    storage.ROWS_AT_ONCE = 5
     with address.open(keys=KeyRing(new, old)) as store:
         connection.send("ready")
         connection.send(store.rotate_keys())
@@ -224,13 +224,13 @@ def rotate(connection: Connection, address: Address, old: bytes, new: bytes) -> 
 def migrate_on(connection: Connection, source: Address, target: Address) -> None:
     """Migrate all from one to the other; tells of each write before it is made."""
     with source.open() as one, target.open() as other:
-        put_in = other._put_in
+        put_in = other.backend.merge
 
         def told(*arguments: Any) -> None:
             connection.send("writing")
             put_in(*arguments)
 
-        other._put_in = told
+        other.backend.merge = told
         connection.send("ready")
         migrate(one, other, progress=False)
         connection.send("done")

@@ -96,4 +96,7 @@ class OnAStore(ABC):
         return open_store(**self.counted)
 
     def found(self, store: TokenStorage, user_id: str = USER, *, locked: bool = False) -> bool:
-        return store._find(user_id, store._now(), store._now(), locked=locked) is not None
+        return (
+            store.backend.find(user_id, store.backend.context.now(), store.backend.context.now(), locked=locked)
+            is not None
+        )

@@ -47,7 +47,8 @@ def told(store: TokenStorage) -> Any:
             sorted(
                 store.get_audit_trail(user_id, 1000), key=lambda entry: json.dumps(entry, sort_keys=True, default=str)
             ),
-            (read := store._find(user_id, store._now(), store._now())) and store._decrypt(read).reveal(),
+            (read := store.backend.find(user_id, store.backend.context.now(), store.backend.context.now()))
+            and store.cipher.decrypt(read).reveal(),
         )
         for user_id in USERS
     ]
@@ -60,28 +61,30 @@ def told(store: TokenStorage) -> Any:
 def as_it_was(store: TokenStorage) -> Any:
     """As `told`, without reading, which counts."""
     return [
-        (store._tokens_of(user_id), [entry._replace(position=None) for entry in _entries(store, user_id)])
-        for user_id in store._users()
+        (store.backend.read_tokens(user_id), [entry._replace(position=None) for entry in _entries(store, user_id)])
+        for user_id in store.backend.list_users()
     ]
 
 
 def to_be_compared(store: TokenStorage) -> Any:
     """All that two stores should have in common, down to the letters of the tokens that live."""
-    now = store._now()
+    now = store.backend.context.now()
     return {
         user_id: (
             [
                 replace(
                     token,
-                    ciphertext=store._decrypt(token).reveal() if token.ciphertext and token.expires_at > now else "",
+                    ciphertext=store.cipher.decrypt(token).reveal()
+                    if token.ciphertext and token.expires_at > now
+                    else "",
                     key_id="",
                 )
-                for token in store._tokens_of(user_id)
+                for token in store.backend.read_tokens(user_id)
             ],
             sorted(
                 json.dumps(entry._replace(position=None), default=str, sort_keys=True)
                 for entry in _entries(store, user_id)
             ),
         )
-        for user_id in store._users()
+        for user_id in store.backend.list_users()
     }

@@ -129,9 +129,11 @@ def test_a_backup_under_four_writers_holds_every_token_acknowledged_before(tmp_p
             store.backup(copy)
             assert acknowledged <= ids(copy)
             with address._replace(arguments=(str(copy),)).open() as restored:
-                newest = restored._newest(processes.USER)  # in doubt, if a login was under way at that moment
+                newest = restored.backend.find_newest(
+                    processes.USER
+                )  # in doubt, if a login was under way at that moment
                 assert newest is not None
-                assert restored._decrypt(newest)
+                assert restored.cipher.decrypt(newest)
     assert len(acknowledged) > 50
     assert lost_by_copying, "a copy of the file alone should lack what is only in the log"
     assert list(tmp_path.glob(".*")) == []

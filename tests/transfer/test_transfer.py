@@ -52,7 +52,7 @@ def test_all_moves_between_sqlite_and_every_store(
     assert counts.users == len(USERS)
     assert counts.tokens == counts.new_tokens == 15
     assert counts.audit_entries == counts.new_audit_entries > 60
-    assert [len(store._users()) for store in (source, target)] == [4, 4]
+    assert [len(store.backend.list_users()) for store in (source, target)] == [4, 4]
     before = as_it_was(target)
     assert migrate(source, target, progress=False) == counts._replace(new_tokens=0, new_audit_entries=0)
     assert as_it_was(target) == before, "done again it changes nothing"
@@ -147,15 +147,15 @@ def test_a_changed_ciphertext_is_not_brought_over(
     source = opened(sqlite)
     source.store_token(USERS[0])
     source.store_token(USERS[1])
-    first, second = sorted(source._under_other_keys("none", 10), key=lambda token: token.user_id)
-    source._replace_ciphertexts([(second, replace(second, ciphertext=first.ciphertext))])
+    first, second = sorted(source.backend.find_under_other_keys("none", 10), key=lambda token: token.user_id)
+    source.backend.replace_ciphertexts([(second, replace(second, ciphertext=first.ciphertext))])
     target = opened(sqlite._replace(arguments=(str(tmp_path / "target.db"),)))
     with pytest.raises(TokenRefused):
         migrate(source, target, progress=False)
     export_tokens(source, tmp_path / "export", progress=False)
     with pytest.raises(TokenRefused):
         import_tokens(target, tmp_path / "export", progress=False)
-    assert target._users() == [], "also not of the users before"
+    assert target.backend.list_users() == [], "also not of the users before"
 
 
 # The file of an export
@@ -188,7 +188,7 @@ def test_an_export_that_is_cut_off_is_refused(exported: Path, empty: TokenStorag
         exported.write_bytes(whole[:offset])
         with pytest.raises(BackupDamaged):
             import_tokens(empty, exported, progress=False)
-        assert empty._users() == []
+        assert empty.backend.list_users() == []
     header, *lines = whole.decode().splitlines()
     readable = [KEY.decrypt(line, transfer_file._place(header, number)) for number, line in enumerate(lines[:-1])]
     assert len(readable) > 4, "each line is good in itself: who read them one by one would take a part for the whole"
@@ -226,7 +226,7 @@ def test_an_export_that_was_changed_is_refused(exported: Path, empty: TokenStora
         exported.write_text("".join(f"{line}\n" for line in changed))
         with pytest.raises(BackupDamaged):
             import_tokens(empty, exported, progress=False)
-        assert empty._users() == []
+        assert empty.backend.list_users() == []
 
 
 def test_an_export_under_a_key_that_is_not_there_names_it(exported: Path, tmp_path: Path) -> None:

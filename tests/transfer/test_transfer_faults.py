@@ -23,8 +23,10 @@ from upstox_db_examples import (
     import_tokens,
     migrate,
 )
-from upstox_db_examples.core.store import BATCH
 from upstox_db_examples.core.token import AuditEntry, StoredToken
+from upstox_db_examples.postgresql.backend import PostgreSQLBackend
+from upstox_db_examples.sqlite.backend import SQLiteBackend
+from upstox_db_examples.transfer.transfer import ENTRIES_AT_ONCE
 
 from ..support import processes
 from ..support.clocks import Clock
@@ -70,7 +72,12 @@ def test_a_migration_can_be_killed_at_any_moment(each_address: Address, sqlite: 
 
 def living_users(store: TokenStorage) -> set[str]:
     """Who has a token that lives. That nobody has two is looked at as well."""
-    living = [token.user_id for user_id in store._users() for token in store._tokens_of(user_id) if token.ciphertext]
+    living = [
+        token.user_id
+        for user_id in store.backend.list_users()
+        for token in store.backend.read_tokens(user_id)
+        if token.ciphertext
+    ]
     assert len(living) == len(set(living))
     return set(living)
 
@@ -98,12 +105,12 @@ def test_what_was_revoked_or_used_meanwhile_stays_so(each_address: Address, open
     target = opened(each_address)
     for user_id in USERS[:2]:
         target.store_token(user_id)
-    read_before = {user_id: target._tokens_of(user_id) for user_id in USERS[:2]}
+    read_before = {user_id: target.backend.read_tokens(user_id) for user_id in USERS[:2]}
     target.revoke_token(USERS[0])
     target.get_valid_token(USERS[1])
     target.get_valid_token(USERS[1])
     for user_id, tokens in read_before.items():
-        target._put_in(user_id, tokens, [])
+        target.backend.merge(user_id, tokens, [])
     assert target.get_valid_token(USERS[0]) is None, "a revoked token came back"
     assert target.get_user_statistics(USERS[1])["total_usage"] == 2, "uses were lost"
     assert token_of(target, USERS[1])
@@ -129,14 +136,17 @@ def test_three_migrations_at_once_bring_nothing_over_twice(
 def test_a_login_at_the_source_meanwhile_is_noticed_and_brought_over_by_the_next_migration(
     each_address: Address, tmp_path: Path, opened: Open, clock: Clock
 ) -> None:
-    class InUse(SQLiteUpstoxStorage):
+    class InUseBackend(SQLiteBackend):
         busy = True
 
-        def _entries_of(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+        def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
             if self.busy and user_id == USERS[1]:
                 self.busy = False
-                self.store_token(user_id)
-            return super()._entries_of(user_id, after, limit)
+                source.store_token(user_id)
+            return super().read_entries(user_id, after, limit)
+
+    class InUse(SQLiteUpstoxStorage):
+        backend_class = InUseBackend
 
     target = opened(each_address)
     with InUse(tmp_path / "in_use.db", keys=KEY, login=made_up_login, clock=clock, audit_reads=True) as source:
@@ -207,8 +217,8 @@ def test_the_trail_is_in_the_order_of_time_also_where_the_older_half_came_later(
 def test_a_target_that_keeps_something_else_is_found_out(
     sqlite: Address, opened: Open, tmp_path: Path, clock: Clock, fault: str
 ) -> None:
-    class Faulty(SQLiteUpstoxStorage):
-        def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+    class FaultyBackend(SQLiteBackend):
+        def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
             if fault == "a field":
                 tokens = [replace(token, email="somebody@else.example") for token in tokens]
             elif fault == "a token":
@@ -217,7 +227,10 @@ def test_a_target_that_keeps_something_else_is_found_out(
                 tokens = [replace(token, ciphertext="") for token in tokens]
             elif fault == "a use":
                 tokens = [replace(token, usage_count=0) for token in tokens]
-            super()._put_in(user_id, tokens, entries[1:] if fault == "an entry" else entries)
+            super().merge(user_id, tokens, entries[1:] if fault == "an entry" else entries)
+
+    class Faulty(SQLiteUpstoxStorage):
+        backend_class = FaultyBackend
 
     source = filled(opened(sqlite), clock)
     options: dict[str, Any] = {"keys": KEY, "clock": clock}
@@ -258,12 +271,15 @@ def test_round_through_all_five_stores(
 def test_however_many_entries_a_user_has_they_go_over_some_hundreds_at_a_time(
     sqlite: Address, opened: Open, tmp_path: Path, postgres_url: str
 ) -> None:
-    class Watched(PostgreSQLUpstoxStorage):
+    class WatchedBackend(PostgreSQLBackend):
         most = 0
 
-        def _put_in(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
+        def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
             self.most = max(self.most, len(entries))
-            super()._put_in(user_id, tokens, entries)
+            super().merge(user_id, tokens, entries)
+
+    class Watched(PostgreSQLUpstoxStorage):
+        backend_class = WatchedBackend
 
     source = opened(sqlite)
     source.store_token(USER)
@@ -276,13 +292,14 @@ def test_however_many_entries_a_user_has_they_go_over_some_hundreds_at_a_time(
         )
         conn.executemany(insert, [(USER, 1_700_000_000 + number // 700) for number in range(MANY)])
         conn.execute("COMMIT")
-    with Watched(postgres_url, keys=KEY, clock=source._clock) as target:
+    with Watched(postgres_url, keys=KEY, clock=source.backend.context.now) as target:
         counts = migrate(source, target, progress=False)
         assert counts.audit_entries == counts.new_audit_entries == MANY + 2
-        assert target.most == BATCH
+        assert isinstance(target.backend, WatchedBackend)
+        assert target.backend.most == ENTRIES_AT_ONCE
         assert migrate(source, target, progress=False).new_audit_entries == 0
         export_tokens(target, tmp_path / "export", progress=False)
     lines = (tmp_path / "export").read_text().splitlines()
-    assert len(lines) == 1 + 1 + 1 + -(-(MANY + 2) // BATCH), "the first line, the token, the last line; and entries"
+    assert len(lines) == 1 + 1 + 1 + -(-(MANY + 2) // ENTRIES_AT_ONCE), "three lines, and the entries"
     third = opened(sqlite._replace(arguments=(str(tmp_path / "third.db"),)))
     assert import_tokens(third, tmp_path / "export", progress=False).new_audit_entries == MANY + 2

@@ -26,13 +26,13 @@ from .errors import (
     TokenNotStored,
 )
 from .interrupts import PutOff
-from .notes import Applicant, Notes
+from .notes import Applicant, Notes, applicant_of
 from .refusals import FIX_CODES
 from .saving import Saving, result_of
 from .settings import Settings
 from .token import Secret, StoredToken, TokenResult
 from .token_cipher import TokenCipher
-from .users import Users, is_same_user, spellings
+from .users import Users, account_of, is_same_user, spellings
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class LifeCycle:
     def log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
         user_id = user_id or self._users.guess(last=not wish.deliberate)
         if user_id is None:
-            account = self._users.account_of(None)
+            account = account_of(self._login, None)
             lock = f"{ACCOUNT_LOCK}{account or 'default'}"
             with self._backend.lock(lock):
                 # Another caller may have logged in with this account since.
@@ -127,7 +127,7 @@ class LifeCycle:
         if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, newest, wish)):
             return living
         now = self._now()
-        applicant = self._applicant(user_id)
+        applicant = applicant_of(self._login, user_id)
         refusal = self._refuse_before_a_request(user_id, wish, applicant)
         if wish.refused and newest and newest.ciphertext and newest.expires_at > now:
             self._refuse_to_renew_again(newest.user_id)
@@ -183,7 +183,7 @@ class LifeCycle:
         """
         if check := getattr(self._login, "check", None):
             check(user_id)
-        known = self._users.user_of_account(self._users.account_of(user_id))
+        known = self._users.user_of_account(account_of(self._login, user_id))
         if user_id and known and not is_same_user(known, user_id):
             raise LoginRefused(f"These credentials log {known} in, not {user_id}. Use Accounts for several users.")
         _ = self._cipher.ring
@@ -289,14 +289,6 @@ class LifeCycle:
             self._backend.end_login(lock, in_doubt=False)
         except StorageError as error:  # The marks stay and the lock is released: in doubt too.
             logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
-
-    def _applicant(self, user_id: str | None) -> Applicant:
-        account = self._users.account_of(user_id)
-        digest_of = getattr(self._login, "credentials_digest", None)
-        return Applicant(
-            f"account {account}" if account else f"user {(user_id or '').upper()}",
-            digest_of(user_id) if digest_of else None,
-        )
 
     def _hand_out(self, found: StoredToken) -> TokenResult:
         return result_of(self._cipher.decrypt(found), found)

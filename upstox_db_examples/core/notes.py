@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 from .backend import Backend
 from .cipher import Binding
 from .errors import KeyUnavailable, LoginError, LoginLimited, LoginRefused, TokenRefused
+from .login import Login
 from .token import Secret
 from .token_cipher import TokenCipher
+from .users import account_of
 
 LONGEST_LIMIT = 1800.0  # seconds; longer than Upstox's longest, so that a wrong number blocks nobody for a day
 UNKNOWN_REFUSAL = 900.0  # seconds of pause after a refusal with an unknown code: it may go away by itself
@@ -36,6 +38,13 @@ class Applicant(NamedTuple):
 
     who: str
     credentials: str | None
+
+
+def applicant_of(login: Login, user_id: str | None) -> Applicant:
+    """Return who logs in if this login logs this user in."""
+    account, digest_of = account_of(login, user_id), getattr(login, "credentials_digest", None)
+    who = f"account {account}" if account else f"user {(user_id or '').upper()}"
+    return Applicant(who, digest_of(user_id) if digest_of else None)
 
 
 class Notes:

@@ -12,7 +12,7 @@ from .errors import KeyUnavailable, LoginError, LoginSuperseded, StoreUnavailabl
 from .settings import Settings
 from .token import Secret, StoredToken, TokenResult, issued_at, subject
 from .token_cipher import TokenCipher
-from .users import Users, is_same_user
+from .users import Users, account_of, is_same_user
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Saving:
         Such an answer would bind the account to a user that it cannot log in.
         """
         whose = subject(minted.token)
-        return self._users.account_of(minted.user_id) if whose is None or is_same_user(whose, minted.user_id) else None
+        return account_of(self._login, minted.user_id) if whose is None or is_same_user(whose, minted.user_id) else None
 
     def _encrypted(self, minted: Minted, generation: int, now: datetime, action: str) -> StoredToken:
         expires_at = self._policy.expires_at(minted.token, now)

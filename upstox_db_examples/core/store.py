@@ -228,6 +228,7 @@ class TokenStorage:
         """
         user_id = self._users.as_stored(require_user_id(user_id))
         revoked = self.backend.revoke(user_id, self._now())
+        self._users.forget(user_id)
         logger.info("Revoked the token of %s" if revoked else "%s had no token to revoke", user_id)
         return revoked
 

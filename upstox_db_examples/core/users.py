@@ -22,12 +22,6 @@ class Users:
         self._last_user: str | None = None
         self._user_of: dict[str, str] = {}  # an account always belongs to the same user
 
-    def account_of(self, user_id: str | None) -> str | None:
-        """Return the login's name for the credentials of this user, if it has one."""
-        account_of = getattr(self._login, "account_of", None)
-        account: str | None = account_of(user_id) if account_of else getattr(self._login, "account", None)
-        return account
-
     def guess(self, *, last: bool) -> str | None:
         """Return the user for a caller who names none: the login knows it, or a token made by its account does.
 
@@ -36,7 +30,7 @@ class Users:
                 have changed it since, and a deliberate login is not bound by the past.
         """
         declared: str | None = getattr(self._login, "user_id", None)
-        account = self.account_of(None)
+        account = account_of(self._login, None)
         return declared or self.user_of_account(account) or (self._last_user if last and not account else None)
 
     def remember(self, user_id: str, account: str | None) -> None:
@@ -44,6 +38,10 @@ class Users:
         if account:
             self._user_of[account] = user_id
         self._last_user = user_id
+
+    def forget(self, user_id: str) -> None:
+        """Forget which account logs this user in. A token that the store has still tells."""
+        self._user_of = {account: user for account, user in self._user_of.items() if user != user_id}
 
     def user_of_account(self, account: str | None) -> str | None:
         """Return the user of this account, from a token that decrypts as the account's.
@@ -85,6 +83,13 @@ class Users:
         if found is None and user_id != user_id.upper():
             found = self._backend.find(user_id.upper(), alive_after, now, locked=locked)
         return found
+
+
+def account_of(login: Login, user_id: str | None) -> str | None:
+    """Return the login's name for the credentials of this user, if it has one."""
+    of_user = getattr(login, "account_of", None)
+    account: str | None = of_user(user_id) if of_user else getattr(login, "account", None)
+    return account
 
 
 def spellings(user_id: str) -> list[str]:

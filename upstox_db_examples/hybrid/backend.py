@@ -42,21 +42,21 @@ class HybridBackend(Backend):
 
     def __init__(self, postgres: PostgreSQLBackend, redis: RedisTokens, believed: float, buried_for: float) -> None:
         super().__init__(postgres.context, postgres.where)
-        self._postgres, self._redis = postgres, redis
+        self.postgres, self.redis = postgres, redis
         self._connections, self._run = postgres.connections, postgres.connections.run
-        self._believed, self._buried_for = believed, buried_for
+        self.believed, self.buried_for = believed, buried_for
         self._schema_seen = False
         self._postgres_failed, self._postgres_again_at = False, 0.0
         self._asking, self._folding = threading.Lock(), threading.Lock()
         self._tombstones: dict[str, str] = {}  # by user; from logins of this process
 
     def has_tables(self) -> bool:
-        return self._postgres.has_tables()
+        return self.postgres.has_tables()
 
     def init_database(self, runtime_role: str | None = None) -> None:
-        self._postgres.init_database(runtime_role)
+        self.postgres.init_database(runtime_role)
         if not self._run(queries.IS_FOLDED_ONCE)[0]["there"]:
-            with self._postgres.lock(SCHEMA_LOCK):
+            with self.postgres.lock(SCHEMA_LOCK):
                 if not self._run(queries.IS_FOLDED_ONCE)[0]["there"]:
                     self._run(queries.FOLDED_ONCE)
         self._schema_seen = True
@@ -68,21 +68,21 @@ class HybridBackend(Backend):
             how many were new there.
         """
         folded = 0
-        while uses := self._redis.list_uses(USES_AT_ONCE):
-            folded += self._fold(uses)
-            self._redis.forget_uses(uses)
+        while uses := self.redis.list_uses(USES_AT_ONCE):
+            folded += self.fold(uses)
+            self.redis.forget_uses(uses)
             if len(uses) < USES_AT_ONCE:
                 break
         return folded
 
     def close(self) -> None:
-        self._redis.close()
-        self._postgres.close()
+        self.redis.close()
+        self.postgres.close()
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         if not self._schema_seen:
             self.init_database()
-        return self._postgres.lock(name)
+        return self.postgres.lock(name)
 
     def find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         self._connections.refuse_if_closed()
@@ -90,18 +90,18 @@ class HybridBackend(Backend):
         if locked:
             # Ask only PostgreSQL: if a login could not reach Redis and was killed while it waited, it left a copy that
             # is still believed. PostgreSQL is up, because it has just given us the lock.
-            token = self._postgres.find_and_record(user_id, alive_after, now, {"use": use}, locked=True)
+            token = self.postgres.find_and_record(user_id, alive_after, now, {"use": use}, locked=True)
             return replace(token, source="postgresql") if token else None
-        found = self._redis.read_and_count(user_id, alive_after, now, self.context.actor, use)
+        found = self.redis.read_and_count(user_id, alive_after, now, self.context.actor, use)
         if found.what == "old" and self._postgres_is_left_alone():
-            found = self._redis.read_and_count(user_id, alive_after, now, self.context.actor, use, insist=True)
+            found = self.redis.read_and_count(user_id, alive_after, now, self.context.actor, use, insist=True)
         if found.token is not None and found.token.expires_at > alive_after:
             if found.waiting % FOLD_AT == 0 and not self._postgres_failed:
                 self._fold_quietly()
             return found.token
         try:
             # If Redis gave no answer, it may still count this use when it wakes up. The id ensures that it counts once.
-            token = self._postgres.find_and_record(user_id, alive_after, now, {"use": use})
+            token = self.postgres.find_and_record(user_id, alive_after, now, {"use": use})
         except StoreUnavailable as error:
             if violated_constraint(error) != "one_entry_a_use":
                 return self._find_without_postgresql(user_id, alive_after, now, use, error)
@@ -110,21 +110,21 @@ class HybridBackend(Backend):
             token = read_token(rows[0]) if rows else None
         self._postgres_failed = False
         if (token is None or token.in_doubt) and found.what == "old":
-            self._redis.drop(user_id)  # Otherwise it would be handed out when PostgreSQL is down.
+            self.redis.drop(user_id)  # Otherwise it would be handed out when PostgreSQL is down.
         if token is None:
             return None
         uses = token.usage_count
         # Put a copy only where there was none or an older one of the same token. Never replace a tombstone. If a login
         # is running, Redis would not know how it ends.
         if found.what in ("old", "nothing", "dead") and not token.in_doubt:
-            uses = max(uses, self._redis.put(token, now, since=found.time) or 0)
+            uses = max(uses, self.redis.put(token, now, since=found.time) or 0)
         return replace(token, usage_count=uses, source="postgresql")
 
     def _find_without_postgresql(
         self, user_id: str, alive_after: datetime, now: datetime, use: str, error: StoreUnavailable
     ) -> StoredToken | None:
-        self._postgres_failed, self._postgres_again_at = True, time.monotonic() + self._believed
-        found = self._redis.read_and_count(user_id, alive_after, now, self.context.actor, use, insist=True)
+        self._postgres_failed, self._postgres_again_at = True, time.monotonic() + self.believed
+        found = self.redis.read_and_count(user_id, alive_after, now, self.context.actor, use, insist=True)
         if found.what == "no answer":
             raise StoreUnavailable(f"Neither Redis nor PostgreSQL answers. {error}") from error
         if found.token is None or found.token.expires_at <= alive_after:
@@ -136,17 +136,17 @@ class HybridBackend(Backend):
         with self._asking:
             if not self._postgres_failed or time.monotonic() < self._postgres_again_at:
                 return self._postgres_failed
-            self._postgres_again_at = time.monotonic() + self._believed
+            self._postgres_again_at = time.monotonic() + self.believed
             return False
 
     def insert(
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
-        buried = self._redis.bury([token.user_id], self._buried_for)
+        buried = self.redis.bury([token.user_id], self.buried_for)
         unbelieved = buried.certain or self._is_marked_by_this_thread(token.user_id)
-        stored = replace(self._postgres.insert(token, action, metadata), source="postgresql")
+        stored = replace(self.postgres.insert(token, action, metadata), source="postgresql")
         if not stored.in_doubt:
-            self._redis.put(stored, self.context.now(), tombstone=buried.tombstone)
+            self.redis.put(stored, self.context.now(), tombstone=buried.tombstone)
         self._tombstones.pop(token.user_id, None)
         self._wait_until_unbelieved(unbelieved)
         self._fold_quietly()
@@ -162,26 +162,26 @@ class HybridBackend(Backend):
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         users = {user_id} if user_id else {row["user_id"] for row in self._run(queries.ACTIVE_USERS)}
-        self._redis.bury(users, self._buried_for)
-        marked = self._postgres.mark(user_id, lock, now, metadata)
+        self.redis.bury(users, self.buried_for)
+        marked = self.postgres.mark(user_id, lock, now, metadata)
         # Bury again, as in _revoke: a reader may have put a copy there before the token was marked. This includes users
         # who already had a mark, because this thread does not wait again before it stores the new token.
         users.update(marked)
-        buried = self._redis.bury(users, self._buried_for)
+        buried = self.redis.bury(users, self.buried_for)
         self._tombstones.update(dict.fromkeys(marked, buried.tombstone))
         self._wait_until_unbelieved(buried.certain or not (marked or user_id is None))
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
-        ended = self._postgres.unmark(lock, in_doubt, user_id)
+        ended = self.postgres.unmark(lock, in_doubt, user_id)
         if in_doubt:
             # If Redis was down when the login began, it may be back with a copy that is used when PostgreSQL is down.
-            tombstone = self._redis.bury(ended, self._buried_for).tombstone
+            tombstone = self.redis.bury(ended, self.buried_for).tombstone
             self._tombstones.update(dict.fromkeys(ended, tombstone))
         else:
             self._dig_up(ended)
 
     def clear_doubt(self, token: StoredToken) -> None:
-        self._postgres.clear_doubt(token)
+        self.postgres.clear_doubt(token)
         self._dig_up([token.user_id])
 
     def _dig_up(self, user_ids: Iterable[str]) -> None:
@@ -191,57 +191,57 @@ class HybridBackend(Backend):
             if tombstone := self._tombstones.pop(user_id, None):
                 users_of.setdefault(tombstone, []).append(user_id)
         for tombstone, users in users_of.items():
-            self._redis.dig_up(users, tombstone)
+            self.redis.dig_up(users, tombstone)
 
     def revoke(self, user_id: str, now: datetime) -> bool:
-        self._redis.bury([user_id], self._buried_for)
-        revoked = self._postgres.revoke(user_id, now)
+        self.redis.bury([user_id], self.buried_for)
+        revoked = self.postgres.revoke(user_id, now)
         # Bury again, because the revoked token may have been stored and copied after the first tombstone.
-        self._wait_until_unbelieved(self._redis.bury([user_id], self._buried_for).certain)
+        self._wait_until_unbelieved(self.redis.bury([user_id], self.buried_for).certain)
         return revoked
 
     def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         rows = list(pairs)
-        buried = self._redis.bury([old.user_id for old, _ in rows], self._buried_for)
-        replaced = self._postgres.replace_ciphertexts(rows)
+        buried = self.redis.bury([old.user_id for old, _ in rows], self.buried_for)
+        replaced = self.postgres.replace_ciphertexts(rows)
         self._wait_until_unbelieved(buried.certain)
         return replaced
 
     def delete_entries(self, before: datetime, limit: int) -> int:
         self.fold_uses()  # First, because only its audit entry shows that a waiting use was already folded.
-        return self._postgres.delete_entries(before, limit)
+        return self.postgres.delete_entries(before, limit)
 
     def read_tokens(self, user_id: str | None) -> list[StoredToken]:
         self.fold_uses()
-        return self._postgres.read_tokens(user_id)
+        return self.postgres.read_tokens(user_id)
 
     def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        certain = not tokens or self._redis.bury([token.user_id for token in tokens], self._buried_for).certain
-        self._postgres.merge(user_id, tokens, entries)
+        certain = not tokens or self.redis.bury([token.user_id for token in tokens], self.buried_for).certain
+        self.postgres.merge(user_id, tokens, entries)
         self._wait_until_unbelieved(certain)
 
     def _wait_until_unbelieved(self, out_of_redis: bool) -> None:
         if not out_of_redis:
-            logger.warning("Redis could not be told. Waiting %s s, until its copy is not believed.", self._believed)
-            time.sleep(self._believed)
+            logger.warning("Redis could not be told. Waiting %s s, until its copy is not believed.", self.believed)
+            time.sleep(self.believed)
 
     def read_history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
         self.fold_uses()
-        return self._postgres.read_history(user_id, limit, now)
+        return self.postgres.read_history(user_id, limit, now)
 
     def read_statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
         self.fold_uses()
-        return self._postgres.read_statistics(user_id, now)
+        return self.postgres.read_statistics(user_id, now)
 
     def read_audit_trail(self, user_id: str, limit: int) -> list[dict[str, Any]]:
         self.fold_uses()
-        return self._postgres.read_audit_trail(user_id, limit)
+        return self.postgres.read_audit_trail(user_id, limit)
 
     def check_health(self) -> dict[str, Any]:
-        health = self._postgres.check_health()
+        health = self.postgres.check_health()
         details: dict[str, Any] = {"redis": {}, "postgresql": {}}
         try:
-            details["redis"] = self._redis.status()
+            details["redis"] = self.redis.status()
             health["redis"] = "healthy"
         except StoreUnavailable as error:
             health["redis"] = f"error: {error}"
@@ -265,7 +265,8 @@ class HybridBackend(Backend):
             finally:
                 self._folding.release()
 
-    def _fold(self, uses: list[Use]) -> int:
+    def fold(self, uses: list[Use]) -> int:
+        """Copy these uses to PostgreSQL, and return how many were new there."""
         rows = self._run(
             queries.FOLD,
             tokens=[use.token for use in uses],
@@ -279,40 +280,40 @@ class HybridBackend(Backend):
     # PostgreSQL does these alone.
 
     def find_in_doubt(self, user_id: str) -> StoredToken | None:
-        return self._postgres.find_in_doubt(user_id)
+        return self.postgres.find_in_doubt(user_id)
 
     def find_newest(self, user_id: str) -> StoredToken | None:
-        return self._postgres.find_newest(user_id)
+        return self.postgres.find_newest(user_id)
 
     def find_by_account(self, account: str) -> list[StoredToken]:
-        return self._postgres.find_by_account(account)
+        return self.postgres.find_by_account(account)
 
     def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
-        self._postgres.record(user_id, action, now, metadata)
+        self.postgres.record(user_id, action, now, metadata)
 
     def logins_since(self, moment: datetime, process: str) -> list[datetime]:
-        return self._postgres.logins_since(moment, process)
+        return self.postgres.logins_since(moment, process)
 
     def read_notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
-        return self._postgres.read_notes(names)
+        return self.postgres.read_notes(names)
 
     def write_note(self, name: str, text: str) -> None:
-        self._postgres.write_note(name, text)
+        self.postgres.write_note(name, text)
 
     def erase_note(self, name: str) -> None:
-        self._postgres.erase_note(name)
+        self.postgres.erase_note(name)
 
     def expire(self, now: datetime, limit: int) -> int:
-        return self._postgres.expire(now, limit)
+        return self.postgres.expire(now, limit)
 
     def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
-        return self._postgres.find_under_other_keys(key_id, limit)
+        return self.postgres.find_under_other_keys(key_id, limit)
 
     def count_keys(self) -> dict[str, int]:
-        return self._postgres.count_keys()
+        return self.postgres.count_keys()
 
     def list_users(self) -> list[str | None]:
-        return self._postgres.list_users()
+        return self.postgres.list_users()
 
     def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
-        return self._postgres.read_entries(user_id, after, limit)
+        return self.postgres.read_entries(user_id, after, limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from psycopg2.extensions import connection
 
@@ -56,6 +56,10 @@ class HybridUpstoxStorage(TokenStorage):
         StoreUnavailable: neither PostgreSQL nor Redis can be reached.
     """
 
+    backend: HybridBackend
+    backend_class: ClassVar = HybridBackend
+    postgres_class: ClassVar = PostgreSQLBackend
+
     def __init__(
         self,
         redis_config: Config,
@@ -97,10 +101,10 @@ class HybridUpstoxStorage(TokenStorage):
             prefix=redis_prefix,
         )
         self._connections = PostgreSQLConnections(dsn, pool_size, timeout)
-        postgres = PostgreSQLBackend(self._connections, settings.context)
-        self._hybrid = HybridBackend(postgres, redis, believed, buried_for=max(2 * timeout, believed))
+        postgres = self.postgres_class(self._connections, settings.context)
+        backend = self.backend_class(postgres, redis, believed, buried_for=max(2 * timeout, believed))
         try:
-            super().__init__(self._hybrid, settings)
+            super().__init__(backend, settings)
         except StoreUnavailable as error:
             if not redis.answers():
                 self.close()
@@ -122,4 +126,4 @@ class HybridUpstoxStorage(TokenStorage):
         Returns:
             how many were new there.
         """
-        return self._hybrid.fold_uses()
+        return self.backend.fold_uses()

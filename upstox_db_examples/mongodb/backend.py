@@ -62,7 +62,7 @@ class MongoBackend(Backend):
 
     def __init__(self, connection: MongoDBConnection, lease: float, context: Context) -> None:
         super().__init__(context, connection.where)
-        self._connection, self._database = connection, connection.database
+        self.connection, self._database = connection, connection.database
         self._leases, self._seen = Leases(self._database, lease), SeenLogins()
 
     def has_tables(self) -> bool:
@@ -76,7 +76,7 @@ class MongoBackend(Backend):
                 make_runtime_role(db, runtime_role, self.where)
 
     def close(self) -> None:
-        self._connection.close()
+        self.connection.close()
 
     def find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         entry = self._entry(user_id, "used", now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from datetime import datetime
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from pymongo import DESCENDING
 
@@ -46,6 +46,9 @@ class MongoUpstoxStorage(TokenStorage):
         StoreUnavailable: the server cannot be reached.
     """
 
+    backend: MongoBackend
+    backend_class: ClassVar = MongoBackend
+
     def __init__(
         self,
         connection_string: str,
@@ -63,7 +66,7 @@ class MongoUpstoxStorage(TokenStorage):
         self._connection = MongoDBConnection(url, database_name, timeout)
         # As in the guide, you need not close a store.
         weakref.finalize(self, self._connection.close)
-        super().__init__(MongoBackend(self._connection, lease, settings.context), settings)
+        super().__init__(self.backend_class(self._connection, lease, settings.context), settings)
 
     def get_user_dashboard(self, user_id: str) -> dict[str, Any]:
         """Return everything about a user in one JSON-friendly dict, without the token.

@@ -32,7 +32,7 @@ class PostgreSQLBackend(Backend):
 
     store_kind = "access token in PostgreSQL"
     # One step for each schema version. Never change a step that was released: append one.
-    _steps: tuple[str, ...] = (queries.SCHEMA, queries.SCHEMA_2)
+    schema_steps: tuple[str, ...] = (queries.SCHEMA, queries.SCHEMA_2)
 
     def __init__(self, connections: PostgreSQLConnections, context: Context) -> None:
         super().__init__(context, connections.where)
@@ -46,7 +46,7 @@ class PostgreSQLBackend(Backend):
     def init_database(self, runtime_role: str | None = None) -> None:
         answer = self.connections.answer
         with self.connections.session() as conn:
-            if self._version(conn) == len(self._steps) and runtime_role is None:
+            if self._version(conn) == len(self.schema_steps) and runtime_role is None:
                 return
         with self.lock(SCHEMA_LOCK), self.connections.session() as conn:
             answer(conn, "BEGIN")
@@ -56,20 +56,20 @@ class PostgreSQLBackend(Backend):
                 answer(conn, queries.GRANTS.format(role=quoted))
             answer(conn, "COMMIT")
         runtime = f", and {runtime_role} may store and read tokens" if runtime_role else ""
-        logger.info("%s has schema version %s now%s", self.where, len(self._steps), runtime)
+        logger.info("%s has schema version %s now%s", self.where, len(self.schema_steps), runtime)
 
     def _take_forward(self, conn: connection) -> None:
         answer, there = self.connections.answer, self._version(conn)
         try:
-            for version in range(there, len(self._steps)):
-                step = f"{queries.VERSION_TABLE}; {self._steps[version]}; DELETE FROM upstox_schema"
+            for version in range(there, len(self.schema_steps)):
+                step = f"{queries.VERSION_TABLE}; {self.schema_steps[version]}; DELETE FROM upstox_schema"
                 answer(conn, step, seconds=STEP_SECONDS)
                 answer(conn, "INSERT INTO upstox_schema VALUES (%(version)s)", version=version + 1)
         except InsufficientPrivilege as error:
             if not there:
                 raise
             raise ConfigurationError(
-                f"{self.where} has schema version {there}, this package needs {len(self._steps)}, and "
+                f"{self.where} has schema version {there}, this package needs {len(self.schema_steps)}, and "
                 f"this role may not change the tables. Run this as their owner: upstox-db init --runtime-role "
                 f"{conn.info.user}"
             ) from error
@@ -94,9 +94,9 @@ class PostgreSQLBackend(Backend):
             )
         rows = self.connections.answer(conn, "SELECT version FROM upstox_schema") if exists["versioned"] else []
         version = int(rows[0]["version"]) if rows else 0
-        if version > len(self._steps):
+        if version > len(self.schema_steps):
             raise ConfigurationError(
-                f"{where} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
+                f"{where} has schema version {version}; this package knows {len(self.schema_steps)}. Upgrade it."
             )
         return version
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from psycopg2.extensions import connection
 
@@ -31,6 +31,9 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         StoreUnavailable: the server cannot be reached.
     """
 
+    backend: PostgreSQLBackend
+    backend_class: ClassVar = PostgreSQLBackend
+
     def __init__(
         self, connection_string: str, *, pool_size: int = 5, timeout: float = 5.0, **options: Unpack[Options]
     ) -> None:
@@ -40,7 +43,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         require_positive("timeout", timeout)
         settings = Settings(type(self).__name__, options)
         self._connections = PostgreSQLConnections(dsn, pool_size, timeout)
-        super().__init__(PostgreSQLBackend(self._connections, settings.context), settings)
+        super().__init__(self.backend_class(self._connections, settings.context), settings)
 
     def get_connection(self) -> AbstractContextManager[connection]:
         """Open an ordinary psycopg2 connection of your own, outside the pool. Commit what you write."""

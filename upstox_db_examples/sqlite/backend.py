@@ -40,7 +40,7 @@ class SQLiteBackend(Backend):
     store_kind = "access token in SQLite"
     # There is one step for each schema version, and a file of an older version is upgraded. Never change a released
     # step: append one.
-    _steps: tuple[str, ...] = (queries.SCHEMA, queries.SCHEMA_2)
+    schema_steps: tuple[str, ...] = (queries.SCHEMA, queries.SCHEMA_2)
 
     def __init__(self, connections: SQLiteConnections, context: Context, *, audit_reads: bool = False) -> None:
         super().__init__(context, repr(str(connections.path)))
@@ -57,13 +57,13 @@ class SQLiteBackend(Backend):
         if runtime_role is not None:
             raise InvalidInput("SQLite has no roles: whoever may write to the file may do everything. Check its mode.")
         with self.connections.lend() as conn:
-            if self._version(conn) == len(self._steps):
+            if self._version(conn) == len(self.schema_steps):
                 return
         # One process at a time: SQLite does not wait when two switch to WAL, it answers "locked" at once.
         with self.lock(SCHEMA_LOCK), self.connections.lend() as conn:
             conn.execute("PRAGMA journal_mode = WAL")
-            for version in range(self._version(conn), len(self._steps)):
-                step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"
+            for version in range(self._version(conn), len(self.schema_steps)):
+                step = f"{self.schema_steps[version]} PRAGMA user_version = {version + 1};"
                 conn.executescript(f"BEGIN IMMEDIATE; {step} COMMIT;")
                 logger.info("%s has schema version %s now", self.path, version + 1)
 
@@ -98,9 +98,9 @@ class SQLiteBackend(Backend):
     def _version(self, conn: sqlite3.Connection) -> int:
         # One statement sees one moment. With two, another process might make the tables in between.
         version, ours = map(int, conn.execute(queries.SCHEMA_VERSION).fetchone())
-        if version > len(self._steps):
+        if version > len(self.schema_steps):
             raise ConfigurationError(
-                f"{self.path} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
+                f"{self.path} has schema version {version}; this package knows {len(self.schema_steps)}. Upgrade it."
             )
         if ours != (2 if version else 0):
             raise ConfigurationError(
@@ -203,7 +203,7 @@ class SQLiteBackend(Backend):
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         mark = f"{lock} {uuid.uuid4().hex}"
-        self._make_room()  # First, because a mark that a full disk keeps there would put a living token in doubt.
+        self.make_room()  # First, because a mark that a full disk keeps there would put a living token in doubt.
         with self._transaction() as conn:
             self._audit_entry(conn, None, user_id, "login", now, metadata)
             values = {"user_id": user_id, "lock": lock, "mark": mark}
@@ -258,7 +258,7 @@ class SQLiteBackend(Backend):
         with self._transaction() as conn:
             conn.execute(queries.ERASE_NOTE, (name,))
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """Find out that the disk is full before a login is spent: write as much as the token needs, and roll back.
 
         With a cache of one page, SQLite writes it to the log at once. It does not count there, and the next transaction

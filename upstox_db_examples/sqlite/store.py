@@ -7,7 +7,7 @@ import os
 import sqlite3
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from ..core.errors import ConfigurationError, InvalidInput
 from ..core.files import write_whole
@@ -35,6 +35,9 @@ class SQLiteUpstoxStorage(TokenStorage):
         ConfigurationError: the path cannot be used, or the file holds something else.
     """
 
+    backend: SQLiteBackend
+    backend_class: ClassVar = SQLiteBackend
+
     def __init__(
         self, db_path: str | os.PathLike[str] = "upstox.db", *, audit_reads: bool = False, **options: Unpack[Options]
     ) -> None:
@@ -43,7 +46,7 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     def _open(self, connections: SQLiteConnections, settings: Settings, audit_reads: bool) -> None:
         self.db_path, self._connections = connections.path, connections
-        super().__init__(SQLiteBackend(connections, settings.context, audit_reads=audit_reads), settings)
+        super().__init__(self.backend_class(connections, settings.context, audit_reads=audit_reads), settings)
 
     def get_connection(self) -> AbstractContextManager[sqlite3.Connection]:
         """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
