@@ -166,6 +166,65 @@ class BackendContract(OnAStore):
         assert [self.found(store, user_id) for user_id in [USER, *OTHERS]] == [True, False, True, True]
         assert store.backend.find_in_doubt(USER) is store.backend.find_in_doubt(OTHERS[1]) is None
 
+    @pytest.mark.parametrize("first", ["the named", "the nameless"])
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_a_token_that_is_stored_while_a_login_of_nobody_named_runs_gets_its_mark(
+        self, store: TokenStorage, open_store: Callable[..., TokenStorage], first: str, ends: bool
+    ) -> None:
+        nameless, now = open_store(), store.backend.context.now()
+        with store.backend.lock(USER), nameless.backend.lock("-account-x"):
+            if first == "the named":
+                store.backend.begin_login(USER, USER, now, {})
+            nameless.backend.begin_login(None, "-account-x", now, {})
+            if first != "the named":
+                store.backend.begin_login(USER, USER, now, {})
+            assert store.backend.insert(made_up(store, USER)).in_doubt
+            assert self.found(store), "the other login is under way"
+            if ends:
+                nameless.backend.end_login("-account-x", in_doubt=False)
+        assert self.found(store) == ends, "if it was killed, it may have replaced this token at Upstox"
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, now, {})
+            assert not store.backend.insert(made_up(store, USER, 2)).in_doubt, "it was over before this login began"
+            assert not store.backend.insert(made_up(store, USER, 3), "adopted").in_doubt
+        assert self.found(store)
+
+    def test_a_failed_login_leaves_the_mark_of_the_login_of_nobody_named(
+        self, store: TokenStorage, open_store: Callable[..., TokenStorage]
+    ) -> None:
+        nameless, now = open_store(), store.backend.context.now()
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER), nameless.backend.lock("-account-x"):
+            store.backend.begin_login(USER, USER, now, {})
+            nameless.backend.begin_login(None, "-account-x", now, {})
+            store.backend.end_login(USER, in_doubt=False)
+            assert self.found(store), "the other login is under way"
+            store.backend.clear_doubt(store.backend.find_in_doubt(USER))  # type: ignore[arg-type]
+            assert store.backend.find_in_doubt(USER), "and may still replace the token"
+        assert not self.found(store)
+
+    def test_a_login_of_nobody_named_that_ends_leaves_the_mark_of_a_named_one(
+        self, store: TokenStorage, open_store: Callable[..., TokenStorage]
+    ) -> None:
+        nameless, now = open_store(), store.backend.context.now()
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER), nameless.backend.lock("-account-x"):
+            nameless.backend.begin_login(None, "-account-x", now, {})
+            store.backend.begin_login(USER, USER, now, {})
+            nameless.backend.end_login("-account-x", in_doubt=False)
+        assert not self.found(store), "the named login was killed"
+
+    def test_a_login_of_nobody_named_of_unknown_end_puts_later_tokens_in_doubt(
+        self, store: TokenStorage, open_store: Callable[..., TokenStorage]
+    ) -> None:
+        nameless, now = open_store(), store.backend.context.now()
+        with store.backend.lock(USER), nameless.backend.lock("-account-x"):
+            nameless.backend.begin_login(None, "-account-x", now, {})
+            store.backend.begin_login(USER, USER, now, {})
+            nameless.backend.end_login("-account-x", in_doubt=True)
+            assert store.backend.insert(made_up(store, USER)).in_doubt
+            assert not self.found(store)
+
     def test_a_token_in_doubt_is_moved_as_such(self, store: TokenStorage) -> None:
         store.backend.insert(replace(made_up(store, USER), issued_at=store.backend.context.now()))
         with store.backend.lock(USER):

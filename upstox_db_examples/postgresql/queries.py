@@ -148,14 +148,14 @@ WHERE is_active AND {{marked}} RETURNING user_id
 MARK = _MARK.format(whose="user_id = %(user_id)s", marked="user_id = %(user_id)s")
 MARK_ALL = f"""
 SELECT pg_advisory_xact_lock({_RUNNING_LOCK});
-INSERT INTO upstox_login_notes (name, sealed) VALUES (%(note)s, %(key)s::text)
+INSERT INTO upstox_login_notes (name, sealed) VALUES (%(note)s, (%(key)s)::text)
 ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed;
 {_MARK.format(whose="true", marked="login_lock IS NULL")}"""
 # The planner drops the half of the user condition that does not apply.
 _MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
 UNMARK = f"""
 SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
-DELETE FROM upstox_login_notes WHERE name = %(note)s AND %(mark)s::bigint IS NULL;
+DELETE FROM upstox_login_notes WHERE name = %(note)s AND (%(mark)s)::bigint IS NULL;
 UPDATE upstox_login_notes SET sealed = '0' WHERE name = %(note)s;
 UPDATE upstox_tokens SET login_lock = coalesce(%(mark)s, {_MARK_OF_RUNNING}) WHERE {_MARKED} RETURNING user_id
 """

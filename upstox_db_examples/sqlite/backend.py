@@ -236,7 +236,10 @@ class SQLiteBackend(Backend):
         which = (token.user_id, token.generation)
         with self._transaction() as conn:
             row = conn.execute(queries.MARK_OF, which).fetchone()
-            if row and not self._is_held(row["login_mark"] or ""):
+            # The caller holds the user's own lock, so only a login under another lock can be running.
+            if row and (
+                row["login_mark"].startswith(f"{token.user_id.upper()} ") or not self._is_held(row["login_mark"])
+            ):
                 conn.execute(queries.CLEAR_DOUBT, which)
 
     def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:

@@ -117,7 +117,9 @@ UPDATE upstox_tokens SET login_mark = :mark
 WHERE is_active AND {_OF_THIS_LOCK} AND (:user_id IS NULL OR user_id = :user_id)
 """
 RUNNING_LOGINS = "SELECT sealed FROM upstox_login_notes WHERE name >= 'running ' AND name < 'running!'"
-MARK_OF = "SELECT login_mark FROM upstox_tokens WHERE user_id = ? AND generation = ? AND is_active"
+MARK_OF = """
+SELECT login_mark FROM upstox_tokens WHERE user_id = ? AND generation = ? AND is_active AND login_mark IS NOT NULL
+"""
 CLEAR_DOUBT = "UPDATE upstox_tokens SET login_mark = NULL WHERE user_id = ? AND generation = ? AND is_active"
 LOGINS_SINCE = """
 SELECT performed_at FROM upstox_token_audit
