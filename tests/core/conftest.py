@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from ..support.pools import Opener
 
 
 @pytest.fixture
-def opener(tmp_path: Path) -> Opener:
-    return Opener(tmp_path / "some.db")
+def opener(tmp_path: Path) -> Iterator[Opener]:
+    opener = Opener(tmp_path / "some.db")
+    yield opener
+    opener.close_all()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ class Opener:
         self._path, self._lock = path, threading.Lock()
         self.opened = self.open_now = self.most = 0
         self.fails = False
+        self._all: list[Connection] = []
 
     def open(self) -> Connection:
         if self.fails:
@@ -29,7 +30,14 @@ class Opener:
             self.opened += 1
             self.open_now += 1
             self.most = max(self.most, self.open_now)
-        return sqlite3.connect(self._path, check_same_thread=False)
+        conn = sqlite3.connect(self._path, check_same_thread=False)
+        self._all.append(conn)
+        return conn
+
+    def close_all(self) -> None:
+        """Close also those that Ctrl-C took out of everybody's hands: Python 3.13 warns of an open one."""
+        for conn in self._all:
+            conn.close()
 
     def close(self, conn: Connection) -> None:
         with self._lock:
