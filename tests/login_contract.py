@@ -105,7 +105,7 @@ class LoginContract:
     def test_the_token_of_another_user_is_stored_under_that_ones_name(self, open_store: OpenStore) -> None:
         store = open_store(login=lambda _: token_data("CD0001", "eyJ0eXAi" + "c" * 60))
         store._insert(made_up(store, USER))
-        with pytest.raises(LoginRefused, match=rf"asked for {USER} and logged CD0001 in"):
+        with pytest.raises(LoginRefused, match=rf"was for {USER} but logged CD0001 in"):
             store.store_token(USER)
         assert held(store, "CD0001") == "eyJ0eXAi" + "c" * 60
         assert held(store) == f"a token of {USER}, number 1", "that one was not replaced"
@@ -373,7 +373,7 @@ class LoginContract:
         payload = upstox.notify(account.user_id)
         clock.advance(seconds=1)
         upstox.notify(account.user_id)
-        with pytest.raises(InvalidInput, match="does not take this"):
+        with pytest.raises(InvalidInput, match="does not accept this"):
             store.save_token(payload, verify=True)
         assert store.save_token(payload), "the caller vouches for it"
 
@@ -441,7 +441,7 @@ class LoginContract:
     ) -> None:
         store.store_token()
         for call in (store.store_token, store.get_or_create_token, lambda user: store.renew_token(user, "eyJ0eXAi")):
-            with pytest.raises(LoginRefused, match=f"log {USER} in, not CD5678"):
+            with pytest.raises(LoginRefused, match=f"belong to {USER}, not CD5678"):
                 call("CD5678")
         (result,) = store.store_token_batch(["CD5678"], progress=False)
         assert not result["success"]

@@ -101,7 +101,7 @@ class TestALogin:
         self, upstox: LocalUpstox, account: Account
     ) -> None:
         login = SdkLogin(account.credentials(), user_id=USER, base_domain=upstox.base_domain)
-        with pytest.raises(LoginRefused, match="log AB1234 in, not XY9999"):
+        with pytest.raises(LoginRefused, match="belong to AB1234, not XY9999"):
             login("XY9999")
         assert upstox.attempts() == 0
 
@@ -261,7 +261,7 @@ class TestAnAnswer:
         self, odd_login: SdkLogin | TotpLogin, odd: OddUpstox
     ) -> None:
         odd.change = lambda _: Answer({"access_token": "opaque-token"})
-        with pytest.raises(LoginInterrupted, match="named no usable user id") as caught:
+        with pytest.raises(LoginInterrupted, match="no usable user id") as caught:
             odd_login()
         assert caught.value.token is not None
         assert caught.value.token.reveal() == "opaque-token"
@@ -274,7 +274,7 @@ class TestAnAnswer:
             assert answer.access_token[4:] not in shown
             assert answer["extended_token"][4:] not in shown
         for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
-            with pytest.raises(TypeError, match="not pickled"):
+            with pytest.raises(TypeError, match="cannot be pickled"):
                 attempt(answer)
         with pytest.raises(TypeError):
             answer["user_id"] = "XY9999"
@@ -287,7 +287,7 @@ class TestCredentialsOfAnotherUser:
         self, upstox: LocalUpstox, account: Account, declared: bool
     ) -> None:
         login = SdkLogin(account.credentials(), user_id="XY9999" if declared else None, base_domain=upstox.base_domain)
-        with pytest.raises(LoginRefused, match=r"asked for XY9999.*these credentials log AB1234 in.*minted") as caught:
+        with pytest.raises(LoginRefused, match=r"for XY9999.*belong to AB1234.*no token was made") as caught:
             login(None if declared else "XY9999")
         assert (upstox.attempts(), caught.value.token_may_exist, caught.value.token) == (0, False, None)
         assert_shows_nothing(caught.value, account)
@@ -424,9 +424,9 @@ class TestAFailure:
             ("username", "9999999999", "mobile number"),
             ("pin_code", "000001", "the PIN is wrong; five wrong ones lock the account"),
             ("totp_secret", "JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP", "refused"),
-            ("client_id", "somebody-elses", "the client id or the redirect URI is not the app's"),
+            ("client_id", "somebody-elses", "the client id or the redirect URI does not match"),
             ("client_secret", "not-the-secret", "the client id or secret is wrong"),
-            ("redirect_uri", "https://example.com/elsewhere", "the client id or the redirect URI is not the app's"),
+            ("redirect_uri", "https://example.com/elsewhere", "the client id or the redirect URI does not match"),
         ],
     )
     def test_by_a_wrong_credential_says_which_and_is_never_to_be_tried_again(
@@ -498,13 +498,13 @@ class TestCredentials:
             *((field, "", f"UPSTOX_{field.upper()} .* not set") for field in FIELDS),
             ("username", "+919876543210", "10 digits"),
             ("username", "trader@example.com", "10 digits"),
-            ("pin_code", "12a456", "PIN of digits"),
+            ("pin_code", "12a456", "4 to 8 digits"),
             ("totp_secret", "ABCD EFGH IJKL MNOP QRST UVWX", "not base32"),
             ("totp_secret", "ABCDEFGHIJKLMNOP1890ABCDEFGHIJKL", "not base32"),
-            ("totp_secret", "ABCDEFGHIJKLMNOP", "80 bits of at least 112"),
+            ("totp_secret", "ABCDEFGHIJKLMNOP", "80 bits and needs at least 112"),
             ("redirect_uri", "localhost", "not a URL"),
-            ("redirect_uri", "https://x.example/?a=1&b=2", "does not send rightly"),
-            ("client_secret", "a+b%c", "does not send rightly"),
+            ("redirect_uri", "https://x.example/?a=1&b=2", "does not send correctly"),
+            ("client_secret", "a+b%c", "does not send correctly"),
         ],
     )
     def test_that_cannot_work_cost_no_request_and_are_not_shown(
@@ -526,7 +526,7 @@ class TestCredentials:
         for thing in (login, accounts, Credentials(account.credentials())):
             shown = f"{thing} {thing!r} {vars(thing)}"
             assert [secret for secret in secrets_of(account) if secret in shown] == []
-            with pytest.raises(TypeError, match="not pickled"):
+            with pytest.raises(TypeError, match="cannot be pickled"):
                 pickle.dumps(thing)
 
     def test_have_a_name_that_is_the_same_for_the_same_account_only(
@@ -603,7 +603,7 @@ class TestAccounts:
             {USER: account.credentials(), "XY9999": upstox.add_account("XY9999").credentials()},
             base_domain=upstox.base_domain,
         )
-        with pytest.raises(LoginRefused, match=r"There is no account ZZ0000\. Known are: AB1234, XY9999"):
+        with pytest.raises(LoginRefused, match=r"There is no account ZZ0000\. The known ones: AB1234, XY9999"):
             accounts("ZZ0000")
         with pytest.raises(LoginRefused, match="No account was named"):
             accounts()

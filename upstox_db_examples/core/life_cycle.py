@@ -88,7 +88,7 @@ class LifeCycle(Backend):
 
     def __init__(self, **options: Unpack[Options]) -> None:
         if unknown := sorted(set(options) - Options.__annotations__.keys()):
-            raise TypeError(f"{type(self).__name__} does not know {', '.join(unknown)}.")
+            raise TypeError(f"{type(self).__name__} does not take {', '.join(unknown)}.")
         self._login: Login = options.get("login") or SdkLogin()
         self._keys = options.get("keys") or KeyRing.default
         self._clock = options.get("clock") or functools.partial(datetime.now, UTC)
@@ -161,12 +161,12 @@ class LifeCycle(Backend):
         try:
             owner = owner_of(self._decrypt(token))
         except LoginError as error:
-            logger.info("Upstox could not be asked whether the token of %s lives: %s", user_id, error)
+            logger.info("Upstox could not confirm whether the token of %s still works: %s", user_id, error)
             return False
         if owner is None or not same_user(owner, user_id):
             return False
         self._clear_doubt(token)
-        logger.info("The token of %s lives, in spite of a login that came to no known end", user_id)
+        logger.info("The token of %s still works, although a login ended without a known result", user_id)
         return True
 
     def _refuse_before_a_request(self, user_id: str | None, wish: Wish, applicant: Applicant) -> str | None:
@@ -179,7 +179,7 @@ class LifeCycle(Backend):
             check(user_id)
         known = self._user_of_account(_account_of(self._login, user_id))
         if user_id and known and not same_user(known, user_id):
-            raise LoginRefused(f"These credentials log {known} in, not {user_id}. Use Accounts for several users.")
+            raise LoginRefused(f"These credentials belong to {known}, not {user_id}. Use Accounts for more users.")
         _ = self._ring
         return self._login_notes.look(applicant, deliberate=wish.deliberate)
 
@@ -187,9 +187,9 @@ class LifeCycle(Backend):
         left = self._renew_pause - self._login_notes.since_renewal(user_id)
         if left > 0:
             raise LoginLimited(
-                f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and is refused again, so "
-                "another login would not help. Find out why Upstox says 401: a request from an unregistered IP gets "
-                "it, too. store_token() logs in all the same.",
+                f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and was refused again, so "
+                "another login would not help. Find out why Upstox answers 401: an unregistered IP address "
+                "is one cause. store_token() logs in anyway.",
                 retry_after=left,
                 account_only=True,
             )
@@ -197,7 +197,7 @@ class LifeCycle(Backend):
     def _refuse_a_dead_one(self, minted: Minted, now: datetime) -> None:
         if self._policy.expires_at(minted.token, now) <= self._now():
             error = LoginInterrupted(
-                "The login gave a token that is dead already, by this machine's clock. Check that clock first. The "
+                "By this machine's clock, the new token has already expired. Check that clock first. The "
                 "token is in this error: error.token.reveal()."
             )
             error.token, error.user_id = minted.token, minted.user_id
@@ -217,7 +217,7 @@ class LifeCycle(Backend):
             self._record(user_id, "login_failed", self._now(), details)
             self._login_notes.failed(applicant, error, frozenset(FIX_CODES))
         except StorageError as unrecorded:  # The login's own error matters more.
-            logger.warning("This failure is not written down in the store: %s", unrecorded)
+            logger.warning("This failure could not be recorded in the store: %s", unrecorded)
 
     def _keep(
         self,
@@ -257,8 +257,8 @@ class LifeCycle(Backend):
             raise interrupt
         if user_id and not as_asked:
             raise LoginRefused(
-                f"The login was asked for {user_id} and logged {minted.user_id} in, under whose name the token is "
-                "stored now. Check which account these credentials belong to."
+                f"The login was for {user_id} but logged {minted.user_id} in, so the token is stored under "
+                "that name. Check which account these credentials belong to."
             )
         return result
 
@@ -275,7 +275,7 @@ class LifeCycle(Backend):
             if wish.refused:
                 self._login_notes.renewed(minted.user_id)
         except StorageError as error:
-            logger.warning("The token of %s is stored; the notes on its login are not: %s", minted.user_id, error)
+            logger.warning("The token of %s is stored, but the notes on its login are not: %s", minted.user_id, error)
 
     def _account_that_made(self, minted: Minted) -> str | None:
         """Return the account to bind to this token, or None if the token names a different user than the answer.
@@ -292,7 +292,7 @@ class LifeCycle(Backend):
                 self._end_login(lock, in_doubt=True, user_id=spelling)
             self._end_login(lock, in_doubt=False)
         except StorageError as error:  # The marks stay and the lock is released: in doubt too.
-            logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
+            logger.warning("Tokens stay in doubt until Upstox confirms them or the next login: %s", error)
 
     def _save(self, minted: Minted, before: int | None, now: datetime, action: str) -> TokenResult:
         """Store this token, unless the store has one that was issued later.
@@ -334,7 +334,7 @@ class LifeCycle(Backend):
                 continue  # Another writer was faster. Compare the two tokens again.
             logger.info("Stored token %s of %s", token.token_id, token.user_id)
             return result_of(minted.token, token)
-        raise StoreUnavailable(f"Others store tokens of {minted.user_id} all the time. Try again.")
+        raise StoreUnavailable(f"Other programs keep storing tokens of {minted.user_id}. Try again.")
 
     def _is_later(self, minted: Minted, newest: StoredToken, before: int | None, action: str) -> bool:
         """Return whether Upstox issued this token after the newest stored one. This machine's clock does not matter."""
@@ -343,7 +343,7 @@ class LifeCycle(Backend):
             try:
                 other = issued_at(self._decrypt(newest))
             except (KeyUnavailable, TokenRefused) as error:
-                logger.info("The stored token of %s cannot be compared: %s", minted.user_id, error)
+                logger.info("The stored token of %s cannot be compared with the new one: %s", minted.user_id, error)
         elif other and other > self._now() + timedelta(days=1):
             other = None  # Only a forger writes such a time, and it would keep every later token out.
         if mine is None or other is None:
@@ -387,7 +387,7 @@ class LifeCycle(Backend):
                     self._user_of[account] = token.user_id
                     return token.user_id
             except (TokenRefused, KeyUnavailable):
-                logger.warning("A row of %s names this account and is not its own: it is passed over", token.user_id)
+                logger.warning("A row of %s names this account but is not its own, so it is skipped", token.user_id)
         return None
 
     def _look_up(self, user_id: str) -> tuple[str, StoredToken | None]:
@@ -460,7 +460,7 @@ class LifeCycle(Backend):
             return self._ring.decrypt(token.ciphertext, binding)
         except KeyUnavailable as error:
             # A long-running program picks up a newly added key here.
-            logger.info("Asking for the keys again: %s is not among them", error.key_id)
+            logger.info("Key %s is not in the key ring. Loading the keys again", error.key_id)
             self._key_ring = None
             return self._ring.decrypt(token.ciphertext, binding)
 
@@ -473,7 +473,7 @@ class LifeCycle(Backend):
 
     def _now(self) -> datetime:
         """Return the current time in UTC and in whole seconds, which every store can keep."""
-        return require_aware(self._clock(), "What the clock gives").replace(microsecond=0)
+        return require_aware(self._clock(), "The result of clock").replace(microsecond=0)
 
     @property
     def _actor(self) -> str:
@@ -482,7 +482,7 @@ class LifeCycle(Backend):
 
 def _superseded(minted: Minted) -> LoginSuperseded:
     error = LoginSuperseded(
-        f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
+        f"The store has a token of {minted.user_id} that was issued later. Read it with get_valid_token()."
     )
     error.token, error.user_id = minted.token, minted.user_id
     return error
