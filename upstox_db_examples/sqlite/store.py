@@ -71,7 +71,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             runtime_role: must be None, because SQLite has no roles.
         """
         if runtime_role is not None:
-            raise InvalidInput("SQLite has no roles: whoever may write to the file may do everything. Check its mode.")
+            raise InvalidInput("SQLite has no roles: anyone who can write the file can do everything. Check its mode.")
         with self.get_connection() as conn:
             if self._version(conn) == len(self._steps):
                 return
@@ -81,7 +81,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             for version in range(self._version(conn), len(self._steps)):
                 step = f"{self._steps[version]} PRAGMA user_version = {version + 1};"
                 conn.executescript(f"BEGIN IMMEDIATE; {step} COMMIT;")
-                logger.info("%s has schema version %s now", self.db_path, version + 1)
+                logger.info("%s now has schema version %s", self.db_path, version + 1)
 
     def get_connection(self) -> AbstractContextManager[sqlite3.Connection]:
         """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
@@ -102,7 +102,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         """
         # SQLite would apply the log beside a database in use to the copy, and destroy it.
         if Path(f"{path}-wal").exists() or (Path(path).exists() and self.db_path.samefile(path)):
-            raise InvalidInput(f"{path} is a database in use. Name another file for its copy.")
+            raise InvalidInput(f"{path} is a database in use. Choose another file for the copy.")
         with written_whole(Path(path)) as temporary, self.get_connection() as conn:
             copy = sqlite3.connect(temporary, isolation_level=None)
             try:
@@ -113,7 +113,7 @@ class SQLiteUpstoxStorage(TokenStorage):
                 if isinstance(error, sqlite3.OperationalError):  # The destination failed: a full disk, for one.
                     raise explained(error, Path(path)) from error
                 raise ConfigurationError(
-                    f"{self.db_path} is damaged, and so would be its copy. Bring an older backup back."
+                    f"{self.db_path} is damaged, and its copy would be too. Restore an older backup."
                 ) from error
             finally:
                 copy.close()
@@ -147,7 +147,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             except Timeout as error:
                 raise lock_not_had(name, self._login_wait) from error
             except OSError as error:
-                raise ConfigurationError(f"No lock can be made in {self._locks}: {error.strerror}.") from error
+                raise ConfigurationError(f"No lock file can be made in {self._locks}: {error.strerror}.") from error
             try:
                 yield
             finally:
@@ -158,11 +158,11 @@ class SQLiteUpstoxStorage(TokenStorage):
         version, ours = map(int, conn.execute(queries.VERSION).fetchone())
         if version > len(self._steps):
             raise ConfigurationError(
-                f"{self.db_path} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
+                f"{self.db_path} has schema version {version}, but this package knows {len(self._steps)}. Upgrade it."
             )
         if ours != (2 if version else 0):
             raise ConfigurationError(
-                f"{self.db_path} was made by another program and may hold plaintext tokens. Name another file."
+                f"{self.db_path} was made by another program and may hold plaintext tokens. Choose another file."
             )
         refuse_cut_off(conn, self.db_path)
         return version
@@ -231,7 +231,7 @@ class SQLiteUpstoxStorage(TokenStorage):
                 # SQLite names the columns, not the constraint. A retry would not help against any other constraint.
                 if str(error) != "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation":
                     raise
-                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+                raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             self._audit_entry(conn, token_id, token.user_id, action, token.created_at, metadata)
         return token_id
 
