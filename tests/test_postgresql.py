@@ -227,7 +227,7 @@ class TestPostgreSQL(StoreContract):
         bare(self.url, "CREATE UNIQUE INDEX one_for_each_email ON upstox_tokens (email)")
         store._insert(dataclasses.replace(made_up(store, USER), email="someone@example.com"))
         another = dataclasses.replace(made_up(store, "CD0001"), email="someone@example.com")
-        with pytest.raises(StoreUnavailable, match="by the constraint one_for_each_email"):
+        with pytest.raises(StoreUnavailable, match="The constraint one_for_each_email"):
             store._insert(another)
 
     def active(self) -> StoredToken:
@@ -263,7 +263,7 @@ class TestPostgreSQL(StoreContract):
         store.store_token()
         with Later(self.url):
             assert self.raw_rows()[0]["colour"] is None
-        with pytest.raises(ConfigurationError, match=r"schema version 3; this package knows 2. Upgrade it"):
+        with pytest.raises(ConfigurationError, match=r"schema version 3, but this package knows 2. Upgrade it"):
             PostgreSQLUpstoxStorage(self.url)
 
     def test_the_first_schema_is_taken_forward_with_the_token_in_it(
@@ -630,7 +630,7 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(
         wrong_authority, _, _ = make_certificates(tmp_path)
         wrong_host = verified.replace("127.0.0.1", "another.name") + f"{server.ca_file}&hostaddr=127.0.0.1"
         for refused in (f"{verified}{wrong_authority}", wrong_host):
-            with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
+            with pytest.raises(ConfigurationError, match="failed the TLS check"):
                 PostgreSQLUpstoxStorage(refused)
 
 

@@ -77,7 +77,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
                 answer(conn, queries.GRANTS.format(role=quoted))
             answer(conn, "COMMIT")
         runtime = f", and {runtime_role} may store and read tokens" if runtime_role else ""
-        logger.info("%s has schema version %s now%s", self._connections.where, len(self._steps), runtime)
+        logger.info("%s now has schema version %s%s", self._connections.where, len(self._steps), runtime)
 
     def _take_forward(self, conn: connection) -> None:
         answer, there = self._connections.answer, self._version(conn)
@@ -90,7 +90,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
             if not there:
                 raise
             raise ConfigurationError(
-                f"{self._connections.where} has schema version {there}, this package needs {len(self._steps)}, and "
+                f"{self._connections.where} has schema version {there}, but this package needs {len(self._steps)}, and "
                 f"this role may not change the tables. Run this as their owner: upstox-db init --runtime-role "
                 f"{conn.info.user}"
             ) from error
@@ -118,13 +118,13 @@ class PostgreSQLUpstoxStorage(TokenStorage):
         if exists["tokens"] != exists["versioned"]:
             raise ConfigurationError(
                 f"{where} has a table upstox_tokens that was made by another program and may hold plaintext tokens. "
-                "Name another database or schema."
+                "Choose another database or schema."
             )
         rows = self._connections.answer(conn, "SELECT version FROM upstox_schema") if exists["versioned"] else []
         version = int(rows[0]["version"]) if rows else 0
         if version > len(self._steps):
             raise ConfigurationError(
-                f"{where} has schema version {version}; this package knows {len(self._steps)}. Upgrade it."
+                f"{where} has schema version {version}, but this package knows {len(self._steps)}. Upgrade it."
             )
         return version
 
@@ -164,7 +164,7 @@ class PostgreSQLUpstoxStorage(TokenStorage):
             rows = self._run(queries.STORE, **columns, **ended, **begun)
         except StoreUnavailable as error:
             if violated(error) in queries.SUPERSEDED:
-                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+                raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             raise
         return int(rows[0]["token_id"])
 
