@@ -184,10 +184,10 @@ class MongoUpstoxStorage(TokenStorage):
                         try:
                             _move_audit(db, [active["token_id"]])
                         except PyMongoError as error:  # They can stay in the record until the next try.
-                            logger.warning("Audit entries stay in their record (%s)", type(error).__name__)
+                            logger.warning("Audit entries stay in their record for now (%s)", type(error).__name__)
                     return _token(active, **{name: record.get(name) for name in shown})
                 # The token was replaced or revoked in between, so look again.
-        raise StoreUnavailable(f"{self._connection.where} has no record in which to count this use. Store a new token.")
+        raise StoreUnavailable(f"{self._connection.where} has no record to count this use in. Store a new token.")
 
     def _in_doubt(self, user_id: str) -> StoredToken | None:
         with self._database() as db:
@@ -229,9 +229,9 @@ class MongoUpstoxStorage(TokenStorage):
             refused = error.__cause__
             if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
                 raise
-            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+            raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
         if not is_active:
-            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.")
+            raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.")
         try:
             with self._database() as db:
                 earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
@@ -240,7 +240,7 @@ class MongoUpstoxStorage(TokenStorage):
                     _end(db, [{**(cut_off or ended), "token_id": old}])
                     ended = {**ended, "_id": ObjectId()}
         except StorageError as error:  # The token is stored. The next insert catches up.
-            logger.warning("The record of the earlier token of %s is still called active: %s", token.user_id, error)
+            logger.warning("The record of the earlier token of %s is still marked as active: %s", token.user_id, error)
         return str(token_id)
 
     def _revoke(self, user_id: str, now: datetime) -> bool:
@@ -575,7 +575,7 @@ def _swap(db: Database[Document], user_id: str, active: Document) -> tuple[Docum
         if there and there["generation"] >= active["generation"]:
             return None, False
     raise StoreUnavailable(
-        f"The token of {user_id} was replaced {ATTEMPTS} times while this one was stored. Try again."
+        f"The token of {user_id} was replaced {ATTEMPTS} times while this one was being stored. Try again."
     )
 
 
