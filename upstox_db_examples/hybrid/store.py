@@ -105,7 +105,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
                 raise
             # If a program starts while PostgreSQL is down, it reads from Redis, as a running program does.
             self._schema_unseen = True
-            logger.warning("Reads come from Redis alone: %s", error)
+            logger.warning("PostgreSQL is not available, so reads come from Redis alone: %s", error)
 
     def init_postgres(self) -> None:
         """Make the tables, as `init_database` does."""
@@ -283,7 +283,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
 
     def _wait_until_unbelieved(self, out_of_redis: bool) -> None:
         if not out_of_redis:
-            logger.warning("Redis could not be told. Waiting %s s, until its copy is not believed.", self._believed)
+            logger.warning("Redis could not be updated. Waiting %s s, so that its old copy expires.", self._believed)
             time.sleep(self._believed)
 
     def _history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
@@ -322,7 +322,7 @@ class HybridUpstoxStorage(PostgreSQLUpstoxStorage):
             try:
                 self.fold_uses()
             except StorageError as error:
-                logger.warning("Uses wait in Redis: %s", error)
+                logger.warning("Use counts stay in Redis for now: %s", error)
             finally:
                 self._folding.release()
 
