@@ -93,5 +93,5 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
         package = _INSTALLED_AS.get(module, module)
-        message = f"{name} needs {package}. In a clone of this project: pip install '.[{extra}]'"
+        message = f"{name} needs {package}. In a clone of this project, run: pip install '.[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from error

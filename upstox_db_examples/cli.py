@@ -32,8 +32,8 @@ PASSING = (StoreUnavailable, LoginInterrupted, LoginLimited, LoginSuperseded, To
 STORES = """\b
   upstox.db, sqlite:///path                  SQLite
   postgresql://user:password@host/name       PostgreSQL
-  mongodb://user:password@host/?...#name     MongoDB; the database's name is last
-  "redis://... postgresql://..."             the hybrid: its two, in one text
+  mongodb://user:password@host/?...#name     MongoDB; the database name comes last
+  "redis://... postgresql://..."             the hybrid: both, in one argument
 """
 
 
@@ -69,8 +69,8 @@ Examples
   upstox-db --store upstox.db status
   45 8 * * 1-5  . $HOME/upstox.env; upstox-db login --keep      (in a crontab)
 
-It ends with 0 when it is done; with 1 if it may be tried again, as when a store or Upstox does not answer; with 2 for
-a wrong command; with 3 if something has to be put right first, such as credentials or a name.""",
+The exit code is 0 for success, 1 if you can try again (a store or Upstox did not answer), 2 for a wrong command, and 3
+if you have to fix something first, such as credentials or a name.""",
 )
 @click.option(
     "--store",
@@ -85,16 +85,16 @@ a wrong command; with 3 if something has to be put right first, such as credenti
     "--accounts",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="The credentials of several users: TOML, a table for each user's id, mode 0600. Otherwise those in UPSTOX_*.",
+    help="A TOML file (mode 0600) with a table of credentials for each user id. The default is UPSTOX_*, for one user.",
 )
 @click.option(
     "--one-call",
     is_flag=True,
     envvar="UPSTOX_DB_ONE_CALL",
     show_envvar=True,
-    help="Log in by Upstox's one-call login: UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and UPSTOX_TOTP_SECRET, nothing else.",
+    help="Use Upstox's one-call login. It needs only UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and UPSTOX_TOTP_SECRET.",
 )
-@click.option("--verbose", "-v", is_flag=True, help="Say on stderr what is done, with the time.")
+@click.option("--verbose", "-v", is_flag=True, help="Log each step to stderr, with the time.")
 @click.version_option(package_name="upstox-db-examples")
 @click.pass_context
 def main(ctx: click.Context, store: str, accounts: str | None, one_call: bool, verbose: bool) -> None:
@@ -158,8 +158,8 @@ def opened(where: str, *, new: bool = False, **options: Any) -> TokenStorage:
                 Path(file).stat()
         except OSError as error:
             raise ConfigurationError(
-                f"{file} cannot be opened: {error.strerror}. Check --store and UPSTOX_DB_STORE. A new store is made by "
-                "upstox-db token, login or restore."
+                f"{file} cannot be opened: {error.strerror}. Check --store and UPSTOX_DB_STORE. To make a new "
+                "store, run upstox-db token, login or restore."
             ) from error
         return package.SQLiteUpstoxStorage(file, **options)
     raise InvalidInput(f"There is no store for {scheme}://. See upstox-db --help.")
