@@ -30,8 +30,8 @@ STORES = """\b
   upstox.db, sqlite:///path                  SQLite
   pooled:///path                             SQLite through a bounded pool
   postgresql://user:password@host/name       PostgreSQL
-  mongodb://user:password@host/?...#name     MongoDB; the database's name is last
-  "redis://... postgresql://..."             the hybrid: its two, in one text
+  mongodb://user:password@host/?...#name     MongoDB; the database name comes last
+  "redis://... postgresql://..."             the hybrid: both, in one argument
 """
 
 
@@ -67,8 +67,8 @@ Examples
   upstox-db --store upstox.db status
   45 8 * * 1-5  . $HOME/upstox.env; upstox-db login --keep      (in a crontab)
 
-It ends with 0 when it is done; with 1 if it may be tried again, as when a store or Upstox does not answer; with 2 for
-a wrong command; with 3 if something has to be put right first, such as credentials or a name.""",
+The exit code is 0 for success, 1 if you can try again (a store or Upstox did not answer), 2 for a wrong command, and 3
+if you have to fix something first, such as credentials or a name.""",
 )
 @click.option(
     "--store",
@@ -83,16 +83,16 @@ a wrong command; with 3 if something has to be put right first, such as credenti
     "--accounts",
     metavar="FILE",
     type=click.Path(dir_okay=False),
-    help="The credentials of several users: TOML, a table for each user's id, mode 0600. Otherwise those in UPSTOX_*.",
+    help="A TOML file (mode 0600) with a table of credentials for each user id. The default is UPSTOX_*, for one user.",
 )
 @click.option(
     "--one-call",
     is_flag=True,
     envvar="UPSTOX_DB_ONE_CALL",
     show_envvar=True,
-    help="Log in by Upstox's one-call login: UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and UPSTOX_TOTP_SECRET, nothing else.",
+    help="Use Upstox's one-call login. It needs only UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and UPSTOX_TOTP_SECRET.",
 )
-@click.option("--verbose", "-v", is_flag=True, help="Say on stderr what is done, with the time.")
+@click.option("--verbose", "-v", is_flag=True, help="Log each step to stderr, with the time.")
 @click.version_option(package_name="upstox-db-examples")
 @click.pass_context
 def main(ctx: click.Context, store: str, accounts: str | None, one_call: bool, verbose: bool) -> None:

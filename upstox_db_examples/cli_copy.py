@@ -35,9 +35,9 @@ def copy(pattern: str, folder: Path | None, listed: bool) -> None:
         written = write(found.files, folder)
         there = len(found.files) - written
         click.echo(f"{folder}: {many(written, 'file')} copied" + (f", {there} were there already." if there else "."))
-        click.echo(f"It needs: pip install {shlex.join(needed)}")
+        click.echo(f"Install what it needs: pip install {shlex.join(needed)}")
         if optional:
-            click.echo(f"It can do without: {shlex.join(optional)}")
+            click.echo(f"Optional: {shlex.join(optional)}")
         click.echo("\n".join(["Use it like this:", "", *(f"    {line}" for line in use)]))
 
 

@@ -16,7 +16,7 @@ from .token_file import read_token_file, write_token_file
 
 @command("token", "TOKEN=$(upstox-db token) || exit", "upstox-db token AB1234 --masked")
 @click.argument("user", required=False)
-@click.option("--masked", is_flag=True, help="Print whose it is and when it dies, and not the token.")
+@click.option("--masked", is_flag=True, help="Print whose token it is and when it expires, but not the token.")
 @click.pass_obj
 def token(store: OpenStore, user: str | None, masked: bool) -> None:
     """Print the working token; log in if there is none.
@@ -36,7 +36,7 @@ def token(store: OpenStore, user: str | None, masked: bool) -> None:
 
 @command("login", "upstox-db login --keep", "upstox-db --accounts accounts.toml login AB1234")
 @click.argument("user", required=False)
-@click.option("--keep", is_flag=True, help="Do not log in if there is a living token, or after a refusal.")
+@click.option("--keep", is_flag=True, help="Do not log in if the stored token still works, or after a refusal.")
 @click.pass_obj
 def login(store: OpenStore, user: str | None, keep: bool) -> None:
     """Log in and keep the new token.
@@ -61,12 +61,12 @@ def login(store: OpenStore, user: str | None, keep: bool) -> None:
 def renew(store: OpenStore, user: str) -> None:
     """Print a token other than the refused one.
 
-    Give the refused token (401, UDAPI100050) on standard input. If a newer one is stored, it is printed; otherwise this
+    Pass the refused token (401, UDAPI100050) on standard input. If a newer one is stored, it is printed; otherwise this
     logs in. USER is an Upstox user id such as AB1234.
     """
     refused = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read(10_000).strip()
     if not refused:
-        raise InvalidInput('Give the refused token on standard input: printf %s "$TOKEN" | upstox-db renew USER')
+        raise InvalidInput('Pass the refused token on standard input: printf %s "$TOKEN" | upstox-db renew USER')
     try:
         click.echo(store().renew_token(user, refused)["token"])
     except TokenNotStored as error:
@@ -75,7 +75,7 @@ def renew(store: OpenStore, user: str) -> None:
 
 @command("save", "upstox-db save ~/.config/upstox_db_examples/unsaved-AB1234-1f2e3d4c.token")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--verify", is_flag=True, help="Ask Upstox first whether the token lives.")
+@click.option("--verify", is_flag=True, help="First ask Upstox whether the token works.")
 @click.pass_obj
 def save(store: OpenStore, file: Path, verify: bool) -> None:
     """Store the token that login left in a FILE.
@@ -98,7 +98,7 @@ def logout(store: OpenStore, user: str) -> None:
     USER is an Upstox user id such as AB1234.
     """
     ended = store().log_out(user)
-    click.echo(f"{user}: logged out at Upstox." if ended else f"{user}: Upstox knew no such token, or none was stored.")
+    click.echo(f"{user}: logged out at Upstox." if ended else f"{user}: no token was stored, or it had already ended.")
 
 
 def open_for(store: OpenStore, user: str | None) -> TokenStorage:
@@ -131,8 +131,8 @@ def rescue(store: Any, error: StorageError) -> None:
     reason = error.__cause__ if isinstance(error, TokenNotStored) else error
     whose = error.user_id or "an unnamed user"
     error.args = (
-        f"Logged in as {whose}, but the token could not be stored: {reason} It is in {file}, encrypted under the "
-        f"store's key. When that is mended, run: upstox-db save {file}",
+        f"Logged in as {whose}, but the token could not be stored: {reason} It is in {file}, encrypted with the "
+        f"store's key. Once that is fixed, run: upstox-db save {file}",
     )
     raise error
 
@@ -140,4 +140,4 @@ def rescue(store: Any, error: StorageError) -> None:
 def print_unsaved(error: TokenNotStored) -> None:
     """Print the unsaved token. It works, nobody else has it, and a script that waits for a token can use it."""
     click.echo(error.token.reveal())
-    click.echo(f"Not stored, so the next call logs in again: {error.__cause__}", err=True)
+    click.echo(f"The token was not stored, so the next call will log in again: {error.__cause__}", err=True)

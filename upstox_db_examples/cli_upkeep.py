@@ -17,7 +17,7 @@ from .core.errors import InvalidInput
 
 
 def limit(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option("--limit", metavar="N", default=default, show_default=True, help="How many at the most.")
+    return click.option("--limit", metavar="N", default=default, show_default=True, help="How many to show at most.")
 
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -27,7 +27,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for 
 @click.option(
     "--runtime-role",
     metavar="ROLE",
-    help="Let this role store and read tokens, and nothing more. PostgreSQL (which has the role) and MongoDB.",
+    help="Let this role store and read tokens, and nothing more. PostgreSQL must have the role; MongoDB makes it.",
 )
 @click.pass_obj
 def init(store: OpenStore, runtime_role: str | None) -> None:
@@ -86,7 +86,7 @@ def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
 
 @command("cleanup", "upstox-db cleanup", "upstox-db cleanup --audit-days 365")
 @click.option(
-    "--audit-days", metavar="N", type=click.IntRange(0, 36_500), help="Delete audit entries older than N days, too."
+    "--audit-days", metavar="N", type=click.IntRange(0, 36_500), help="Also delete audit entries older than N days."
 )
 @click.pass_obj
 def cleanup(store: Any, audit_days: int | None) -> None:
@@ -95,9 +95,9 @@ def cleanup(store: Any, audit_days: int | None) -> None:
     Their history stays, and so does the audit trail unless you pass --audit-days.
     """
     open_store = store()
-    click.echo(f"Erased: {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
+    click.echo(f"Erased {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
     if audit_days is not None:
-        click.echo(f"Deleted: {entries(open_store.cleanup_old_audit_entries(audit_days))}.")
+        click.echo(f"Deleted {entries(open_store.cleanup_old_audit_entries(audit_days))}.")
 
 
 @command("rotate-keys", "upstox-db rotate-keys")
@@ -110,7 +110,7 @@ def rotate_keys(store: Any) -> None:
     """
     open_store = store()
     again = many(open_store.rotate_keys(), "token")
-    click.echo(f"Encrypted again: {again}. In use: {', '.join(open_store.keys_in_use())}")
+    click.echo(f"Re-encrypted {again}. Keys in use: {', '.join(open_store.keys_in_use())}")
 
 
 @command("backup", "upstox-db backup upstox.export")
@@ -125,8 +125,8 @@ def backup(store: Any, file: str) -> None:
     open_store = store()
     if Path(file).exists() and not any(map(open_store._tokens_of, open_store._users())):
         raise InvalidInput(
-            f"{file} is there already, and this store has no token to put in its place. Check --store and "
-            "UPSTOX_DB_STORE, or name another file."
+            f"{file} already exists, and this store has no token to replace it with. Check --store and "
+            "UPSTOX_DB_STORE, or choose another file."
         )
     click.echo(counted(package.export_tokens(open_store, file, progress=sys.stderr.isatty())))
 

@@ -26,7 +26,7 @@ def write(files: Mapping[str, bytes], folder: Path) -> int:
                 differ += [name] if (folder / name).read_bytes() != content else []
         if differ:
             raise ConfigurationError(
-                f"{folder} has other files of these names, so nothing was written: {', '.join(sorted(differ))}. "
+                f"{folder} has different files with these names, so nothing was written: {', '.join(sorted(differ))}. "
                 "Choose another folder, or move them away."
             )
         try:

@@ -123,6 +123,6 @@ def lines_of_use(copy: Copy, folder: Path) -> list[str]:
     if not names[-1].isidentifier() or keyword.iskeyword(names[-1]):
         raise InvalidInput(f"{names[-1]!r} cannot be the name of a Python package. Choose another folder.")
     if len(names) == 1 and names[0] in sys.stdlib_module_names | copy.outside:
-        raise InvalidInput(f"A package {names[0]!r} would hide Python's own or a needed one. Choose another folder.")
+        raise InvalidInput(f"A package {names[0]!r} would hide a module that the copy needs. Choose another folder.")
     last = 'token = storage.get_or_create_token()["token"]'
     return [f"from {'.'.join(names)} import {pattern.store}", f"storage = {pattern.store}({pattern.example})", last]

@@ -43,7 +43,7 @@ def write_token_file(token: Secret, user_id: str | None, ring: KeyRing) -> Path:
         except OSError as error:
             why = error.strerror or type(error).__name__
             (folder / name).unlink(missing_ok=True)
-    raise StoreUnavailable(f"No file for the token could be written beside the keys or in the temporary folder: {why}.")
+    raise StoreUnavailable(f"The token could not be saved in a file beside the keys or in the temporary folder: {why}.")
 
 
 def read_token_file(path: Path, ring: KeyRing) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class LoginContract(OnAStore):
     def test_the_token_of_another_user_is_stored_under_that_ones_name(self, open_store: OpenStore) -> None:
         store = open_store(login=lambda _: token_data("CD0001", "eyJ0eXAi" + "c" * 60))
         store.backend.insert(made_up(store, USER))
-        with pytest.raises(LoginRefused, match=rf"asked for {USER} and logged CD0001 in"):
+        with pytest.raises(LoginRefused, match=rf"was for {USER} but logged CD0001 in"):
             store.store_token(USER)
         assert held(store, "CD0001") == "eyJ0eXAi" + "c" * 60
         assert held(store) == f"a token of {USER}, number 1", "that one was not replaced"

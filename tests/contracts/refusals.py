@@ -40,7 +40,7 @@ class RefusalContract(OnAStore):
     ) -> None:
         store.store_token()
         for call in (store.store_token, store.get_or_create_token, lambda user: store.renew_token(user, "eyJ0eXAi")):
-            with pytest.raises(LoginRefused, match=f"log {USER} in, not CD5678"):
+            with pytest.raises(LoginRefused, match=f"belong to {USER}, not CD5678"):
                 call("CD5678")
         (result,) = store.store_token_batch(["CD5678"], progress=False)
         assert not result["success"]

@@ -83,7 +83,7 @@ class RenewalContract(OnAStore):
         payload = upstox.notify(account.user_id)
         clock.advance(seconds=1)
         upstox.notify(account.user_id)
-        with pytest.raises(InvalidInput, match="does not take this"):
+        with pytest.raises(InvalidInput, match="does not accept this"):
             store.save_token(payload, verify=True)
         assert store.save_token(payload), "the caller vouches for it"
 

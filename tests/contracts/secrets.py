@@ -156,7 +156,7 @@ class SecretContract(OnAStore):
         for user_id in ("CD0000", "CD0002"):
             open_store(login=login, keys=KeyRing(old)).store_token(user_id)
         rotating = open_store(keys=KeyRing(new, old))
-        with pytest.raises(KeyUnavailable, match=r"^Encrypted again: 2, but not the tokens of CD0001") as caught:
+        with pytest.raises(KeyUnavailable, match=r"^Re-encrypted 2, but not the tokens of CD0001") as caught:
             rotating.rotate_keys()
         assert caught.value.key_id == KeyRing(lost).key_ids[0]
         assert rotating.keys_in_use() == {KeyRing(new).key_ids[0]: 2, KeyRing(lost).key_ids[0]: 1}

@@ -150,7 +150,7 @@ class TokenContract(OnAStore):
 
     def test_a_login_that_gives_a_dead_token_stores_nothing(self, store: TokenStorage, upstox: LocalUpstox) -> None:
         upstox.fail(Failure.DEAD_TOKEN)
-        with pytest.raises(LoginInterrupted, match="dead already"):
+        with pytest.raises(LoginInterrupted, match="already expired"):
             store.get_or_create_token(USER)
         assert store.get_token_history(USER) == []
         assert store.get_or_create_token(USER)
@@ -206,5 +206,5 @@ class TokenContract(OnAStore):
                 call(USER, limit)
 
     def test_an_unknown_option_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="does not know logn"):
+        with pytest.raises(TypeError, match="does not take logn"):
             self.connect(logn=None)

@@ -69,7 +69,7 @@ class TestALogin:
         self, upstox: LocalUpstox, account: Account
     ) -> None:
         login = SdkLogin(account.credentials(), user_id=USER, base_domain=upstox.base_domain)
-        with pytest.raises(LoginRefused, match="log AB1234 in, not XY9999"):
+        with pytest.raises(LoginRefused, match="belong to AB1234, not XY9999"):
             login("XY9999")
         assert upstox.attempts() == 0
 
@@ -92,13 +92,13 @@ class TestCredentials:
             *((field, "", f"UPSTOX_{field.upper()} .* not set") for field in FIELDS),
             ("username", "+919876543210", "10 digits"),
             ("username", "trader@example.com", "10 digits"),
-            ("pin_code", "12a456", "PIN of digits"),
+            ("pin_code", "12a456", "4 to 8 digits"),
             ("totp_secret", "ABCD EFGH IJKL MNOP QRST UVWX", "not base32"),
             ("totp_secret", "ABCDEFGHIJKLMNOP1890ABCDEFGHIJKL", "not base32"),
-            ("totp_secret", "ABCDEFGHIJKLMNOP", "80 bits of at least 112"),
+            ("totp_secret", "ABCDEFGHIJKLMNOP", "80 bits and needs at least 112"),
             ("redirect_uri", "localhost", "not a URL"),
-            ("redirect_uri", "https://x.example/?a=1&b=2", "does not send rightly"),
-            ("client_secret", "a+b%c", "does not send rightly"),
+            ("redirect_uri", "https://x.example/?a=1&b=2", "does not send correctly"),
+            ("client_secret", "a+b%c", "does not send correctly"),
         ],
     )
     def test_that_cannot_work_cost_no_request_and_are_not_shown(
@@ -120,7 +120,7 @@ class TestCredentials:
         for thing in (login, accounts, Credentials(account.credentials())):
             shown = f"{thing} {thing!r} {vars(thing)}"
             assert [secret for secret in secrets_of(account) if secret in shown] == []
-            with pytest.raises(TypeError, match="not pickled"):
+            with pytest.raises(TypeError, match="cannot be pickled"):
                 pickle.dumps(thing)
 
     def test_have_a_name_that_is_the_same_for_the_same_account_only(
@@ -197,7 +197,7 @@ class TestAccounts:
             {USER: account.credentials(), "XY9999": upstox.add_account("XY9999").credentials()},
             base_domain=upstox.base_domain,
         )
-        with pytest.raises(LoginRefused, match=r"There is no account ZZ0000\. Known are: AB1234, XY9999"):
+        with pytest.raises(LoginRefused, match=r"There is no account ZZ0000\. The known ones: AB1234, XY9999"):
             accounts("ZZ0000")
         with pytest.raises(LoginRefused, match="No account was named"):
             accounts()

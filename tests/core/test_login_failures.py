@@ -118,9 +118,9 @@ class TestAFailure:
             ("username", "9999999999", "mobile number"),
             ("pin_code", "000001", "the PIN is wrong; five wrong ones lock the account"),
             ("totp_secret", "JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP", "refused"),
-            ("client_id", "somebody-elses", "the client id or the redirect URI is not the app's"),
+            ("client_id", "somebody-elses", "the client id or the redirect URI does not match"),
             ("client_secret", "not-the-secret", "the client id or secret is wrong"),
-            ("redirect_uri", "https://example.com/elsewhere", "the client id or the redirect URI is not the app's"),
+            ("redirect_uri", "https://example.com/elsewhere", "the client id or the redirect URI does not match"),
         ],
     )
     def test_by_a_wrong_credential_says_which_and_is_never_to_be_tried_again(
@@ -225,7 +225,7 @@ class TestCredentialsOfAnotherUser:
         self, upstox: LocalUpstox, account: Account, declared: bool
     ) -> None:
         login = SdkLogin(account.credentials(), user_id="XY9999" if declared else None, base_domain=upstox.base_domain)
-        with pytest.raises(LoginRefused, match=r"asked for XY9999.*these credentials log AB1234 in.*minted") as caught:
+        with pytest.raises(LoginRefused, match=r"for XY9999.*belong to AB1234.*no token was made") as caught:
             login(None if declared else "XY9999")
         assert (upstox.attempts(), caught.value.token_may_exist, caught.value.token) == (0, False, None)
         assert_shows_nothing(caught.value, account)

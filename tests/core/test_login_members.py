@@ -91,7 +91,7 @@ class TestAccounts:
     def test_say_at_once_whom_they_do_not_know(self, mixed: Accounts, upstox: LocalUpstox) -> None:
         mixed.check(USER)
         for unknown in ("ZZ0000", None):
-            with pytest.raises(LoginRefused, match="Known are: AB1234, XY9999"):
+            with pytest.raises(LoginRefused, match="The known ones: AB1234, XY9999"):
                 mixed.check(unknown)
         assert upstox.attempts() == 0
 
@@ -148,7 +148,7 @@ class TestACheck:
             SdkLogin().check(USER)
         with pytest.raises(LoginRefused, match="UPSTOX_CLIENT_ID"):
             TotpLogin().check(USER)
-        with pytest.raises(LoginRefused, match="log AB1234 in, not XY9999"):
+        with pytest.raises(LoginRefused, match="belong to AB1234, not XY9999"):
             SdkLogin(account.credentials(), user_id=USER).check("XY9999")
         with pytest.raises(LoginRefused, match="must be https"):
             SdkLogin(account.credentials(), base_domain="http://elsewhere.example/{stage}").check(USER)

@@ -109,7 +109,7 @@ class TestASecret:
         assert str(Secret("123456")) == "…(6 chars)"
 
     def test_is_not_pickled(self) -> None:
-        with pytest.raises(TypeError, match="not pickled"):
+        with pytest.raises(TypeError, match="cannot be pickled"):
             pickle.dumps(Secret(TOKEN))
 
 

@@ -78,9 +78,9 @@ def test_the_variables_are_read_when_a_login_is_due(
     ("field", "value", "says"),
     [
         *((field, "", f"UPSTOX_{field.upper()} .* not set") for field in TOTP_FIELDS),
-        ("pin_code", "12a456", "PIN of digits"),
+        ("pin_code", "12a456", "4 to 8 digits"),
         ("totp_secret", "ABCDEFGHIJKLMNOP1890ABCDEFGHIJKL", "not base32"),
-        ("totp_secret", "ABCDEFGHIJKLMNOP", "80 bits of at least 112"),
+        ("totp_secret", "ABCDEFGHIJKLMNOP", "80 bits and needs at least 112"),
         ("client_id", "an app", "does not fit into a header"),
         ("password", "secret", "Unknown credentials: password"),
     ],
@@ -104,7 +104,7 @@ def test_a_secret_travels_only_by_https_or_on_this_machine(values: dict[str, str
 
 
 def test_another_user_is_refused_before_any_request(upstox: LocalUpstox, values: dict[str, str]) -> None:
-    with pytest.raises(LoginRefused, match="log AB1234 in, not XY9999"):
+    with pytest.raises(LoginRefused, match="belong to AB1234, not XY9999"):
         TotpLogin(values, user_id=USER, base_domain=upstox.base_domain)("XY9999")
     assert upstox.attempts() == 0
 
@@ -263,5 +263,5 @@ def test_an_interrupt_that_was_put_off_is_raised_before_the_request(
 def test_it_shows_nothing_and_is_not_pickled(login: TotpLogin, values: dict[str, str]) -> None:
     shown = f"{login} {login!r} {vars(login)}"
     assert [name for name, value in values.items() if value in shown] == []
-    with pytest.raises(TypeError, match="not pickled"):
+    with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(login)

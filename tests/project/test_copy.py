@@ -112,7 +112,7 @@ def test_nothing_is_written_if_one_file_differs(tmp_path: Path, name: str) -> No
     before = sorted(tmp_path.rglob("*"))
     refused = copy("sqlite", "mine")
     assert (refused.exit_code, refused.stdout) == (3, "")
-    assert refused.stderr.startswith("ConfigurationError: mine has other files of these names, so nothing was written")
+    assert refused.stderr.startswith("ConfigurationError: mine has different files with these names, so nothing was")
     assert f": {name}. " in refused.stderr
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "mine" / name).read_text() == "# of the reader's own\n"
@@ -154,7 +154,7 @@ def test_a_name_that_would_hide_another_module_is_good_only_within_a_package(
 def test_the_folder_may_be_the_present_one_and_lie_in_a_folder_to_be_made(tmp_path: Path) -> None:
     assert "    from tokens import SQLite" in copy("sqlite", "new/and/tokens").output
     os.chdir(tmp_path / "new/and/tokens")
-    assert "were there already.\nIt needs" in copy("sqlite", ".").output
+    assert "were there already.\nInstall what it needs" in copy("sqlite", ".").output
 
 
 def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def test_a_missing_driver_is_named_with_what_to_install(
 ) -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({missing}))\nfrom upstox_db_examples import {name}"
     told = run(code, tmp_path).stderr.splitlines()[-1]
-    assert told == f"ModuleNotFoundError: {name} needs {package}. In a clone of this project: pip install '.[{extra}]'"
+    clone = f"In a clone of this project, run: pip install '.[{extra}]'"
+    assert told == f"ModuleNotFoundError: {name} needs {package}. {clone}"
 
 
 def test_the_readme_code_runs(tmp_path: Path, postgres_url: str, mongo: MongoDatabase, redis_server: str) -> None:

@@ -116,7 +116,7 @@ class TestHybrid(OnHybrid, StoreContract):
         header = self.redis.get(self.key()).split(" ", 4)[:4]
         for nonsense in ("nonsense", "[]", "{}", '{"expires_at": 10000000000000000}'):
             self.redis.set(self.key(), " ".join([*header, nonsense]))
-            with pytest.raises(TokenRefused, match="not one of ours"):
+            with pytest.raises(TokenRefused, match="Something else wrote the copy"):
                 store.get_valid_token(USER)
 
     def test_two_installations_share_a_redis(self, store: HybridUpstoxStorage, open_store: OpenStore) -> None:

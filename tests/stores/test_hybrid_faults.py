@@ -173,7 +173,7 @@ class TestServersThatFail(CountsLogins):
             bare_redis.execute_command("ACL", "SETUSER", "few", *runtime_acl(), "-set", "on", ">few")
         url = redis.url.replace("redis://:", "redis://few:").replace(str(urlsplit(redis.url).password), "few")
         with HybridUpstoxStorage(url, postgresql.url, keys=keys) as store:
-            assert "does not allow this user all that is due" in store.get_storage_status()["redis"]
+            assert "does not give this user all the rights" in store.get_storage_status()["redis"]
 
     @pytest.mark.parametrize("fault", ["kill", "pause"])
     def test_without_postgresql_hot_reads_go_on_and_no_login_is_spent(
@@ -262,7 +262,7 @@ class TestServersThatFail(CountsLogins):
 
     def test_a_wrong_password_is_said_and_not_shown(self, postgresql: PostgreSQLServer, redis: RedisServer) -> None:
         wrong = redis.url.replace(password(redis.url), "hunter2hunter2")
-        with pytest.raises(ConfigurationError, match="do not agree on the user or the password") as caught:
+        with pytest.raises(ConfigurationError, match="because of the user or the password") as caught:
             HybridUpstoxStorage(wrong, postgresql.url)
         assert "hunter2" not in shown_with_locals(caught.value)
 
@@ -276,7 +276,7 @@ class TestServersThatFail(CountsLogins):
                 store.store_token(USER)
                 assert living(store)["source"] == "redis"
             other_authority, _, _ = make_certificates(tmp_path)
-            with pytest.raises(ConfigurationError, match="do not agree on TLS") as caught:
+            with pytest.raises(ConfigurationError, match="because of TLS") as caught:
                 HybridUpstoxStorage({**config, "ssl_ca_certs": str(other_authority)}, postgresql.url)
         assert password(redis.url) not in shown_with_locals(caught.value)
 

@@ -125,7 +125,7 @@ class TestMongoDB(OnMongoDB):
         store.store_token(USER)
         with cut_off_before(monkeypatch, "bulk_write", "tokens"):
             second = store.store_token(USER)["token"]
-        assert f"The record of the earlier token of {USER} is still called active" in caplog.text
+        assert f"The record of the earlier token of {USER} is still marked as active" in caplog.text
         assert living(store)["token"] == second
         assert [row["is_active"] for row in store.get_token_history(USER)] == [True, False]
         store.store_token(USER)
@@ -147,5 +147,5 @@ class TestMongoDB(OnMongoDB):
         store.store_token(USER)
         with self.mongo.bare() as db:
             db.tokens.delete_many({})
-        with pytest.raises(StoreUnavailable, match="no record in which to count"):
+        with pytest.raises(StoreUnavailable, match="no record to count this use in"):
             store.get_valid_token(USER)

@@ -125,5 +125,5 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(tmp_path: Path, keys: 
         with MongoUpstoxStorage(f"{url}&tlsCAFile={server.ca_file}", login=made_up_login, keys=keys) as store:
             assert store.store_token(USER)["token"] == living(store)["token"]
         for refused in (f"{url}&tlsCAFile={stranger}", url):
-            with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
+            with pytest.raises(ConfigurationError, match="failed the TLS check"):
                 MongoUpstoxStorage(refused, timeout=1)

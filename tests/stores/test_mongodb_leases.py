@@ -138,7 +138,7 @@ class TestMongoDB(OnMongoDB):
             with self.mongo.bare() as db:
                 db.leases.update_many({}, {"$set": {"owner": "somebody else"}})
             wait_until(
-                lambda: f"Another caller has taken the lease of {user_id or '-account-default'} over" in caplog.text
+                lambda: f"Another caller has taken over the lease of {user_id or '-account-default'}" in caplog.text
             )
             with self.mongo.bare() as db:  # ... who does nothing with it
                 db.leases.delete_many({})

@@ -130,7 +130,7 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
         bare(self.url, "CREATE UNIQUE INDEX one_for_each_email ON upstox_tokens (email)")
         store.backend.insert(dataclasses.replace(made_up(store, USER), email="someone@example.com"))
         another = dataclasses.replace(made_up(store, "CD0001"), email="someone@example.com")
-        with pytest.raises(StoreUnavailable, match="by the constraint one_for_each_email"):
+        with pytest.raises(StoreUnavailable, match="The constraint one_for_each_email"):
             store.backend.insert(another)
 
     def active(self) -> StoredToken:

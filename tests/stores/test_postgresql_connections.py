@@ -125,5 +125,5 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(tmp_path: Path, keys: 
         wrong_authority, _, _ = make_certificates(tmp_path)
         wrong_host = verified.replace("127.0.0.1", "another.name") + f"{server.ca_file}&hostaddr=127.0.0.1"
         for refused in (f"{verified}{wrong_authority}", wrong_host):
-            with pytest.raises(ConfigurationError, match="did not pass the check of TLS"):
+            with pytest.raises(ConfigurationError, match="failed the TLS check"):
                 PostgreSQLUpstoxStorage(refused)

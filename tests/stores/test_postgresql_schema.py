@@ -49,7 +49,7 @@ class TestPostgreSQL(OnPostgreSQL):
         store.store_token()
         with with_steps(*STEPS, "ALTER TABLE upstox_tokens ADD COLUMN colour text")(self.url):
             assert self.raw_rows()[0]["colour"] is None
-        with pytest.raises(ConfigurationError, match=r"schema version 3; this package knows 2. Upgrade it"):
+        with pytest.raises(ConfigurationError, match=r"schema version 3, but this package knows 2. Upgrade it"):
             PostgreSQLUpstoxStorage(self.url)
 
     def test_the_first_schema_is_taken_forward_with_the_token_in_it(

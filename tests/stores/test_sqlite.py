@@ -105,7 +105,7 @@ class TestSQLite(OnSQLite, StoreContract):
         assert "Others can" not in caplog.text
         path.chmod(0o640)
         SQLiteUpstoxStorage(path).close()
-        assert f"Others can get at {path}" in caplog.text
+        assert f"Others can access {path}" in caplog.text
         assert path.stat().st_mode & 0o777 == 0o640, "whoever made it so may have a reason"
 
     def test_of_two_names_of_one_file_only_one_logs_in(
@@ -123,7 +123,7 @@ class TestSQLite(OnSQLite, StoreContract):
     def test_links_that_lead_in_a_circle_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.db").symlink_to(tmp_path / "b.db")
         (tmp_path / "b.db").symlink_to(tmp_path / "a.db")
-        with pytest.raises(ConfigurationError, match=r"a\.db cannot be (made|opened)"):
+        with pytest.raises(ConfigurationError, match=r"a\.db cannot be (created|opened)"):
             SQLiteUpstoxStorage(tmp_path / "a.db")
 
     def test_a_commit_reaches_the_disk_before_it_is_acknowledged(self, store: SQLiteUpstoxStorage) -> None:
@@ -239,7 +239,7 @@ class TestSQLite(OnSQLite, StoreContract):
         with pytest.raises(ConfigurationError, match="is a folder"):
             SQLiteUpstoxStorage(tmp_path)
         for missing in (tmp_path / "no" / "upstox.db", tmp_path / ("x" * 10_240)):
-            with pytest.raises(ConfigurationError, match="cannot be made"):
+            with pytest.raises(ConfigurationError, match="cannot be created"):
                 SQLiteUpstoxStorage(missing)
 
     def test_a_file_that_is_no_database_is_refused_and_left_alone(self, path: Path) -> None:
@@ -255,9 +255,9 @@ class TestSQLite(OnSQLite, StoreContract):
             SQLiteUpstoxStorage(folder / "upstox.db").close()
             (folder / "upstox.db").chmod(0o400)
             folder.chmod(0o500)
-            with pytest.raises(ConfigurationError, match="Check the mode and the owner"):
+            with pytest.raises(ConfigurationError, match="Check the mode and owner"):
                 SQLiteUpstoxStorage(folder / "upstox.db").store_token()
-            with pytest.raises(ConfigurationError, match="cannot be made"):
+            with pytest.raises(ConfigurationError, match="cannot be created"):
                 SQLiteUpstoxStorage(folder / "other.db")
             folder.chmod(0o700)
         assert upstox.attempts() == 0

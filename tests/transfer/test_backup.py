@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_what_was_there_before(sqlite: Address, opened: Open,
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     limit_file_size(40_000)  # more than the memory that SQLite's readers share
     try:
-        with pytest.raises(StoreUnavailable, match=r"copy.db lies on a disk that failed or is full"):
+        with pytest.raises(StoreUnavailable, match=r"copy.db is on a disk that failed or is full"):
             store.backup(folder / "copy.db")
         with pytest.raises(StoreUnavailable, match=r"export cannot be written: File too large"):
             export_tokens(store, folder / "export", progress=False)

@@ -244,7 +244,7 @@ def test_an_export_replaces_only_an_export(
     export_tokens(store, exported, progress=False)
     assert exported.read_bytes() != before
     token = token_of(store, USERS[0])
-    with pytest.raises(InvalidInput, match="is no export and would be lost"):
+    with pytest.raises(InvalidInput, match="is not an export and would be overwritten"):
         export_tokens(store, sqlite.arguments[0], progress=False)
     assert token_of(store, USERS[0]) == token
 

@@ -151,7 +151,7 @@ def test_a_login_at_the_source_meanwhile_is_noticed_and_brought_over_by_the_next
     target = opened(each_address)
     with InUse(tmp_path / "in_use.db", keys=KEY, login=made_up_login, clock=clock, audit_reads=True) as source:
         filled(source, clock)
-        with pytest.raises(StorageError, match=f"of {USERS[1]} differs: somebody wrote meanwhile. Run it again"):
+        with pytest.raises(StorageError, match=f"differ for {USERS[1]}: somebody wrote meanwhile. Run it again"):
             migrate(source, target, progress=False)
         migrate(source, target, progress=False)
         assert to_be_compared(target) == to_be_compared(source)
@@ -234,7 +234,7 @@ def test_a_target_that_keeps_something_else_is_found_out(
 
     source = filled(opened(sqlite), clock)
     options: dict[str, Any] = {"keys": KEY, "clock": clock}
-    with Faulty(tmp_path / "faulty.db", **options) as target, pytest.raises(StorageError, match="differs"):
+    with Faulty(tmp_path / "faulty.db", **options) as target, pytest.raises(StorageError, match="two stores differ"):
         migrate(source, target, progress=False)
 
 

@@ -90,7 +90,7 @@ class LoginAnswer(Mapping[str, Any]):
         return f"LoginAnswer({without_tokens(repr(self._fields))})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("A login's answer is not pickled: anyone who reads the file would see its tokens.")
+        raise TypeError("A login's answer cannot be pickled: anyone who reads the file would see its tokens.")
 
 
 def read_answer(answer: object) -> Minted:
@@ -151,8 +151,8 @@ def _read(answer: object) -> Minted | LoginError:
     if token is None:
         return _with_token(
             LoginInterrupted(
-                "The login's answer has no text in access_token. Log in again; if it stays, mend the login: it must "
-                "return a mapping with access_token and user_id, or the SDK's AccessTokenData."
+                "The login's answer has no text in access_token. Log in again. If that does not help, fix "
+                "the login: it must return a mapping with access_token and user_id, or the SDK's AccessTokenData."
             ),
             find_token(answer),
             fields.get("user_id"),
@@ -162,7 +162,7 @@ def _read(answer: object) -> Minted | LoginError:
     if not USER_ID.fullmatch(user_id):
         user_id = subject(token) or ""
     if not USER_ID.fullmatch(user_id):
-        return _with_token(LoginInterrupted("The login gave a token and named no usable user id."), token)
+        return _with_token(LoginInterrupted("The login gave a token but no usable user id."), token)
     profile: dict[str, Any] = {name: _text(fields.get(name)) for name in TEXTS}
     profile |= {name: _list(fields.get(name)) or [] for name in ("products", "exchanges")}
     active = fields.get("is_active")
@@ -176,7 +176,7 @@ def _read(answer: object) -> Minted | LoginError:
 
 def _no_answer(answer: object) -> LoginError:
     says = (
-        f"The login returned {type(answer).__name__}. It must return the SDK's AccessTokenData (its response's .data) "
+        f"The login returned {type(answer).__name__}. It must return the SDK's AccessTokenData (the response's .data) "
         "or a mapping with access_token and user_id."
     )
     token = find_token(answer)

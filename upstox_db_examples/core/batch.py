@@ -171,7 +171,7 @@ def _success(user_id: str, token: TokenResult, *, kept: bool) -> BatchResult:
 def _failure(user_id: str, error: Exception) -> BatchResult:
     kind = type(error).__name__
     # Our own errors hold no secret. The text of a custom login's error may hold one.
-    text = str(error) if isinstance(error, StorageError) else f"{kind}: its text may hold a secret; see .exception."
+    text = str(error) if isinstance(error, StorageError) else f"{kind}: the text may hold a secret. See .exception."
     result = BatchResult(user_id=user_id, success=False, error=text, error_type=kind)
     result.exception = error
     return result
@@ -180,7 +180,7 @@ def _failure(user_id: str, error: Exception) -> BatchResult:
 def _check_user_ids(user_ids: Iterable[str]) -> list[str]:
     given = [] if isinstance(user_ids, str | bytes) else list(user_ids)
     if isinstance(user_ids, str | bytes) or not all(isinstance(user_id, str) for user_id in given):
-        raise InvalidInput("user_ids is a list of user ids, each of them text.")
+        raise InvalidInput("user_ids must be a list of user ids, and each must be a string.")
     return given
 
 

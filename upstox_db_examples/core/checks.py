@@ -18,7 +18,7 @@ def check_user_id(user_id: object) -> str | None:
 def require_user_id(user_id: object) -> str:
     if not isinstance(user_id, str) or not USER_ID.fullmatch(user_id):
         raise InvalidInput(
-            "A user id is text of 1 to 50 characters: letters and digits, and after the first one also . _ @ and -."
+            "A user id must be 1 to 50 letters and digits. After the first character, . _ @ and - are allowed too."
         )
     return user_id
 
@@ -34,7 +34,7 @@ def is_unicode(text: str) -> bool:
 
 def require_limit(limit: object) -> int:
     if type(limit) is not int or not 1 <= limit < 2**31:
-        raise InvalidInput("limit must be a whole number from 1 up.")
+        raise InvalidInput("limit must be a whole number of at least 1.")
     return limit
 
 
@@ -51,7 +51,7 @@ def require_aware(moment: datetime, name: str) -> datetime:
     try:
         return moment.astimezone(UTC)
     except OverflowError as error:
-        raise InvalidInput(f"{name} lies outside the years 1 to 9999 in UTC.") from error
+        raise InvalidInput(f"{name} must be within the years 1 to 9999 in UTC.") from error
 
 
 def require_positive(name: str, number: float) -> None:
@@ -71,4 +71,4 @@ def require_pool_size(number: int) -> None:
         InvalidInput: it cannot.
     """
     if type(number) is not int or number < 1:
-        raise InvalidInput("pool_size must be a whole number from 1 up.")
+        raise InvalidInput("pool_size must be a whole number of at least 1.")

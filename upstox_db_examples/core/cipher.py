@@ -77,7 +77,7 @@ class KeyRing:
     def __init__(self, *keys: bytes) -> None:
         if not keys or any(not isinstance(key, bytes) or len(key) != KEY_BYTES for key in keys):
             del keys  # A traceback that prints local variables must not show them.
-            raise ConfigurationError(f"A key ring needs at least one key, each of {KEY_BYTES} random bytes.")
+            raise ConfigurationError(f"A key ring needs at least one key, and each must be {KEY_BYTES} random bytes.")
         self._ciphers = {_key_id(key): AESGCM(key) for key in keys}
 
     @property
@@ -112,7 +112,7 @@ class KeyRing:
         version, _, rest = ciphertext.partition(".")
         key_id, _, encoded = rest.partition(".")
         if version not in READABLE_VERSIONS or not encoded:
-            raise TokenRefused("The stored token is not encrypted as it should be. Log in again with store_token().")
+            raise TokenRefused("The stored token is not properly encrypted. Log in again with store_token().")
         if key_id not in self._ciphers:
             raise KeyUnavailable(key_id)
         try:
@@ -137,8 +137,8 @@ class KeyRing:
             return cls(*_decoded(text))
         del text  # A traceback that prints local variables must not show it.
         raise ConfigurationError(
-            f"{source} holds no usable keys. Expected: one or more keys of {KEY_BYTES} random bytes in base64, "
-            "separated by commas or line ends, the newest first."
+            f"{source} holds no usable keys. It must hold one or more keys of {KEY_BYTES} random bytes in base64, "
+            "separated by commas or newlines, the newest first."
         )
 
     @classmethod
@@ -173,7 +173,7 @@ class KeyRing:
         return f"KeyRing({', '.join(self._ciphers)})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("A key ring is not pickled. Make one in each process.")
+        raise TypeError("A key ring cannot be pickled. Make one in each process.")
 
 
 KeySource = KeyRing | Callable[[], KeyRing]
@@ -204,7 +204,7 @@ def _make_key_file(file: Path) -> None:
             os.fsync(temporary.fileno())
         with contextlib.suppress(FileExistsError):
             os.link(name, file)
-            logger.warning("Made a new key in %s. Back it up, apart from the database.", file)
+            logger.warning("Made a new key in %s. Back it up, and keep the backup apart from the database.", file)
     finally:
         Path(name).unlink()
     folder = os.open(file.parent, os.O_RDONLY)

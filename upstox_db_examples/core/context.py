@@ -30,7 +30,7 @@ class Context:
 
     def now(self) -> datetime:
         """Return the current time in UTC and in whole seconds, which every store can keep."""
-        return require_aware(self._clock(), "What the clock gives").replace(microsecond=0)
+        return require_aware(self._clock(), "The result of clock").replace(microsecond=0)
 
 
 @functools.cache

@@ -35,10 +35,10 @@ class Credentials:
     def __init__(self, values: Mapping[str, str | Secret]) -> None:
         values = wrapped(values)
         if unknown := sorted(set(values) - set(self.fields)):
-            raise LoginRefused(f"Unknown credentials: {', '.join(unknown)}. Known are: {', '.join(self.fields)}.")
+            raise LoginRefused(f"Unknown credentials: {', '.join(unknown)}. The known ones: {', '.join(self.fields)}.")
         self._values = {name: as_secret(values.get(name, "")) for name in self.fields}
         if problems := self._problems():
-            raise LoginRefused(f"The login cannot work; no request was made: {'; '.join(problems)}.")
+            raise LoginRefused(f"The login cannot work, so no request was made: {'; '.join(problems)}.")
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -87,7 +87,7 @@ class Credentials:
             problems.append("redirect_uri is not a URL")
         # The SDK puts these three into a form without encoding them, so special characters would send a wrong value.
         problems += [
-            f"{name} holds one of & + %, which the SDK does not send rightly"
+            f"{name} contains &, + or %, which the SDK does not send correctly"
             for name in ("client_id", "client_secret", "redirect_uri")
             if re.search(r"[&+%]", plain[name])
         ]
@@ -100,15 +100,15 @@ class Credentials:
     def _problems_of_pin_and_totp(self) -> list[str]:
         plain, problems = self.revealed(), []
         if not re.fullmatch(r"[0-9]{4,8}", plain["pin_code"]):
-            problems.append("pin_code is not a PIN of digits")
+            problems.append("pin_code is not 4 to 8 digits")
         try:
             padding = "=" * (-len(plain["totp_secret"]) % 8)
             bits = 8 * len(base64.b32decode(plain["totp_secret"] + padding, casefold=True))
         except ValueError:  # It is not base32, or not even ASCII.
-            problems.append("totp_secret is not base32: only A-Z and 2-7, no spaces")
+            problems.append("totp_secret is not base32: use only A-Z and 2-7, without spaces")
         else:
             if bits < SHORTEST_TOTP_SECRET:
-                problems.append(f"totp_secret is cut off: it has {bits} bits of at least {SHORTEST_TOTP_SECRET}")
+                problems.append(f"totp_secret is cut off: it has {bits} bits and needs at least {SHORTEST_TOTP_SECRET}")
         return problems
 
 
@@ -127,7 +127,7 @@ class TotpCredentials(Credentials):
             return missing
         problems = self._problems_of_pin_and_totp()
         if not re.fullmatch(r"[!-~]+", self._values["client_id"].reveal()):
-            problems.append("client_id does not fit into a header: only ASCII without spaces")
+            problems.append("client_id does not fit into a header: use only ASCII without spaces")
         return problems
 
 

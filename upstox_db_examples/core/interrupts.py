@@ -98,7 +98,7 @@ class PutOff:
             return
         self._pending.append(number)
         logger.warning(
-            "Signal %s waits until the login is over and its token stored. Send it again not to wait.",
+            "Signal %s waits until the login is over and its token is stored. Send it again to stop right now.",
             signal.Signals(number).name,
         )
 

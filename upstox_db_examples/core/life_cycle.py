@@ -102,7 +102,9 @@ class LifeCycle:
             return
         known = self._users.guess(last=False)
         if known is None and several:
-            raise LoginRefused("The store's login knows one account, not whose. Set UPSTOX_USER_ID, or use Accounts.")
+            raise LoginRefused(
+                "The store's login does not say whose account it has. Set UPSTOX_USER_ID, or use Accounts."
+            )
         if known is not None and not is_same_user(known, user_id):
             raise LoginRefused(
                 f"The store's login knows the account of {known}, not {user_id}. Use Accounts for several."
@@ -167,12 +169,12 @@ class LifeCycle:
         try:
             owner = owner_of(self._cipher.decrypt(token))
         except LoginError as error:
-            logger.info("Upstox could not be asked whether the token of %s lives: %s", user_id, error)
+            logger.info("Upstox could not confirm whether the token of %s still works: %s", user_id, error)
             return False
         if owner is None or not is_same_user(owner, user_id):
             return False
         self._backend.clear_doubt(token)
-        logger.info("The token of %s lives, in spite of a login that came to no known end", user_id)
+        logger.info("The token of %s still works, although a login ended without a known result", user_id)
         return True
 
     def _refuse_before_a_request(self, user_id: str | None, wish: Wish, applicant: Applicant) -> str | None:
@@ -185,7 +187,7 @@ class LifeCycle:
             check(user_id)
         known = self._users.user_of_account(account_of(self._login, user_id))
         if user_id and known and not is_same_user(known, user_id):
-            raise LoginRefused(f"These credentials log {known} in, not {user_id}. Use Accounts for several users.")
+            raise LoginRefused(f"These credentials belong to {known}, not {user_id}. Use Accounts for more users.")
         _ = self._cipher.ring
         return self._notes.look(applicant, deliberate=wish.deliberate)
 
@@ -193,9 +195,9 @@ class LifeCycle:
         left = self._renew_pause - self._notes.since_renewal(user_id)
         if left > 0:
             raise LoginLimited(
-                f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and is refused again, so "
-                "another login would not help. Find out why Upstox says 401: a request from an unregistered IP gets "
-                "it, too. store_token() logs in all the same.",
+                f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and was refused again, so "
+                "another login would not help. Find out why Upstox answers 401: an unregistered IP address "
+                "is one cause. store_token() logs in anyway.",
                 retry_after=left,
                 account_only=True,
             )
@@ -203,7 +205,7 @@ class LifeCycle:
     def _refuse_a_dead_one(self, minted: Minted, now: datetime) -> None:
         if self._policy.expires_at(minted.token, now) <= self._now():
             error = LoginInterrupted(
-                "The login gave a token that is dead already, by this machine's clock. Check that clock first. The "
+                "By this machine's clock, the new token has already expired. Check that clock first. The "
                 "token is in this error: error.token.reveal()."
             )
             error.token, error.user_id = minted.token, minted.user_id
@@ -223,7 +225,7 @@ class LifeCycle:
             self._backend.record(user_id, "login_failed", self._now(), details)
             self._notes.failed(applicant, error, frozenset(FIX_CODES))
         except StorageError as unrecorded:  # The login's own error matters more.
-            logger.warning("This failure is not written down in the store: %s", unrecorded)
+            logger.warning("This failure could not be recorded in the store: %s", unrecorded)
 
     def _keep(
         self,
@@ -263,8 +265,8 @@ class LifeCycle:
             raise interrupt
         if user_id and not as_asked:
             raise LoginRefused(
-                f"The login was asked for {user_id} and logged {minted.user_id} in, under whose name the token is "
-                "stored now. Check which account these credentials belong to."
+                f"The login was for {user_id} but logged {minted.user_id} in, so the token is stored under "
+                "that name. Check which account these credentials belong to."
             )
         return result
 
@@ -279,7 +281,7 @@ class LifeCycle:
             if wish.refused:
                 self._notes.renewed(minted.user_id)
         except StorageError as error:
-            logger.warning("The token of %s is stored; the notes on its login are not: %s", minted.user_id, error)
+            logger.warning("The token of %s is stored, but the notes on its login are not: %s", minted.user_id, error)
 
     def _end_quietly(self, lock: str, doubted: str | None = None) -> None:
         """Remove this login's marks, except that of the `doubted` user, whose token stays in doubt."""
@@ -288,7 +290,7 @@ class LifeCycle:
                 self._backend.end_login(lock, in_doubt=True, user_id=spelling)
             self._backend.end_login(lock, in_doubt=False)
         except StorageError as error:  # The marks stay and the lock is released: in doubt too.
-            logger.warning("Tokens stay in doubt until Upstox is asked, or the next login: %s", error)
+            logger.warning("Tokens stay in doubt until Upstox confirms them or the next login: %s", error)
 
     def _hand_out(self, found: StoredToken) -> TokenResult:
         return result_of(self._cipher.decrypt(found), found)

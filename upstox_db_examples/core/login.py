@@ -83,14 +83,14 @@ class Accounts:
     def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret] | Login], **options: Any) -> None:
         accounts = {user_id: wrapped(it) if isinstance(it, Mapping) else it for user_id, it in accounts.items()}
         if not accounts:
-            raise LoginRefused("There are no accounts.")
+            raise LoginRefused("Accounts needs at least one account.")
         if unknown := sorted(set(options) - {"base_domain", "pause", "timeout"}):
-            raise TypeError(f"Accounts does not know {', '.join(unknown)}.")
+            raise TypeError(f"Accounts does not take {', '.join(unknown)}.")
         self._base_domain: str | None = options.get("base_domain")
         self._logins: dict[str, tuple[str, Login]] = {}  # by the user id in upper case
         for user_id, values in accounts.items():
             if user_id.upper() in self._logins:
-                raise LoginRefused(f"{user_id} is there twice. User ids are compared without regard to case.")
+                raise LoginRefused(f"{user_id} is listed twice. User ids are not case-sensitive.")
             try:
                 self._logins[user_id.upper()] = user_id, _login_of(user_id, values, options)
             except LoginRefused as error:
@@ -180,7 +180,7 @@ class Accounts:
         wanted = user_id or self.user_id
         if wanted is None or wanted.upper() not in self._logins:
             asked = f"There is no account {user_id}" if user_id else "No account was named"
-            raise LoginRefused(f"{asked}. Known are: {', '.join(self.user_ids)}.")
+            raise LoginRefused(f"{asked}. The known ones: {', '.join(self.user_ids)}.")
         return self._logins[wanted.upper()]
 
 
@@ -193,5 +193,5 @@ def _login_of(user_id: str, given: Mapping[str, str | Secret] | Login, options: 
         raise LoginRefused("This is neither a table of credentials nor a login.")
     declared = getattr(given, "user_id", None)
     if isinstance(declared, str) and declared.upper() != user_id.upper():
-        raise LoginRefused(f"This login logs {declared} in.")
+        raise LoginRefused(f"This login belongs to another user, {declared}.")
     return given

@@ -71,7 +71,7 @@ class Notes:
         for name in ("limit", f"limit {applicant.who}"):
             if (note := notes.get(name)) and (left := _left(note, now)) > 0:
                 raise LoginLimited(
-                    f"No login for {left:.0f} s: Upstox has told a program on this store to wait ({note['code']}).",
+                    f"Wait {left:.0f} s to log in: Upstox told a program on this store to wait ({note['code']}).",
                     note["code"],
                     left,
                     account_only=name != "limit",
@@ -84,8 +84,8 @@ class Notes:
             when = datetime.fromtimestamp(note["at"], UTC).isoformat(timespec="seconds")
             pause = "" if note["seconds"] is None else f" for {_left(note, now):.0f} s"
             raise LoginRefused(
-                f"Upstox refused these credentials at {when} ({note['code']}), so no program on this store tries them "
-                f"again by itself{pause}: {note['why']} When that is mended, log in once with 'upstox-db login' or "
+                f"Upstox refused these credentials at {when} ({note['code']}), so no program on this store will try "
+                f"them on its own{pause}: {note['why']} Once that is fixed, log in once with 'upstox-db login' or "
                 "store_token().",
                 note["code"],
             )

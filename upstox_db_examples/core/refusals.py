@@ -13,7 +13,7 @@ from .errors import LoginError, LoginInterrupted, LoginLimited, LoginRefused
 # Upstox's codes. The API's codes are documented; the login service's were seen in real answers.
 FIX_CODES = {
     "UDAPI100016": "the client id or secret is wrong",
-    "UDAPI100068": "the client id or the redirect URI is not the app's",
+    "UDAPI100068": "the client id or the redirect URI does not match the app",
     "UDAPI100069": "the client id or secret is wrong",
     "UDAPI100073": "the app is inactive",
     "1017106": "the PIN is wrong; five wrong ones lock the account",
@@ -25,9 +25,9 @@ WAIT_CODES = {
     "1017069": ("Upstox blocked this account's one-time passwords", 600.0, True),
 }
 AGAIN_CODES = {
-    "UDAPI100057": "the authorization code was used up",
-    "1017076": "the one-time password was used up; a new one comes every 30 seconds",
-    "UDAPI100500": "Upstox had a fault of its own",
+    "UDAPI100057": "the authorization code was already used",
+    "1017076": "the one-time password was already used; a new one comes every 30 seconds",
+    "UDAPI100500": "Upstox had an internal error",
 }
 # This limit came under UDAPI100500, which is otherwise a temporary fault. So the text decides and not the code.
 OTP_LIMIT = "exceeded the maximum number of times you can generate an otp"
@@ -66,7 +66,7 @@ def explain(reply: Reply, redact: Callable[[str], str] = without_tokens, *, mint
         mints: this request makes the token, so only a definite refusal means that no token was made.
     """
     if reply.lost:
-        error: LoginError = LoginInterrupted(f"Upstox could not be reached or broke off ({reply.lost}). Try again.")
+        error: LoginError = LoginInterrupted(f"Upstox could not be reached, or broke off ({reply.lost}). Try again.")
         error.token_may_exist = mints and reply.sent
         return error
     code, message = code_and_message(reply.json())
@@ -94,7 +94,7 @@ def by_code(code: str | None, message: str, status: int = 0) -> LoginError:
     if status == 429:
         return LoginLimited(f"Wait 60 s: too many requests. Upstox said: {said}", code or "429")
     if status >= 500:
-        return LoginInterrupted(f"Log in again: Upstox had a fault of its own. It said: {said}", code)
+        return LoginInterrupted(f"Log in again: Upstox had an internal error. It said: {said}", code)
     return LoginRefused(f"Upstox refused the login. It said: {said}", code)
 
 
@@ -116,6 +116,6 @@ def _by_status(status: int) -> LoginError:
     if status == 429:
         return LoginLimited("Wait 60 s: too many requests.", "429")
     return LoginInterrupted(
-        f"Upstox answered in a form that is not known here (HTTP status {status or 'unknown'}). Try again; if it "
-        "stays, look for a newer version of this package and of upstox-totp, or pass a login of your own."
+        f"Upstox's answer has an unknown format (HTTP status {status or 'unknown'}). Try again. If that does not "
+        "help, look for newer versions of this package and of upstox-totp, or pass a login of your own."
     )

@@ -58,7 +58,7 @@ class Saving:
                 continue  # Another writer was faster. Compare the two tokens again.
             logger.info("Stored token %s of %s", token.token_id, token.user_id)
             return result_of(minted.token, token)
-        raise StoreUnavailable(f"Others store tokens of {minted.user_id} all the time. Try again.")
+        raise StoreUnavailable(f"Other programs keep storing tokens of {minted.user_id}. Try again.")
 
     def account_that_made(self, minted: Minted) -> str | None:
         """Return the account to bind to this token, or None if the token names a different user than the answer.
@@ -90,7 +90,7 @@ class Saving:
             try:
                 other = issued_at(self._cipher.decrypt(newest))
             except (KeyUnavailable, TokenRefused) as error:
-                logger.info("The stored token of %s cannot be compared: %s", minted.user_id, error)
+                logger.info("The stored token of %s cannot be compared with the new one: %s", minted.user_id, error)
         elif other and other > self._context.now() + timedelta(days=1):
             other = None  # Only a forger writes such a time, and it would keep every later token out.
         if mine is None or other is None:
@@ -108,7 +108,7 @@ class Saving:
 
 def _superseded(minted: Minted) -> LoginSuperseded:
     error = LoginSuperseded(
-        f"A token of {minted.user_id} that was issued later is stored. Read it with get_valid_token()."
+        f"The store has a token of {minted.user_id} that was issued later. Read it with get_valid_token()."
     )
     error.token, error.user_id = minted.token, minted.user_id
     return error

@@ -107,7 +107,7 @@ class SingleLogin:
     def _check_user(self, user_id: str | None) -> None:
         declared = self.user_id
         if user_id and declared and user_id.upper() != declared.upper():
-            raise LoginRefused(f"These credentials log {declared} in, not {user_id}. Use Accounts for several.")
+            raise LoginRefused(f"These credentials belong to {declared}, not {user_id}. Use Accounts for more users.")
 
 
 class SdkLogin(SingleLogin):
@@ -232,8 +232,8 @@ class _Watch:
         named = parse_qs(urlsplit(url).query).get("user_id", [""])[0].strip()
         if self._wanted and USER_ID.fullmatch(named) and named.upper() != self._wanted.upper():
             raise LoginRefused(
-                f"The login was asked for {self._wanted}, and these credentials log {named} in. It stopped before a "
-                "one-time password was asked for, so nothing was minted. Check whose credentials these are."
+                f"The login was for {self._wanted}, but these credentials belong to {named}. It stopped before it "
+                "requested a one-time password, so no token was made. Check whose credentials these are."
             )
 
 
@@ -254,7 +254,7 @@ def answer_in(
     if token is None:
         return None
     error = explain(reply, redact, mints=True)
-    error.args = (f"{error} A token came all the same: error.token.reveal().",)
+    error.args = (f"{error} The answer holds a token anyway: error.token.reveal().",)
     error.token, error.user_id, error.token_may_exist = token, subject(token), True
     return error
 
@@ -326,7 +326,7 @@ def _explain(error: object, watch: _Watch, credentials: Credentials) -> LoginErr
     if isinstance(error, LoginError):
         return error
     if isinstance(error, SdkConfigurationError):
-        return LoginRefused("The SDK does not accept these credentials.")
+        return LoginRefused("The SDK does not accept these credentials. Check them.")
     if watch.reply:
         failure = explain(watch.reply, credentials.redact, mints=watch.minting)
         failure.token_may_exist = failure.token_may_exist or watch.in_doubt
@@ -336,8 +336,8 @@ def _explain(error: object, watch: _Watch, credentials: Credentials) -> LoginErr
         failure = by_code(code, credentials.redact(message))
     else:
         failure = LoginInterrupted(
-            f"The SDK failed in a way that is not known here ({type(error).__name__}). Try again; if it stays, look "
-            "for a newer version of this package and of upstox-totp, or pass a login of your own."
+            f"The SDK failed with an unknown error ({type(error).__name__}). Try again. If that does not help, look "
+            "for newer versions of this package and of upstox-totp, or pass a login of your own."
         )
     # If the watch saw no request, nobody knows which requests were made.
     failure.token_may_exist = watch.in_doubt or not watch.requests

@@ -155,14 +155,14 @@ class TokenStorage:
         try:
             minted = read_answer(response)
         except LoginError as error:
-            raise InvalidInput(f"This is no token response: {error}") from None
+            raise InvalidInput(f"This is not a token response: {error}") from None
         finally:
             del response
         self._refuse_another_kind(minted)
         if verify:
             owner = getattr(self.login, "owner_of", owner_of)(minted.token)
             if owner is None or not is_same_user(owner, minted.user_id):
-                raise InvalidInput(f"Upstox does not take this as a living token of {minted.user_id}.")
+                raise InvalidInput(f"Upstox does not accept this as a working token of {minted.user_id}.")
         return self._life_cycle.adopt(minted)
 
     def store_token_batch(
@@ -272,7 +272,7 @@ class TokenStorage:
             ConfigurationError: this role may only store and read tokens and cannot delete audit entries.
         """
         if type(days_to_keep) is not int or not 0 <= days_to_keep <= 36_500:
-            raise InvalidInput("days_to_keep must be a whole number of days from 0 up.")
+            raise InvalidInput("days_to_keep must be a whole number of days from 0 to 36500.")
         before, removed = self._now() - timedelta(days=days_to_keep), 0
         while batch := self.backend.delete_entries(before, ROWS_AT_ONCE):
             removed += batch
@@ -309,9 +309,9 @@ class TokenStorage:
             rotated += self.backend.replace_ciphertexts(pairs)
         if refused:
             first, users = next(iter(refused.values())), ", ".join(sorted(refused))
-            first.args = (f"Encrypted again: {rotated}, but not the tokens of {users}. The first: {first}",)
+            first.args = (f"Re-encrypted {rotated}, but not the tokens of {users}. The first error: {first}",)
             raise first
-        logger.info("Encrypted %s tokens again under key %s", rotated, newest)
+        logger.info("Re-encrypted %s tokens with key %s", rotated, newest)
         return rotated
 
     def keys_in_use(self) -> dict[str, int]:
@@ -342,18 +342,18 @@ class TokenStorage:
         """Refuse anything but a working access token of that user, as far as the token itself tells."""
         now = self._now()
         if not is_unicode(minted.token.reveal()):
-            raise InvalidInput(f"What is given as a token of {minted.user_id} holds half a character: it is no token.")
+            raise InvalidInput(f"This token of {minted.user_id} holds half a character, so it cannot be a token.")
         dies, issued, whose = jwt_expiry(minted.token), issued_at(minted.token), subject(minted.token)
         if dies and dies <= now:
-            raise InvalidInput(f"This token of {minted.user_id} died at {dies.isoformat()}.")
+            raise InvalidInput(f"This token of {minted.user_id} expired at {dies.isoformat()}.")
         if whose and not is_same_user(whose, minted.user_id):
-            raise InvalidInput(f"This token does not belong to {minted.user_id}, but to another user.")
+            raise InvalidInput(f"This token belongs to another user, not to {minted.user_id}.")
         if issued and issued > now + self._policy.margin:
             raise InvalidInput("This token was issued in the future. Check this machine's clock.")
         if dies and dies > self._policy.next_death(now):
             raise InvalidInput(
-                "This token lives longer than an access token can. It is of another kind: an extended or an analytics "
-                "token only reads, a sandbox token trades nowhere."
+                "This token lives longer than an access token can, so it is another kind. Extended and analytics "
+                "tokens can only read, and sandbox tokens cannot place real orders."
             )
 
 
@@ -367,9 +367,9 @@ def _refused(token: str | Secret | Mapping[str, Any]) -> Secret:
         token = token.get("token") or token.get("access_token") or ""
     if isinstance(token, Secret):
         return token
-    text, kind = (token.strip(), "") if isinstance(token, str) else ("", type(token).__name__)
+    text, kind = (token.strip(), "unusable text") if isinstance(token, str) else ("", type(token).__name__)
     del token
     if not text or not is_unicode(text):
         del text
-        raise InvalidInput(f"refused_token is the text of the token that was refused, or a result. {kind}".strip())
+        raise InvalidInput(f"refused_token must be the token that was refused, as text or a result, not {kind}.")
     return Secret(text)

@@ -41,7 +41,7 @@ class Secret:
     __str__ = __repr__
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("A secret is not pickled, for a pickle shows it to whoever reads the file.")
+        raise TypeError("A secret cannot be pickled, because anyone who reads the file would see it.")
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ class TokenResult(Mapping[str, Any]):
         return repr({"token": self._token, **{name: self[name] for name in self._fields}})
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("A result is not pickled, for a pickle shows its token. Pass result['token'] on yourself.")
+        raise TypeError("A result cannot be pickled: the file would show its token. Pass result['token'] on yourself.")
 
 
 @dataclass(frozen=True)

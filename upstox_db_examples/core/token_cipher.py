@@ -73,7 +73,7 @@ class TokenCipher:
             return self.ring.decrypt(token.ciphertext, binding)
         except KeyUnavailable as error:
             # A long-running program picks up a newly added key here.
-            logger.info("Asking for the keys again: %s is not among them", error.key_id)
+            logger.info("Key %s is not in the key ring. Loading the keys again", error.key_id)
             self.reload()
             return self.ring.decrypt(token.ciphertext, binding)
 

@@ -44,10 +44,10 @@ def checked_base_domain(base_domain: str | None) -> str:
     except (ValueError, LookupError, AttributeError):
         is_safe, fits = True, False
     if not is_safe:
-        raise LoginRefused("base_domain must be https: the PIN and the secrets travel there.")
+        raise LoginRefused("base_domain must be https, because the PIN and the secrets are sent there.")
     if not fits:
         raise LoginRefused(
-            "base_domain must be a URL with {stage} in it, which becomes 'api' or 'service', and no other braces."
+            "base_domain must be a URL with {stage} in it (it becomes 'api' or 'service') and no other braces."
         )
     return base_domain
 

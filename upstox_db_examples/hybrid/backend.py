@@ -261,7 +261,7 @@ class HybridBackend(Backend):
             try:
                 self.fold_uses()
             except StorageError as error:
-                logger.warning("Uses wait in Redis: %s", error)
+                logger.warning("Use counts stay in Redis for now: %s", error)
             finally:
                 self._folding.release()
 

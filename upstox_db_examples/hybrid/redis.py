@@ -40,8 +40,8 @@ Config = Mapping[str, Any] | str | Client
 COPIED = ("ciphertext", "key_id", "generation", "user_name", "email", "account")
 LUA = Path(__file__).parent / "lua"
 NO_CONFIGURATION = (
-    "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a client "
-    "of redis-py."
+    "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a redis-py "
+    "client."
 )
 
 
@@ -115,7 +115,7 @@ class RedisTokens:
             raise ConfigurationError(NO_CONFIGURATION)
         if replicas and isinstance(client, RedisCluster):
             raise ConfigurationError(
-                "A Redis Cluster cannot be asked what one key's replicas have. Leave out replicas."
+                "A Redis Cluster cannot tell whether a key's replicas are up to date. Leave out replicas."
             )
         self._client, self._owned = client, owned
         self._pause = pause
@@ -217,7 +217,7 @@ class RedisTokens:
             except (KeyError, ValueError, OverflowError, OSError):
                 foreign.append(entry)
         if foreign:
-            logger.warning("%s entries of %s are not ours and are thrown away.", len(foreign), self._uses)
+            logger.warning("%s entries of %s did not come from this package. Deleting them.", len(foreign), self._uses)
             self._answer(lambda: self._client.xdel(self._uses, *foreign))
         return uses
 
@@ -244,11 +244,11 @@ class RedisTokens:
             waiting = self._client.xlen(self._uses)
             return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
         except NoPermissionError:
-            why = "does not allow this user all that is due. Its rules should be those of runtime_acl()"
+            why = "does not give this user all the rights that the store needs. Use the rules of runtime_acl()"
         except (OutOfMemoryError, ReadOnlyError) as error:
-            why = f"takes no writes ({type(error).__name__}). Check that it has room and is no replica"
+            why = f"does not accept writes ({type(error).__name__}). Check that it has free memory and is not a replica"
         except NO_ANSWER as error:
-            why = f"gave no answer ({type(error).__name__}). Check that it runs"
+            why = f"gave no answer ({type(error).__name__}). Check that it is running"
         # We raise out here, so that our error has no cause: a cluster's frames hold the password.
         raise StoreUnavailable(f"Redis {why}.")
 
@@ -272,9 +272,9 @@ class RedisTokens:
         except RedisConnectionError as error:
             if not isinstance(error.__context__, ssl.SSLError):
                 raise
-            wrong = "TLS: its certificate, or the authority that should vouch for it"
+            wrong = "TLS (the certificate or its authority)"
         # We raise out here, so that our error has no cause: redis-py's frames hold the password.
-        raise ConfigurationError(f"Redis and this configuration do not agree on {wrong}. Check redis_config.")
+        raise ConfigurationError(f"The connection to Redis failed because of {wrong}. Check redis_config.")
 
     def _keys(self, user_id: str) -> list[str]:
         return [f"{self._prefix}token:{user_id}", f"{self._prefix}count:{user_id}"]
@@ -295,10 +295,10 @@ class RedisTokens:
             answer = ask()
         except NO_ANSWER as error:
             if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
-                logger.warning("A key of ours holds something else in Redis. PostgreSQL answers for this user.")
+                logger.warning("A key of the store in Redis has the wrong type. PostgreSQL answers for this user.")
                 return None
             if not self._failed:
-                logger.warning("Redis does not answer (%s). PostgreSQL answers alone.", type(error).__name__)
+                logger.warning("Redis does not answer (%s), so PostgreSQL answers alone.", type(error).__name__)
             self._failed, self._ask_again_at = True, time.monotonic() + self._pause
             return None
         if self._failed:
@@ -369,7 +369,7 @@ def _load(user_id: str, text: str, count: int) -> StoredToken | None:
             return None
         return StoredToken(user_id, **fields, usage_count=count, source="redis")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TokenRefused(f"The copy of {user_id}'s token in Redis is not one of ours. Delete its key.") from error
+        raise TokenRefused(f"Something else wrote the copy of {user_id}'s token in Redis. Delete its key.") from error
 
 
 def _read_use(entry: str, fields: dict[str, str]) -> Use:

@@ -110,7 +110,7 @@ class HybridUpstoxStorage(TokenStorage):
                 self.close()
                 raise
             # If a program starts while PostgreSQL is down, it reads from Redis, as a running program does.
-            logger.warning("Reads come from Redis alone: %s", error)
+            logger.warning("PostgreSQL is not available, so reads come from Redis alone: %s", error)
 
     def init_postgres(self) -> None:
         """Make the tables, as `init_database` does."""

@@ -91,10 +91,10 @@ class Shape:
         # Checked here, because it is used in a thread of the server.
         if unknown := {*self.missing, *self.null, *self.changed} - TOKEN_FIELDS:
             raise ValueError(
-                f"A token answer has no {', '.join(sorted(unknown))}: it has {', '.join(sorted(TOKEN_FIELDS))}."
+                f"A token answer has no {', '.join(sorted(unknown))}. Its fields: {', '.join(sorted(TOKEN_FIELDS))}."
             )
         if twice := TOKEN_FIELDS.intersection(self.added):
-            raise ValueError(f"A token answer already has {', '.join(sorted(twice))}: use `changed`.")
+            raise ValueError(f"A token answer already has {', '.join(sorted(twice))}. Use `changed`.")
         json.dumps([dict(self.changed), dict(self.added)])
 
     def of(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -200,7 +200,7 @@ class Server(ABC):
             deadline = time.monotonic() + PATIENCE
             while any(map(_is_alive, everyone)):
                 if time.monotonic() > deadline:
-                    raise StoreUnavailable(f"{self.name} is still there {PATIENCE:g} s after a kill -9.")
+                    raise StoreUnavailable(f"{self.name} is still running {PATIENCE:g} s after a kill -9.")
                 time.sleep(0.001)
 
     def _reap(self, wait: float = 0) -> None:
@@ -229,7 +229,7 @@ class Server(ABC):
 
     def _refuse_if_given(self) -> None:
         if self._given:
-            raise ConfigurationError(f"The server of {self.variable} is not ours to start and stop.")
+            raise ConfigurationError(f"The server of {self.variable} is not ours, so we do not start or stop it.")
 
     @abstractmethod
     def _prepare(self) -> None:

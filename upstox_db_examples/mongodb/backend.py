@@ -107,7 +107,7 @@ class MongoBackend(Backend):
                         try:
                             move_audit(db, [active["token_id"]])
                         except PyMongoError as error:  # They can stay in the record until the next try.
-                            logger.warning("Audit entries stay in their record (%s)", type(error).__name__)
+                            logger.warning("Audit entries stay in their record for now (%s)", type(error).__name__)
                     return read_active(active, **{name: record.get(name) for name in shown})
                 # The token was replaced or revoked in between, so look again.
         raise StoreUnavailable(f"{self.where} has no record in which to count this use. Store a new token.")
@@ -160,9 +160,9 @@ class MongoBackend(Backend):
             refused = error.__cause__
             if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
                 raise
-            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+            raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
         if not is_active:
-            raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.")
+            raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.")
         try:
             with self._database() as db:
                 earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
@@ -171,7 +171,7 @@ class MongoBackend(Backend):
                     end_records(db, [{**(cut_off or ended), "token_id": old}])
                     ended = {**ended, "_id": ObjectId()}
         except StorageError as error:  # The token is stored. The next insert catches up.
-            logger.warning("The record of the earlier token of %s is still called active: %s", token.user_id, error)
+            logger.warning("The record of the earlier token of %s is still marked as active: %s", token.user_id, error)
         return replace(token, token_id=str(token_id), in_doubt=mark is not None)
 
     def revoke(self, user_id: str, now: datetime) -> bool:

@@ -53,7 +53,7 @@ def swap(db: Database[Document], user_id: str, active: Document) -> tuple[Docume
         if there and there["generation"] >= active["generation"]:
             return None, False
     raise StoreUnavailable(
-        f"The token of {user_id} was replaced {ATTEMPTS} times while this one was stored. Try again."
+        f"The token of {user_id} was replaced {ATTEMPTS} times while this one was being stored. Try again."
     )
 
 

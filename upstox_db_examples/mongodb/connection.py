@@ -91,7 +91,7 @@ class MongoDBConnection:
             if client:
                 client.close()
         # We raise out here, so that our error has no cause that shows the URL.
-        raise ConfigurationError(f"{self.where} is not a database that pymongo can use. Check the URL and the name.")
+        raise ConfigurationError(f"pymongo cannot use the database {self.where}. Check the URL and the name.")
 
 
 def _describe(url: Secret, name: str) -> str:
@@ -106,8 +106,8 @@ def _describe(url: Secret, name: str) -> str:
     except (PyMongoError, ValueError, TypeError, AttributeError):
         pass  # This error may hold the password. We raise ours below, so that it has no cause.
     raise ConfigurationError(
-        "The connection string is not one that MongoDB understands, such as mongodb://user:password@host/. A password "
-        "with special characters is written by urllib.parse.quote_plus."
+        "MongoDB cannot read the connection string. Use one such as mongodb://user:password@host/. Escape special "
+        "characters in the password with urllib.parse.quote_plus."
     )
 
 
@@ -121,12 +121,12 @@ def _forget_frames(error: BaseException | None) -> None:
 _TRANSLATIONS: dict[int, tuple[type[StorageError], str]] = {
     13: (
         ConfigurationError,
-        "does not allow this user to do that. Grant it readWrite on the database; or if it has a role with the least "
-        "rights, let the owner of the database bring that up to date: upstox-db init --runtime-role ROLE",
+        "does not allow this user to do that. Grant it readWrite on the database. If it has a runtime role, the owner "
+        "of the database has to update that role: upstox-db init --runtime-role ROLE",
     ),
     18: (ConfigurationError, "refused the user or its password. Check both."),
-    121: (StoreUnavailable, "refused the document by its validator. Was it changed by hand?"),
-    14031: (StoreUnavailable, "has a full disk. Make room and try again."),
+    121: (StoreUnavailable, "has a validator that refused the document. Check whether somebody changed the validator."),
+    14031: (StoreUnavailable, "has a full disk. Free some space and try again."),
 }
 
 
@@ -143,15 +143,16 @@ def _translate_error(error: Exception, where: str, timeout: float) -> StorageErr
     if isinstance(error, DuplicateKeyError):
         return ConfigurationError(
             f"MongoDB at {where} has a unique index on {', '.join(index_keys(error))} that this package did not make "
-            "and that refuses this document. Drop it."
+            "and that refuses this document. Drop that index."
         )
     if "certificate" in str(error):
         return ConfigurationError(
-            f"MongoDB at {where} did not pass the check of TLS: its certificate, its host name, or the authority in "
-            "tlsCAFile. Mend that; without it somebody else could be listening."
+            f"MongoDB at {where} failed the TLS check. Fix its certificate, its host name, or the authority in "
+            "tlsCAFile. Without the check, somebody else could be listening."
         )
     if isinstance(error, OperationFailure) and not error.timeout:
-        return StoreUnavailable(f"MongoDB at {where} could not do it (code {code}). Try again.")
+        return StoreUnavailable(f"MongoDB at {where} reported an error (code {code}). Try again.")
     return StoreUnavailable(
-        f"MongoDB at {where} cannot be reached, or gave no answer for {timeout:g} s. Check that it runs and try again."
+        f"MongoDB at {where} cannot be reached, or gave no answer for {timeout:g} s. Check that it is running, "
+        "then try again."
     )

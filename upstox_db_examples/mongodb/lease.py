@@ -110,7 +110,7 @@ class Leases:
             StoreUnavailable: another caller has taken over a lease of this thread.
         """
         if not all(self._renew(lease) for lease in self._holding.leases):
-            raise StoreUnavailable("This took so long that another caller took over. Nothing was changed; try again.")
+            raise StoreUnavailable("This took so long that another caller took over. Nothing was changed. Try again.")
 
     def _take(self, lease: _Lease) -> bool:
         """Take the lease if it is free. This is one atomic change, by the server's clock ($$NOW)."""
@@ -144,11 +144,11 @@ class Leases:
             try:
                 if not self._renew(lease):
                     if not released.is_set():
-                        logger.warning("Another caller has taken the lease of %s over", lease.name)
+                        logger.warning("Another caller has taken over the lease of %s", lease.name)
                     return
                 pause = self._seconds / 3
             except StorageError as error:
-                logger.warning("The lease of %s is not renewed: %s", lease.name, error)
+                logger.warning("The lease of %s could not be renewed: %s", lease.name, error)
                 pause = self._seconds / 30  # Retry soon, while it can still succeed.
         if unanswered.is_set():
             self._release(lease)
@@ -158,7 +158,7 @@ class Leases:
             with self._database() as db:
                 db.leases.delete_one({"_id": lease.name, "owner": lease.owner})
         except StorageError as error:
-            logger.warning("The lease of %s stays for up to %g s: %s", lease.name, self._seconds, error)
+            logger.warning("The lease of %s is not released and stays up to %g s: %s", lease.name, self._seconds, error)
 
     def _until(self) -> dict[str, Any]:
         return {"$add": ["$$NOW", int(self._seconds * 1000)]}

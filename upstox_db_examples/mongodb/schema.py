@@ -150,10 +150,10 @@ def make_runtime_role(db: Database[dict[str, Any]], name: str, where: str) -> No
             db.command("grantPrivilegesToRole", name, privileges=making["privileges"])
     except OperationFailure as error:
         if error.code in BAD_ROLE_NAMES:
-            raise ConfigurationError(f"{name!r} is no name for a role at {where}. Take another one.") from error
+            raise ConfigurationError(f"{name!r} is not a valid role name at {where}. Choose another one.") from error
         if error.code == UNAUTHORIZED:
             raise ConfigurationError(
-                f"{where} does not allow this user to make the role {name}. Run it as the owner, with dbOwner on the "
+                f"{where} does not allow this user to make the role {name}. Run this as the owner, with dbOwner on the "
                 "database."
             ) from error
         raise
@@ -193,7 +193,7 @@ def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> Non
     foreign = not is_ours and (db.tokens.find_one({}, {"_id": 1}) or db.token_audit.find_one({}, {"_id": 1}))
     if foreign and not db.schema_version.find_one({"_id": "upstox"}):  # Another process may have made it meanwhile.
         raise ConfigurationError(
-            f"{where} has a collection tokens that was made by another program and may hold plaintext tokens. Name "
+            f"{where} has a collection tokens that was made by another program and may hold plaintext tokens. Choose "
             "another database."
         )
     for name in ("tokens", "token_audit"):
@@ -230,9 +230,9 @@ def _make_index(
             raise
         if "expireAfterSeconds" not in options:
             raise ConfigurationError(
-                f"{where} has another index on {', '.join(key for key, _ in keys)} of {name}. Drop it, and open the "
+                f"{where} has another index on {', '.join(key for key, _ in keys)} of {name}. Drop it, then open the "
                 "store again."
             ) from error
         # Turn a plain index, or a TTL of another length, into ours in place.
         db.command("collMod", name, index={"keyPattern": dict(keys), **options})
-        logger.warning("%s had an index on %s of %s, which is a TTL now", where, ", ".join(dict(keys)), name)
+        logger.warning("%s: the index on %s of %s is now a TTL index of ours", where, ", ".join(dict(keys)), name)

@@ -96,8 +96,8 @@ class PooledConnections(SQLiteConnections):
             return StoreUnavailable("This store is closed.")
         if isinstance(error, PoolTimeout):
             return StoreUnavailable(
-                f"No connection to {self.path} came free for {self._timeout:g} s; pool_size is {self.pool.size}. "
-                "Hold connections for a shorter time, or use a larger pool_size."
+                f"No connection to {self.path} was free for {self._timeout:g} s; pool_size is {self.pool.size}. "
+                "Return connections sooner, or use a larger pool_size."
             )
         return translate_error(error, self.path)
 

@@ -90,7 +90,7 @@ class PostgreSQLBackend(Backend):
         if exists["tokens"] != exists["versioned"]:
             raise ConfigurationError(
                 f"{where} has a table upstox_tokens that was made by another program and may hold plaintext tokens. "
-                "Name another database or schema."
+                "Choose another database or schema."
             )
         rows = self.connections.answer(conn, "SELECT version FROM upstox_schema") if exists["versioned"] else []
         version = int(rows[0]["version"]) if rows else 0
@@ -149,7 +149,7 @@ class PostgreSQLBackend(Backend):
             rows = self._run(queries.STORE, **columns, **ended, **begun, seen=list(self._seen.marks))
         except StoreUnavailable as error:
             if violated_constraint(error) in queries.SUPERSEDED:
-                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+                raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             raise
         return replace(token, token_id=int(rows[0]["token_id"]), in_doubt=rows[0]["in_doubt"])
 

@@ -345,7 +345,7 @@ def _describe(dsn: Secret) -> str:
     except (psycopg2.Error, TypeError):
         pass  # This error may hold the password. We raise ours below, so that it has no cause.
     raise ConfigurationError(
-        "The connection string is not one that PostgreSQL understands, such as postgresql://user:password@host/database."
+        "PostgreSQL cannot read the connection string. Use one such as postgresql://user:password@host/database."
     )
 
 

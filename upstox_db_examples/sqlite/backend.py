@@ -55,7 +55,7 @@ class SQLiteBackend(Backend):
 
     def init_database(self, runtime_role: str | None = None) -> None:
         if runtime_role is not None:
-            raise InvalidInput("SQLite has no roles: whoever may write to the file may do everything. Check its mode.")
+            raise InvalidInput("SQLite has no roles: anyone who can write the file can do everything. Check its mode.")
         with self.connections.lend() as conn:
             if self._version(conn) == len(self.schema_steps):
                 return
@@ -89,7 +89,7 @@ class SQLiteBackend(Backend):
             except Timeout as error:
                 raise lock_not_had(name, self.context.login_wait) from error
             except OSError as error:
-                raise ConfigurationError(f"No lock can be made in {self._locks}: {error.strerror}.") from error
+                raise ConfigurationError(f"No lock file can be made in {self._locks}: {error.strerror}.") from error
             try:
                 yield
             finally:
@@ -177,7 +177,7 @@ class SQLiteBackend(Backend):
                 # SQLite names the columns, not the constraint. A retry would not help against any other constraint.
                 if str(error) != "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation":
                     raise
-                raise LoginSuperseded(f"A newer login of {token.user_id} is stored. Read its token.") from error
+                raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             self._audit_entry(conn, token_id, token.user_id, action, token.created_at, metadata)
         return replace(token, token_id=token_id, in_doubt=mark is not None)
 

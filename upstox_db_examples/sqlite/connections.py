@@ -128,12 +128,12 @@ def resolve_path(db_path: str | os.PathLike[str], *, create: bool = True) -> Pat
     """
     text = os.fspath(db_path)
     if not isinstance(text, str) or not text or "\0" in text or text.startswith((":memory:", "file:")):
-        raise InvalidInput("db_path is the path of a file. A database in memory would lose the token with the process.")
+        raise InvalidInput("db_path must be the path of a file. A database in memory would end with the process.")
     try:
         # Resolve symbolic links: two names for one file would mean two locks, and so two logins at once.
         path = Path(text).resolve()
         if path.is_dir():
-            raise ConfigurationError(f"{path} is a folder. db_path is the path of a file in it.")
+            raise ConfigurationError(f"{path} is a folder. db_path must be the path of a file.")
         if not create and not path.exists():
             raise DatabaseMissing(f"{path} does not exist.")
         try:
@@ -142,10 +142,10 @@ def resolve_path(db_path: str | os.PathLike[str], *, create: bool = True) -> Pat
         except FileExistsError:
             if path.stat().st_mode & 0o077:
                 run = f"chmod 600 {shlex.quote(str(path))}"
-                logger.warning("Others can get at %s, and so at names and histories. Run: %s", path, run)
+                logger.warning("Others can access %s, which holds names and histories. Run: %s", path, run)
     except (OSError, RuntimeError) as error:  # Python 3.12 raises RuntimeError for a loop of links.
-        reason = getattr(error, "strerror", None) or "its links lead in a circle"
-        raise ConfigurationError(f"{text} cannot be made: {reason}.") from error
+        reason = getattr(error, "strerror", None) or "its symbolic links form a loop"
+        raise ConfigurationError(f"{text} cannot be created: {reason}.") from error
     return path
 
 
@@ -167,15 +167,15 @@ def translate_error(error: sqlite3.Error, path: Path) -> StorageError:
     for start, (kind, what) in _TRANSLATIONS.items():
         if name.startswith(start):
             return kind(f"{path} {what}")
-    return StoreUnavailable(f"{path}: SQLite could not do it ({name}).")
+    return StoreUnavailable(f"{path}: SQLite failed ({name}). Try again.")
 
 
 _TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
     "SQLITE_BUSY": (StoreUnavailable, f"was locked by another writer for {BUSY_SECONDS:.0f} s. Try again."),
-    "SQLITE_FULL": (StoreUnavailable, "cannot grow: the disk is full. Make room and try again."),
-    "SQLITE_IOERR": (StoreUnavailable, "lies on a disk that failed or is full. Mend that and try again."),
-    "SQLITE_READONLY": (ConfigurationError, "cannot be written to. Check the mode and the owner of file and folder."),
-    "SQLITE_CANTOPEN": (ConfigurationError, "cannot be opened. Check the mode and the owner of file and folder."),
-    "SQLITE_NOTADB": (ConfigurationError, "is not a SQLite database. Name another file."),
-    "SQLITE_CORRUPT": (ConfigurationError, "is damaged. Bring its backup back, or move it away and log in again."),
+    "SQLITE_FULL": (StoreUnavailable, "cannot grow because the disk is full. Free some space and try again."),
+    "SQLITE_IOERR": (StoreUnavailable, "is on a disk that failed or is full. Fix that and try again."),
+    "SQLITE_READONLY": (ConfigurationError, "cannot be written. Check the mode and owner of the file and its folder."),
+    "SQLITE_CANTOPEN": (ConfigurationError, "cannot be opened. Check the mode and owner of the file and its folder."),
+    "SQLITE_NOTADB": (ConfigurationError, "is not a SQLite database. Choose another file."),
+    "SQLITE_CORRUPT": (ConfigurationError, "is damaged. Restore its backup, or move it away and log in again."),
 }

@@ -67,7 +67,7 @@ class SQLiteUpstoxStorage(TokenStorage):
         """
         # SQLite would apply the log beside a database in use to the copy, and destroy it.
         if Path(f"{path}-wal").exists() or (Path(path).exists() and self.db_path.samefile(path)):
-            raise InvalidInput(f"{path} is a database in use. Name another file for its copy.")
+            raise InvalidInput(f"{path} is a database in use. Choose another file for the copy.")
         with write_whole(Path(path)) as temporary, self.get_connection() as conn:
             copy = sqlite3.connect(temporary, isolation_level=None)
             try:
@@ -78,7 +78,7 @@ class SQLiteUpstoxStorage(TokenStorage):
                 if isinstance(error, sqlite3.OperationalError):  # The destination failed: a full disk, for one.
                     raise translate_error(error, Path(path)) from error
                 raise ConfigurationError(
-                    f"{self.db_path} is damaged, and so would be its copy. Bring an older backup back."
+                    f"{self.db_path} is damaged, and its copy would be too. Restore an older backup."
                 ) from error
             finally:
                 copy.close()

@@ -84,7 +84,7 @@ def write_export(path: Path, kind: str, ring: KeyRing, parts: Iterator[Part], ad
 
 def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
     """Yield the parts of an export. The file is complete only if this ends without an error."""
-    damaged = BackupDamaged(f"{path} is not a whole export: it was cut off or changed. Nothing was imported from it.")
+    damaged = BackupDamaged(f"{path} is not a complete export: it was cut off or changed. Nothing was imported.")
     digest, counts, previous, number = hashlib.sha256(), Counts(), None, 0
     last_user: object = object()
     try:
@@ -129,7 +129,7 @@ def kind_of(path: Path) -> str:
 def _header(path: Path, first: str) -> str:
     header = first.removesuffix("\n")
     if not header.startswith((FORMAT, EARLIER_FORMAT)) or header == first or header.count(", ") != 4:
-        raise BackupDamaged(f"{path} is not a whole export of this version. Nothing was imported from it.")
+        raise BackupDamaged(f"{path} is not an export that this version can read. Nothing was imported.")
     return header
 
 
@@ -140,7 +140,7 @@ def _refuse_another_file(path: Path) -> None:
     except OSError:
         return  # There is no such file, or the write below will report the problem.
     if not ours:
-        raise InvalidInput(f"{path} is no export and would be lost. Name another file.")
+        raise InvalidInput(f"{path} is not an export and would be overwritten. Choose another file.")
 
 
 def _place(header: str, number: int) -> Binding:

@@ -138,8 +138,8 @@ def _bring(
         there_too = (entry for part in parts for entry in part.entries)
         living = {token.generation for token in tokens if (user_id, token.generation) in brought}
         if not _agree(tokens, there, living, target, decrypt) or any(_missing(there_too, _entries(target, user_id))):
-            raise StorageError(f"What was brought over of {user_id} differs: somebody wrote meanwhile. Run it again.")
-    logger.info("Brought over to %s, and compared: %s", target, counts)
+            raise StorageError(f"The two stores differ for {user_id}: somebody wrote meanwhile. Run it again.")
+    logger.info("Copied into %s and compared: %s", target, counts)
     return counts
 
 
@@ -186,8 +186,8 @@ def _refuse_another_history(user_id: str | None, tokens: list[StoredToken], ther
         if not _same(token, other):
             raise InvalidInput(
                 f"{user_id} has another history there: token {token.generation} was made at {token.created_at} here "
-                f"and at {other.created_at} there. Nothing of it was changed; take a target that has no tokens of this "
-                "user. (Bring a backup back before any program logs in at the new store.)"
+                f"and at {other.created_at} there. Nothing of it was changed. Use a target that has no tokens of this "
+                "user. (Restore a backup before any program logs in at the new store.)"
             )
 
 
