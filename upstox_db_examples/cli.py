@@ -129,8 +129,8 @@ class OpenStore:
             return self._ctx.with_resource(package.open_store(self._where, create=new, login=self.login))
         except DatabaseMissing as error:
             error.args = (
-                f"{error} Check --store and UPSTOX_DB_STORE. A new store is made by upstox-db init, token, login or "
-                "restore.",
+                f"{error} Check --store and UPSTOX_DB_STORE. To make a new store, run upstox-db init, token, "
+                "login or restore.",
             )
             raise
 

@@ -86,7 +86,10 @@ def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
 
 @command("cleanup", "upstox-db cleanup", "upstox-db cleanup --audit-days 365")
 @click.option(
-    "--audit-days", metavar="N", type=click.IntRange(0, 36_500), help="Also delete audit entries older than N days."
+    "--audit-days",
+    metavar="N",
+    type=click.IntRange(0, 36_500),
+    help="Also delete audit entries older than N days.",
 )
 @click.pass_obj
 def cleanup(store: Any, audit_days: int | None) -> None:
@@ -97,7 +100,7 @@ def cleanup(store: Any, audit_days: int | None) -> None:
     open_store = store()
     click.echo(f"Erased {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
     if audit_days is not None:
-        click.echo(f"Deleted {entries(open_store.cleanup_old_audit_entries(audit_days))}.")
+        click.echo(f"Deleted {count_entries(open_store.cleanup_old_audit_entries(audit_days))}.")
 
 
 @command("rotate-keys", "upstox-db rotate-keys")
@@ -128,7 +131,7 @@ def backup(store: Any, file: str) -> None:
             f"{file} already exists, and this store has no token to replace it with. Check --store and "
             "UPSTOX_DB_STORE, or choose another file."
         )
-    click.echo(counted(package.export_tokens(open_store, file, progress=sys.stderr.isatty())))
+    click.echo(describe_counts(package.export_tokens(open_store, file, progress=sys.stderr.isatty())))
 
 
 @command("restore", "upstox-db --store restored.db restore upstox.export")
@@ -139,7 +142,7 @@ def restore(store: Any, file: str) -> None:
 
     Existing data stays. This needs the key that the backup was made with, and it can be run again.
     """
-    click.echo(counted(package.import_tokens(store(new=True), file, progress=sys.stderr.isatty())))
+    click.echo(describe_counts(package.import_tokens(store(new=True), file, progress=sys.stderr.isatty())))
 
 
 @command(
@@ -156,14 +159,14 @@ def migrate(ctx: click.Context, target: str) -> None:
     the end the two stores are compared.
     """
     source, other = ctx.obj(), ctx.with_resource(package.open_store(target))
-    click.echo(counted(package.migrate(source, other, progress=sys.stderr.isatty())))
+    click.echo(describe_counts(package.migrate(source, other, progress=sys.stderr.isatty())))
 
 
-def counted(counts: package.Counts) -> str:
-    return f"{many(counts.users, 'user')}, {many(counts.tokens, 'token')}, {entries(counts.audit_entries)}."
+def describe_counts(counts: package.Counts) -> str:
+    return f"{many(counts.users, 'user')}, {many(counts.tokens, 'token')}, {count_entries(counts.audit_entries)}."
 
 
-def entries(number: int) -> str:
+def count_entries(number: int) -> str:
     return many(number, "audit entry", "audit entries")
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from upstox_db_examples import TokenStorage
-from upstox_db_examples.transfer.transfer import _entries
+from upstox_db_examples.transfer.transfer import read_entries
 
 from .clocks import Clock
 
@@ -61,7 +61,7 @@ def told(store: TokenStorage) -> Any:
 def as_it_was(store: TokenStorage) -> Any:
     """As `told`, without reading, which counts."""
     return [
-        (store.backend.read_tokens(user_id), [entry._replace(position=None) for entry in _entries(store, user_id)])
+        (store.backend.read_tokens(user_id), [entry._replace(position=None) for entry in read_entries(store, user_id)])
         for user_id in store.backend.list_users()
     ]
 
@@ -83,7 +83,7 @@ def to_be_compared(store: TokenStorage) -> Any:
             ],
             sorted(
                 json.dumps(entry._replace(position=None), default=str, sort_keys=True)
-                for entry in _entries(store, user_id)
+                for entry in read_entries(store, user_id)
             ),
         )
         for user_id in store.backend.list_users()

@@ -190,7 +190,9 @@ def test_an_export_that_is_cut_off_is_refused(exported: Path, empty: TokenStorag
             import_tokens(empty, exported, progress=False)
         assert empty.backend.list_users() == []
     header, *lines = whole.decode().splitlines()
-    readable = [KEY.decrypt(line, transfer_file._place(header, number)) for number, line in enumerate(lines[:-1])]
+    readable = [
+        KEY.decrypt(line, transfer_file.binding_of_line(header, number)) for number, line in enumerate(lines[:-1])
+    ]
     assert len(readable) > 4, "each line is good in itself: who read them one by one would take a part for the whole"
     exported.write_bytes(whole)
     assert import_tokens(empty, exported, progress=False).users == 4

@@ -149,7 +149,7 @@ def _read(answer: object) -> Minted | LoginError:
         return _no_answer(answer)
     token = _token(fields.get("access_token"))
     if token is None:
-        return _with_token(
+        return _attach_token(
             LoginInterrupted(
                 "The login's answer has no text in access_token. Log in again. If that does not help, fix "
                 "the login: it must return a mapping with access_token and user_id, or the SDK's AccessTokenData."
@@ -162,7 +162,7 @@ def _read(answer: object) -> Minted | LoginError:
     if not USER_ID.fullmatch(user_id):
         user_id = subject(token) or ""
     if not USER_ID.fullmatch(user_id):
-        return _with_token(LoginInterrupted("The login gave a token but no usable user id."), token)
+        return _attach_token(LoginInterrupted("The login gave a token but no usable user id."), token)
     profile: dict[str, Any] = {name: _text(fields.get(name)) for name in TEXTS}
     profile |= {name: _list(fields.get(name)) or [] for name in ("products", "exchanges")}
     active = fields.get("is_active")
@@ -183,10 +183,10 @@ def _no_answer(answer: object) -> LoginError:
     # Text comes from a server, so the next answer may differ. Anything else comes from the login's own code.
     error = LoginInterrupted(says) if token and isinstance(answer, str | bytes) else LoginRefused(says)
     error.token_may_exist = True  # The login may have worked without returning the answer.
-    return _with_token(error, token)
+    return _attach_token(error, token)
 
 
-def _with_token(error: LoginError, token: Secret | None, named: object = None) -> LoginError:
+def _attach_token(error: LoginError, token: Secret | None, named: object = None) -> LoginError:
     error.token_may_exist = True
     if token:
         error.token = token
@@ -248,10 +248,10 @@ def _odd_fields(fields: Mapping[str, Any], token: Secret) -> dict[str, list[str]
         "fields_of_another_type": other,
         "fields_unknown": unknown,
     }
-    return {kind: _shown(names, token) for kind, names in kinds.items() if names}
+    return {kind: _mask_names(names, token) for kind, names in kinds.items() if names}
 
 
-def _shown(names: list[str], token: Secret) -> list[str]:
+def _mask_names(names: list[str], token: Secret) -> list[str]:
     """Return the names that are safe to show, and one "…" for the rest. Names come from outside and can be anything."""
     plain = token.reveal()
     safe = [

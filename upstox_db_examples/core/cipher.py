@@ -51,7 +51,7 @@ class Binding(NamedTuple):
     kind: str
     account: str | None = None
 
-    def encoded(self, key_id: str, version: str = CIPHERTEXT_VERSION) -> bytes:
+    def encode(self, key_id: str, version: str = CIPHERTEXT_VERSION) -> bytes:
         """Return these values as the bytes to authenticate."""
         user_id, expires_at, generation, kind, account = self
         # Only the user id and the account can contain a separator. They get a length prefix, so that no two bindings
@@ -99,7 +99,7 @@ class KeyRing:
         """
         key_id, cipher = next(iter(self._ciphers.items()))
         nonce = os.urandom(NONCE_BYTES)
-        sealed = nonce + cipher.encrypt(nonce, token.reveal().encode(), binding.encoded(key_id, version))
+        sealed = nonce + cipher.encrypt(nonce, token.reveal().encode(), binding.encode(key_id, version))
         return f"{version}.{key_id}.{base64.urlsafe_b64encode(sealed).decode()}"
 
     def decrypt(self, ciphertext: str, binding: Binding) -> Secret:
@@ -110,19 +110,19 @@ class KeyRing:
             TokenRefused: the ciphertext does not belong to this binding, was changed, or was never encrypted.
         """
         version, _, rest = ciphertext.partition(".")
-        key_id, _, encoded = rest.partition(".")
-        if version not in READABLE_VERSIONS or not encoded:
+        key_id, _, encode = rest.partition(".")
+        if version not in READABLE_VERSIONS or not encode:
             raise TokenRefused("The stored token is not properly encrypted. Log in again with store_token().")
         if key_id not in self._ciphers:
             raise KeyUnavailable(key_id)
         try:
             # `binascii` takes half the time of `base64` for the same work, and every read comes through here.
-            text = encoded.encode().translate(_OTHER_ALPHABET)
+            text = encode.encode().translate(_OTHER_ALPHABET)
             sealed = binascii.a2b_base64(text)
             # The decoder skips foreign characters, so accept only the one canonical spelling.
             if binascii.b2a_base64(sealed, newline=False) == text:
                 nonce, body = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
-                return Secret(self._ciphers[key_id].decrypt(nonce, body, binding.encoded(key_id, version)).decode())
+                return Secret(self._ciphers[key_id].decrypt(nonce, body, binding.encode(key_id, version)).decode())
         except (InvalidTag, ValueError):  # binascii.Error is a ValueError.
             pass
         raise TokenRefused(
@@ -134,7 +134,7 @@ class KeyRing:
     def from_text(cls, text: str, source: str) -> KeyRing:
         """Read base64 keys, one per line or separated by commas. The encrypting key comes first."""
         with contextlib.suppress(binascii.Error, ValueError, ConfigurationError):
-            return cls(*_decoded(text))
+            return cls(*_decode_keys(text))
         del text  # A traceback that prints local variables must not show it.
         raise ConfigurationError(
             f"{source} holds no usable keys. It must hold one or more keys of {KEY_BYTES} random bytes in base64, "
@@ -179,7 +179,7 @@ class KeyRing:
 KeySource = KeyRing | Callable[[], KeyRing]
 
 
-def _decoded(text: str) -> list[bytes]:
+def _decode_keys(text: str) -> list[bytes]:
     words = text.replace("-", "+").replace("_", "/").replace(",", " ").split()
     return [base64.b64decode(word, validate=True) for word in words]
 

@@ -33,7 +33,7 @@ class Credentials:
     kind: ClassVar[str] = "sdk"
 
     def __init__(self, values: Mapping[str, str | Secret]) -> None:
-        values = wrapped(values)
+        values = wrap_credentials(values)
         if unknown := sorted(set(values) - set(self.fields)):
             raise LoginRefused(f"Unknown credentials: {', '.join(unknown)}. The known ones: {', '.join(self.fields)}.")
         self._values = {name: as_secret(values.get(name, "")) for name in self.fields}
@@ -48,7 +48,7 @@ class Credentials:
     def __getitem__(self, name: str) -> Secret:
         return self._values[name]
 
-    def revealed(self) -> dict[str, str]:
+    def reveal_all(self) -> dict[str, str]:
         """Return the plain values, as the SDK's client takes them."""
         return {name: secret.reveal() for name, secret in self._values.items()}
 
@@ -80,7 +80,7 @@ class Credentials:
     def _problems(self) -> list[str]:
         if missing := self._missing():
             return missing
-        plain, problems = self.revealed(), self._problems_of_pin_and_totp()
+        plain, problems = self.reveal_all(), self._problems_of_pin_and_totp()
         if not re.fullmatch(r"[0-9]{10}", plain["username"]):
             problems.insert(0, "username is not a mobile number of 10 digits")
         if not re.match(r"https?:", plain["redirect_uri"], re.IGNORECASE):
@@ -98,7 +98,7 @@ class Credentials:
         return [f"{', '.join(missing)} not set"] if missing else []
 
     def _problems_of_pin_and_totp(self) -> list[str]:
-        plain, problems = self.revealed(), []
+        plain, problems = self.reveal_all(), []
         if not re.fullmatch(r"[0-9]{4,8}", plain["pin_code"]):
             problems.append("pin_code is not 4 to 8 digits")
         try:
@@ -131,7 +131,7 @@ class TotpCredentials(Credentials):
         return problems
 
 
-def wrapped(values: object) -> dict[str, str | Secret]:
+def wrap_credentials(values: object) -> dict[str, str | Secret]:
     """Wrap each value in a Secret. Callers overwrite their own variable, so that a traceback shows no value."""
     return {str(name): as_secret(value) for name, value in values.items()} if isinstance(values, Mapping) else {}
 

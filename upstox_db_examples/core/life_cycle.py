@@ -106,9 +106,7 @@ class LifeCycle:
                 "The store's login does not say whose account it has. Set UPSTOX_USER_ID, or use Accounts."
             )
         if known is not None and not is_same_user(known, user_id):
-            raise LoginRefused(
-                f"The store's login knows the account of {known}, not {user_id}. Use Accounts for several."
-            )
+            raise LoginRefused(f"The store's login can log in {known}, not {user_id}. Use Accounts for more users.")
 
     def log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
         user_id = user_id or self._users.guess(last=not wish.deliberate)
@@ -119,12 +117,12 @@ class LifeCycle:
                 # Another caller may have logged in with this account since.
                 user_id = self._users.guess(last=not wish.deliberate)
                 if user_id is None:
-                    return self._log_in_locked(None, lock, wish)
+                    return self._log_in_under_lock(None, lock, wish)
         # The lock name is in upper case, because two spellings of one user must share a lock.
         with self._backend.lock(user_id.upper()):
-            return self._log_in_locked(user_id, user_id.upper(), wish)
+            return self._log_in_under_lock(user_id, user_id.upper(), wish)
 
-    def _log_in_locked(self, asked: str | None, lock: str, wish: Wish) -> TokenResult:
+    def _log_in_under_lock(self, asked: str | None, lock: str, wish: Wish) -> TokenResult:
         user_id, newest = self._users.look_up(asked) if asked else (None, None)
         if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, newest, wish)):
             return living
@@ -146,7 +144,7 @@ class LifeCycle:
                 minted = read_answer(self._login(asked))
                 self._refuse_a_dead_one(minted, now)
             except BaseException as error:
-                self._failed(error, user_id, lock, applicant, put_off)
+                self._record_failure(error, user_id, lock, applicant, put_off)
                 raise
             return self._keep(minted, user_id, before, lock, now, wish, refusal)
 
@@ -157,11 +155,11 @@ class LifeCycle:
         now = self._now()
         alive_after = self._policy.worth_keeping(now)
         found = self._users.find(user_id, alive_after, now, locked=True)
-        if found is None and self._doubt_is_cleared(user_id, alive_after):
+        if found is None and self._clear_doubt_if_alive(user_id, alive_after):
             found = self._users.find(user_id, alive_after, now, locked=True)
         return self._hand_out(found) if found else None
 
-    def _doubt_is_cleared(self, user_id: str, alive_after: datetime) -> bool:
+    def _clear_doubt_if_alive(self, user_id: str, alive_after: datetime) -> bool:
         """Ask Upstox whether the token in doubt still works. If it does, a login would kill it for nothing."""
         token, owner_of = self._backend.find_in_doubt(user_id), getattr(self._login, "owner_of", None)
         if token is None or owner_of is None or token.expires_at <= alive_after:
@@ -211,7 +209,7 @@ class LifeCycle:
             error.token, error.user_id = minted.token, minted.user_id
             raise error
 
-    def _failed(
+    def _record_failure(
         self, error: BaseException, user_id: str | None, lock: str, applicant: Applicant, put_off: PutOff
     ) -> None:
         """Record that a login gave no token, or that its outcome is unknown."""

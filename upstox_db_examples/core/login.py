@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from . import upstox_api
 from .answer import LoginAnswer, Minted, read_answer
-from .credentials import FIELDS, SHORTEST_TOTP_SECRET, TOTP_FIELDS, Credentials, TotpCredentials, wrapped
+from .credentials import FIELDS, SHORTEST_TOTP_SECRET, TOTP_FIELDS, Credentials, TotpCredentials, wrap_credentials
 from .errors import ConfigurationError, LoginRefused
 from .refusals import AGAIN_CODES, FIX_CODES, WAIT_CODES
 from .sdk_login import SdkLogin
@@ -81,7 +81,9 @@ class Accounts:
     """
 
     def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret] | Login], **options: Any) -> None:
-        accounts = {user_id: wrapped(it) if isinstance(it, Mapping) else it for user_id, it in accounts.items()}
+        accounts = {
+            user_id: wrap_credentials(it) if isinstance(it, Mapping) else it for user_id, it in accounts.items()
+        }
         if not accounts:
             raise LoginRefused("Accounts needs at least one account.")
         if unknown := sorted(set(options) - {"base_domain", "pause", "timeout"}):
@@ -92,7 +94,7 @@ class Accounts:
             if user_id.upper() in self._logins:
                 raise LoginRefused(f"{user_id} is listed twice. User ids are not case-sensitive.")
             try:
-                self._logins[user_id.upper()] = user_id, _login_of(user_id, values, options)
+                self._logins[user_id.upper()] = user_id, _make_login(user_id, values, options)
             except LoginRefused as error:
                 error.args = (f"{user_id}: {error}",)
                 raise
@@ -152,7 +154,7 @@ class Accounts:
         Raises:
             LoginRefused: there is no such account, or its credentials cannot be right.
         """
-        name, login = self._known(user_id)
+        name, login = self._require_account(user_id)
         if check := getattr(login, "check", None):
             check(name)
 
@@ -169,14 +171,14 @@ class Accounts:
 
     def __call__(self, user_id: str | None = None, /) -> Any:
         """Log this user in. This raises the same errors as `SdkLogin`."""
-        name, login = self._known(user_id)
+        name, login = self._require_account(user_id)
         return login(name)
 
     def _find(self, user_id: str | None) -> Login | None:
         wanted = user_id or self.user_id
         return self._logins[wanted.upper()][1] if wanted and wanted.upper() in self._logins else None
 
-    def _known(self, user_id: str | None) -> tuple[str, Login]:
+    def _require_account(self, user_id: str | None) -> tuple[str, Login]:
         wanted = user_id or self.user_id
         if wanted is None or wanted.upper() not in self._logins:
             asked = f"There is no account {user_id}" if user_id else "No account was named"
@@ -184,7 +186,7 @@ class Accounts:
         return self._logins[wanted.upper()]
 
 
-def _login_of(user_id: str, given: Mapping[str, str | Secret] | Login, options: Mapping[str, Any]) -> Login:
+def _make_login(user_id: str, given: Mapping[str, str | Secret] | Login, options: Mapping[str, Any]) -> Login:
     if isinstance(given, Mapping):
         if given and set(given) <= set(TOTP_FIELDS):
             return TotpLogin(given, user_id=user_id, **{name: options[name] for name in options if name != "pause"})

@@ -48,10 +48,10 @@ class Saving:
                     if self._cipher.is_of(newest, minted.token):
                         return result_of(minted.token, newest)
                     if not self._is_later(minted, newest, before, action):
-                        raise _superseded(minted)
+                        raise _superseded_error(minted)
                 latest = newest.generation if newest else 0
             looked = False
-            token = self._encrypted(minted, (latest or 0) + 1, now, action)
+            token = self._encrypt(minted, (latest or 0) + 1, now, action)
             try:
                 token = self._backend.insert(token, action, minted.odd_fields)
             except LoginSuperseded:
@@ -68,7 +68,7 @@ class Saving:
         whose = subject(minted.token)
         return account_of(self._login, minted.user_id) if whose is None or is_same_user(whose, minted.user_id) else None
 
-    def _encrypted(self, minted: Minted, generation: int, now: datetime, action: str) -> StoredToken:
+    def _encrypt(self, minted: Minted, generation: int, now: datetime, action: str) -> StoredToken:
         expires_at = self._policy.expires_at(minted.token, now)
         account = self.account_that_made(minted) if action == "created" else None
         binding = Binding(minted.user_id, expires_at, generation, self._backend.store_kind, account)
@@ -106,7 +106,7 @@ class Saving:
             return False
 
 
-def _superseded(minted: Minted) -> LoginSuperseded:
+def _superseded_error(minted: Minted) -> LoginSuperseded:
     error = LoginSuperseded(
         f"The store has a token of {minted.user_id} that was issued later. Read it with get_valid_token()."
     )

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 from . import upstox_api
 from .answer import LoginAnswer, fields_of, find_token, read_answer, without_tokens
 from .checks import USER_ID
-from .credentials import Credentials, wrapped
+from .credentials import Credentials, wrap_credentials
 from .errors import LoginError, LoginInterrupted, LoginRefused
 from .interrupts import raise_pending
 from .refusals import Reply, by_code, code_and_message, explain
@@ -49,7 +49,7 @@ class SingleLogin:
         timeout: float,
     ) -> None:
         if isinstance(credentials, Mapping):
-            credentials = wrapped(credentials)
+            credentials = wrap_credentials(credentials)
             credentials = self._kind(credentials)
         self._credentials = credentials
         self._user_id = user_id
@@ -65,7 +65,7 @@ class SingleLogin:
     def account(self) -> str | None:
         """A name for the credentials that reveals nothing about them; None if they are incomplete."""
         try:
-            return self._current().fingerprint()
+            return self._read_credentials().fingerprint()
         except LoginRefused:
             return None
 
@@ -79,7 +79,7 @@ class SingleLogin:
         Keep it encrypted: the PIN could be guessed from it.
         """
         try:
-            return self._current().digest()
+            return self._read_credentials().digest()
         except LoginRefused:
             return None
 
@@ -90,7 +90,7 @@ class SingleLogin:
             LoginRefused: credentials are missing or cannot be right, or they belong to another user.
         """
         self._check_user(user_id)
-        self._current()
+        self._read_credentials()
         checked_base_domain(self._base_domain)
 
     def owner_of(self, token: Secret) -> str | None:
@@ -101,7 +101,7 @@ class SingleLogin:
         """End this token at Upstox; False if it was already dead. See `upstox_api.log_out`."""
         return upstox_api.log_out(token, self._base_domain or "", timeout=self._timeout)
 
-    def _current(self) -> Credentials:
+    def _read_credentials(self) -> Credentials:
         return self._credentials or self._kind.from_environment()
 
     def _check_user(self, user_id: str | None) -> None:
@@ -134,7 +134,7 @@ class SdkLogin(SingleLogin):
         timeout: float = 15.0,
     ) -> None:
         if isinstance(credentials, Mapping):
-            credentials = wrapped(credentials)  # From here on a traceback shows no value.
+            credentials = wrap_credentials(credentials)  # From here on a traceback shows no value.
         super().__init__(credentials, user_id, base_domain, timeout)
         self._pause = pause
 
@@ -146,7 +146,7 @@ class SdkLogin(SingleLogin):
                 the error carries its token.
         """
         self._check_user(user_id)
-        credentials, base_domain = self._current(), checked_base_domain(self._base_domain)
+        credentials, base_domain = self._read_credentials(), checked_base_domain(self._base_domain)
         return _log_in(credentials, base_domain, self._pause, self._timeout, user_id or self.user_id)
 
 
@@ -271,7 +271,7 @@ def _log_in(
     outcome: LoginAnswer | BaseException
     try:
         # Pass debug explicitly: with UPSTOX_DEBUG set, the SDK would log every secret.
-        with UpstoxTOTP(**credentials.revealed(), debug=False) as client:  # type: ignore[arg-type]
+        with UpstoxTOTP(**credentials.reveal_all(), debug=False) as client:  # type: ignore[arg-type]
             client.base_domain = base_domain or client.base_domain
             if pause is None:
                 pause = 0.0 if is_this_machine(base_domain) else 1.0
@@ -280,7 +280,7 @@ def _log_in(
             client.config.sleep_time = pause * 1000  # type: ignore[assignment]  # The constructor ignores it.
             client.session.timeout = timeout
             watch.over(client.session)
-            outcome = _returned(client.app_token.get_access_token(), watch, credentials)
+            outcome = _read_returned(client.app_token.get_access_token(), watch, credentials)
     except Exception as error:
         outcome = watch.answer or _explain(error, watch, credentials)
     except _Answered as error:
@@ -299,7 +299,7 @@ def _log_in(
     raise outcome
 
 
-def _returned(response: object, watch: _Watch, credentials: Credentials) -> LoginAnswer | LoginError:
+def _read_returned(response: object, watch: _Watch, credentials: Credentials) -> LoginAnswer | LoginError:
     """Handle a result of the SDK when the watch saw no token, because this SDK makes its requests in another way."""
     fields = fields_of(response)
     if fields:

@@ -53,7 +53,7 @@ class Settings:
 
     def __init__(self, store: str, options: Options) -> None:
         if unknown := sorted(set(options) - Options.__annotations__.keys()):
-            raise TypeError(f"{store} does not know {', '.join(unknown)}.")
+            raise TypeError(f"{store} does not take {', '.join(unknown)}.")
         self.login: Login = options.get("login") or SdkLogin()
         self.keys: KeySource = options.get("keys") or KeyRing.default
         self.policy = options.get("policy") or ExpiryPolicy()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from .answer import LoginAnswer
-from .credentials import TotpCredentials, wrapped
+from .credentials import TotpCredentials, wrap_credentials
 from .errors import LoginError
 from .interrupts import raise_pending
 from .refusals import explain
@@ -51,7 +51,7 @@ class TotpLogin(SingleLogin):
         timeout: float = 15.0,
     ) -> None:
         if isinstance(credentials, Mapping):
-            credentials = wrapped(credentials)  # From here on a traceback shows no value.
+            credentials = wrap_credentials(credentials)  # From here on a traceback shows no value.
         super().__init__(credentials, user_id, base_domain, timeout)
 
     @staticmethod
@@ -68,7 +68,7 @@ class TotpLogin(SingleLogin):
                 error carries its token.
         """
         self._check_user(user_id)
-        credentials, base_domain = self._current(), checked_base_domain(self._base_domain)
+        credentials, base_domain = self._read_credentials(), checked_base_domain(self._base_domain)
         totp = _totp(credentials["totp_secret"])
         headers, body = self.form(credentials["client_id"], credentials["pin_code"], totp)
         where, begin = urlsplit(base_domain.replace("{stage}", "api")).hostname or "Upstox", time.monotonic()

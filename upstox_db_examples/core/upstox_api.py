@@ -129,7 +129,7 @@ def owner_of(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> 
     named = data.get("user_id") if isinstance(data, Mapping) else None
     if isinstance(named, str) and USER_ID.fullmatch(named):
         return named
-    raise _not_told("whose token this is", reply)
+    raise _interruption("whose token this is", reply)
 
 
 def log_out(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> bool:
@@ -147,7 +147,7 @@ def log_out(token: Secret, base_domain: str = "", *, timeout: float = 15.0) -> b
     body = reply.json() if reply.status == 200 and not reply.lost else None
     if isinstance(body, Mapping) and body.get("status") == "success":
         return True
-    raise _not_told("whether the token has ended", reply)
+    raise _interruption("whether the token has ended", reply)
 
 
 def _ask_with(token: Secret, method: str, path: str, base_domain: str, timeout: float) -> Reply | None:
@@ -162,7 +162,7 @@ def _ask_with(token: Secret, method: str, path: str, base_domain: str, timeout: 
     return reply
 
 
-def _not_told(what: str, reply: Reply) -> LoginInterrupted:
+def _interruption(what: str, reply: Reply) -> LoginInterrupted:
     said = explain(reply)
     error = LoginInterrupted(f"Upstox did not say {what}. {said}", said.code)
     error.token_may_exist = False

@@ -222,7 +222,7 @@ class HybridBackend(Backend):
 
     def _wait_until_unbelieved(self, out_of_redis: bool) -> None:
         if not out_of_redis:
-            logger.warning("Redis could not be told. Waiting %s s, until its copy is not believed.", self.believed)
+            logger.warning("Redis could not be updated. Waiting %s s, so that its old copy expires.", self.believed)
             time.sleep(self.believed)
 
     def read_history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:

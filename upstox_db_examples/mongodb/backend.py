@@ -110,7 +110,7 @@ class MongoBackend(Backend):
                             logger.warning("Audit entries stay in their record for now (%s)", type(error).__name__)
                     return read_active(active, **{name: record.get(name) for name in shown})
                 # The token was replaced or revoked in between, so look again.
-        raise StoreUnavailable(f"{self.where} has no record in which to count this use. Store a new token.")
+        raise StoreUnavailable(f"{self.where} has no record to count this use in. Store a new token.")
 
     def find_in_doubt(self, user_id: str) -> StoredToken | None:
         with self._database() as db:

@@ -175,7 +175,7 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
         return
     if version > SCHEMA_VERSION:
         raise ConfigurationError(
-            f"{where} has schema version {version}; this package knows {SCHEMA_VERSION}. Upgrade it."
+            f"{where} has schema version {version}, but this package knows {SCHEMA_VERSION}. Upgrade it."
         )
     try:
         _make_all(db, where, is_ours=found is not None)
@@ -183,10 +183,10 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
         if error.code != UNAUTHORIZED:
             raise
         raise ConfigurationError(
-            f"{where} has schema version {version}, this package needs {SCHEMA_VERSION}, and this user has no right to "
-            "bring it there. Let the owner of the database, with dbOwner on it, run: upstox-db init --runtime-role ROLE"
+            f"{where} has schema version {version}, but this package needs {SCHEMA_VERSION}, and this user may not "
+            "upgrade it. The owner of the database, with dbOwner on it, has to run: upstox-db init --runtime-role ROLE"
         ) from error
-    logger.info("%s has schema version %s now", where, SCHEMA_VERSION)
+    logger.info("%s now has schema version %s", where, SCHEMA_VERSION)
 
 
 def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> None:

@@ -56,7 +56,7 @@ class PostgreSQLBackend(Backend):
                 answer(conn, queries.GRANTS.format(role=quoted))
             answer(conn, "COMMIT")
         runtime = f", and {runtime_role} may store and read tokens" if runtime_role else ""
-        logger.info("%s has schema version %s now%s", self.where, len(self.schema_steps), runtime)
+        logger.info("%s now has schema version %s%s", self.where, len(self.schema_steps), runtime)
 
     def _take_forward(self, conn: connection) -> None:
         answer, there = self.connections.answer, self._version(conn)
@@ -69,7 +69,7 @@ class PostgreSQLBackend(Backend):
             if not there:
                 raise
             raise ConfigurationError(
-                f"{self.where} has schema version {there}, this package needs {len(self.schema_steps)}, and "
+                f"{self.where} has schema version {there}, but this package needs {len(self.schema_steps)}, and "
                 f"this role may not change the tables. Run this as their owner: upstox-db init --runtime-role "
                 f"{conn.info.user}"
             ) from error
@@ -96,7 +96,7 @@ class PostgreSQLBackend(Backend):
         version = int(rows[0]["version"]) if rows else 0
         if version > len(self.schema_steps):
             raise ConfigurationError(
-                f"{where} has schema version {version}; this package knows {len(self.schema_steps)}. Upgrade it."
+                f"{where} has schema version {version}, but this package knows {len(self.schema_steps)}. Upgrade it."
             )
         return version
 

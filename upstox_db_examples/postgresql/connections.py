@@ -104,7 +104,7 @@ class PostgreSQLConnections:
             apart: lend a pooled one in any case.
         """
         with self._translating():
-            held = None if apart else self._held()
+            held = None if apart else self._connection_in_use()
             if held is not None:
                 yield held
                 return
@@ -134,7 +134,7 @@ class PostgreSQLConnections:
         with self._local_locks.hold(name, wait):
             with self._translating():
                 self.refuse_if_closed()
-                before, outer = self._holding.conn, self._held()
+                before, outer = self._holding.conn, self._connection_in_use()
                 conn = outer or self._for_a_lock()
             try:
                 with self._translating():
@@ -172,7 +172,7 @@ class PostgreSQLConnections:
         key, over = int.from_bytes(os.urandom(8), signed=True) or 1, []
         with self._translating():
             if self._holding.conn is not None:
-                held = self._held()
+                held = self._connection_in_use()
                 if held is None:
                     raise StoreUnavailable(f"The connection to {self.where} that held the lock is gone. Try again.")
                 taken = f"SELECT pg_advisory_lock(%(key)s); {LOGINS_THAT_ARE_OVER}"
@@ -209,7 +209,7 @@ class PostgreSQLConnections:
                     conn.close()
         return self._connect()
 
-    def _held(self) -> connection | None:
+    def _connection_in_use(self) -> connection | None:
         """Return the connection that holds this thread's locks, if it is still usable."""
         held, process = self._holding.conn or (None, None)
         if held is None or process != os.getpid():

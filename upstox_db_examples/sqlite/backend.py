@@ -65,7 +65,7 @@ class SQLiteBackend(Backend):
             for version in range(self._version(conn), len(self.schema_steps)):
                 step = f"{self.schema_steps[version]} PRAGMA user_version = {version + 1};"
                 conn.executescript(f"BEGIN IMMEDIATE; {step} COMMIT;")
-                logger.info("%s has schema version %s now", self.path, version + 1)
+                logger.info("%s now has schema version %s", self.path, version + 1)
 
     def close(self) -> None:
         self.connections.close()
@@ -100,11 +100,12 @@ class SQLiteBackend(Backend):
         version, ours = map(int, conn.execute(queries.SCHEMA_VERSION).fetchone())
         if version > len(self.schema_steps):
             raise ConfigurationError(
-                f"{self.path} has schema version {version}; this package knows {len(self.schema_steps)}. Upgrade it."
+                f"{self.path} has schema version {version}, but this package knows {len(self.schema_steps)}. "
+                "Upgrade it."
             )
         if ours != (2 if version else 0):
             raise ConfigurationError(
-                f"{self.path} was made by another program and may hold plaintext tokens. Name another file."
+                f"{self.path} was made by another program and may hold plaintext tokens. Choose another file."
             )
         refuse_cut_off(conn, self.path)
         return version

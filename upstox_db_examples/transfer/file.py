@@ -73,12 +73,12 @@ def write_export(path: Path, kind: str, ring: KeyRing, parts: Iterator[Part], ad
         for _, parts_of_user in by_user(parts):
             for part in parts_of_user:
                 counts = counts.plus(tokens=len(part.tokens), audit_entries=len(part.entries))
-                write(ring.encrypt(Secret(_dumped(part)), _place(header, number)))
+                write(ring.encrypt(Secret(_dump(part)), binding_of_line(header, number)))
                 number += 1
             counts = counts.plus(users=1)
             advance()
         end = json.dumps({"counts": counts[:3], "sha256": digest.hexdigest()})
-        write(ring.encrypt(Secret(end), _place(header, -1)))
+        write(ring.encrypt(Secret(end), binding_of_line(header, -1)))
     return counts
 
 
@@ -98,7 +98,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
                 if not line.startswith(begins) or not line.endswith("\n"):
                     raise damaged
                 if previous is not None:
-                    part = _loaded(_opened(ring, previous, header, number))
+                    part = _load(_opened(ring, previous, header, number))
                     digest.update(previous.encode())
                     counts = counts.plus(tokens=len(part.tokens), audit_entries=len(part.entries))
                     if part.user_id != last_user:
@@ -143,22 +143,22 @@ def _refuse_another_file(path: Path) -> None:
         raise InvalidInput(f"{path} is not an export and would be overwritten. Choose another file.")
 
 
-def _place(header: str, number: int) -> Binding:
+def binding_of_line(header: str, number: int) -> Binding:
     """Return the binding of a line, so that a moved line or one from another export is refused. -1 is the last line."""
     return Binding(header, datetime.fromtimestamp(number + 1, tz=UTC), number, kind="export")
 
 
 def _opened(ring: KeyRing, line: str, header: str, number: int) -> str:
-    return ring.decrypt(line.removesuffix("\n"), _place(header, number)).reveal()
+    return ring.decrypt(line.removesuffix("\n"), binding_of_line(header, number)).reveal()
 
 
-def _dumped(part: Part) -> str:
+def _dump(part: Part) -> str:
     return json.dumps(
         [part.user_id, [asdict(token) for token in part.tokens], part.entries], default=datetime.isoformat
     )
 
 
-def _loaded(text: str) -> Part:
+def _load(text: str) -> Part:
     user_id, tokens, entries = json.loads(text)
     for token in tokens:
         for name in ("created_at", "expires_at", "last_used_at", "issued_at"):

@@ -52,7 +52,7 @@ def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True
     """
     tokens = (Part(user_id, source.backend.read_tokens(user_id), []) for user_id in source.backend.list_users())
     users = _check_parts(tokens, target, source.cipher.decrypt)
-    return _bring(lambda: _parts(source), target, source.cipher.decrypt, users, progress)
+    return _transfer(lambda: _read_parts(source), target, source.cipher.decrypt, users, progress)
 
 
 def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress: bool = True) -> Counts:
@@ -65,7 +65,7 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         StoreUnavailable: the file cannot be written, or the store cannot be read.
     """
     with progress_bar(len(store.backend.list_users()), "user", progress) as advance:
-        counts = write_export(Path(path), store.backend.store_kind, store.cipher.ring, _parts(store), advance)
+        counts = write_export(Path(path), store.backend.store_kind, store.cipher.ring, _read_parts(store), advance)
     logger.info("Exported %s to %s: %s users, %s tokens, %s audit entries", store, path, *counts[:3])
     return counts
 
@@ -86,7 +86,7 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         return store.cipher.decrypt(token, kind)
 
     users = _check_parts(read_export(file, store.cipher.ring), store, decrypt)
-    return _bring(lambda: read_export(file, store.cipher.ring), store, decrypt, users, progress)
+    return _transfer(lambda: read_export(file, store.cipher.ring), store, decrypt, users, progress)
 
 
 def _check_parts(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]) -> int:
@@ -98,12 +98,12 @@ def _check_parts(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[
             if part.tokens:
                 _refuse_another_history(part.user_id, part.tokens, target.backend.read_tokens(part.user_id))
             for token in part.tokens:
-                if _alive(token, now):
+                if _is_alive(token, now):
                     decrypt(token)
     return users
 
 
-def _bring(
+def _transfer(
     source: Callable[[], Iterator[Part]],
     target: TokenStorage,
     decrypt: Callable[[StoredToken], Secret],
@@ -128,7 +128,7 @@ def _bring(
             # imports would write every entry twice.
             with target.backend.lock(ENTRIES_LOCK):
                 entries = _Counting(entry for part in parts for entry in part.entries)
-                for batch in itertools.batched(_missing(entries, _entries(target, user_id)), ENTRIES_AT_ONCE):
+                for batch in itertools.batched(_find_missing(entries, read_entries(target, user_id)), ENTRIES_AT_ONCE):
                     target.backend.merge(user_id, [], list(batch))
                     counts = counts.plus(new_audit_entries=len(batch))
             counts = counts.plus(audit_entries=entries.number)
@@ -137,7 +137,8 @@ def _bring(
         tokens, there = next(parts).tokens, target.backend.read_tokens(user_id)
         there_too = (entry for part in parts for entry in part.entries)
         living = {token.generation for token in tokens if (user_id, token.generation) in brought}
-        if not _agree(tokens, there, living, target, decrypt) or any(_missing(there_too, _entries(target, user_id))):
+        same = _has_all(tokens, there, living, target, decrypt)
+        if not same or any(_find_missing(there_too, read_entries(target, user_id))):
             raise StorageError(f"The two stores differ for {user_id}: somebody wrote meanwhile. Run it again.")
     logger.info("Copied into %s and compared: %s", target, counts)
     return counts
@@ -146,18 +147,18 @@ def _bring(
 # What is read
 
 
-def _parts(store: TokenStorage) -> Iterator[Part]:
+def _read_parts(store: TokenStorage) -> Iterator[Part]:
     for user_id in store.backend.list_users():
         tokens = store.backend.read_tokens(user_id)
         yield Part(user_id, tokens, [])
         # A token that arrived since then waits for the next run, and so do its entries.
         known = {None, *(token.generation for token in tokens)}
-        entries = (entry._replace(position=None) for entry in _entries(store, user_id) if entry.generation in known)
+        entries = (entry._replace(position=None) for entry in read_entries(store, user_id) if entry.generation in known)
         for batch in itertools.batched(entries, ENTRIES_AT_ONCE):
             yield Part(user_id, [], list(batch))
 
 
-def _entries(store: TokenStorage, user_id: str | None) -> Iterator[AuditEntry]:
+def read_entries(store: TokenStorage, user_id: str | None) -> Iterator[AuditEntry]:
     last = None
     while batch := store.backend.read_entries(user_id, last, ENTRIES_AT_ONCE):
         yield from batch
@@ -168,10 +169,10 @@ class _Counting:
     """Counts the items taken from an iterable."""
 
     def __init__(self, entries: Iterable[AuditEntry]) -> None:
-        self._entries, self.number = entries, 0
+        self.read_entries, self.number = entries, 0
 
     def __iter__(self) -> Iterator[AuditEntry]:
-        for entry in self._entries:
+        for entry in self.read_entries:
             self.number += 1
             yield entry
 
@@ -183,7 +184,7 @@ def _refuse_another_history(user_id: str | None, tokens: list[StoredToken], ther
     known = {token.generation: token for token in there}
     for token in tokens:
         other = known.get(token.generation, token)
-        if not _same(token, other):
+        if not _is_same(token, other):
             raise InvalidInput(
                 f"{user_id} has another history there: token {token.generation} was made at {token.created_at} here "
                 f"and at {other.created_at} there. Nothing of it was changed. Use a target that has no tokens of this "
@@ -191,11 +192,11 @@ def _refuse_another_history(user_id: str | None, tokens: list[StoredToken], ther
             )
 
 
-def _same(one: StoredToken, other: StoredToken) -> bool:
+def _is_same(one: StoredToken, other: StoredToken) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in COMPARED)
 
 
-def _alive(token: StoredToken, now: datetime) -> bool:
+def _is_alive(token: StoredToken, now: datetime) -> bool:
     return bool(token.ciphertext) and token.expires_at > now
 
 
@@ -207,13 +208,13 @@ def _merge(tokens: list[StoredToken], there: list[StoredToken], now: datetime) -
     for token in sorted(tokens, key=lambda each: each.generation):
         mine = known.get(token.generation)
         if mine is None:
-            living = _alive(token, now) and token.generation > latest
+            living = _is_alive(token, now) and token.generation > latest
             changed.append(token if living else replace(token, ciphertext=""))
             continue
         used = [moment for moment in (mine.last_used_at, token.last_used_at) if moment]
         merged = replace(
             mine,
-            ciphertext=mine.ciphertext if _alive(token, now) else "",
+            ciphertext=mine.ciphertext if _is_alive(token, now) else "",
             usage_count=max(mine.usage_count, token.usage_count),
             last_used_at=max(used, default=None),
         )
@@ -223,7 +224,7 @@ def _merge(tokens: list[StoredToken], there: list[StoredToken], now: datetime) -
     return changed
 
 
-def _agree(
+def _has_all(
     tokens: list[StoredToken],
     there: list[StoredToken],
     living: set[int],
@@ -237,17 +238,17 @@ def _agree(
     known, now = {token.generation: token for token in there}, target.backend.context.now()
     for token in tokens:
         mine = known.get(token.generation)
-        if mine is None or not _same(token, mine) or mine.usage_count < token.usage_count:
+        if mine is None or not _is_same(token, mine) or mine.usage_count < token.usage_count:
             return False
-        if _alive(mine, now):
-            if not _alive(token, now) or target.cipher.decrypt(mine).reveal() != decrypt(token).reveal():
+        if _is_alive(mine, now):
+            if not _is_alive(token, now) or target.cipher.decrypt(mine).reveal() != decrypt(token).reveal():
                 return False
-        elif token.generation in living and _alive(token, now):
+        elif token.generation in living and _is_alive(token, now):
             return False
     return True
 
 
-def _missing(entries: Iterable[AuditEntry], there: Iterator[AuditEntry]) -> Iterator[AuditEntry]:
+def _find_missing(entries: Iterable[AuditEntry], there: Iterator[AuditEntry]) -> Iterator[AuditEntry]:
     """Yield the entries that the target lacks. Both sides come oldest first.
 
     Ids differ between databases, and two uses in one second look the same. So equal entries in a second are counted.
