@@ -76,8 +76,8 @@ def ours(storage: TokenStorage) -> Threaded:
         return found["token"] if found else None
 
     def forget(user_id: str) -> None:
-        redis = storage._redis  # type: ignore[attr-defined]
-        redis._client.delete(*redis._keys(user_id))
+        redis = storage.backend.redis  # type: ignore[attr-defined]
+        redis.client.delete(*redis.keys_of(user_id))
 
     side = Threaded("ours", users("OURS"), store, read, forget if isinstance(storage, HybridUpstoxStorage) else None)
     side.storage = storage

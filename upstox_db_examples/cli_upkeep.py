@@ -62,7 +62,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
 @limit(10)
 @as_json
 @click.pass_obj
-def history(store: Any, user: str, limit: int, as_json: bool) -> None:
+def history(store: OpenStore, user: str, limit: int, as_json: bool) -> None:
     """List a user's tokens, newest first.
 
     It shows when each token was made and when it expires, whether it is active and how often it was used, but never the
@@ -76,7 +76,7 @@ def history(store: Any, user: str, limit: int, as_json: bool) -> None:
 @limit(50)
 @as_json
 @click.pass_obj
-def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
+def audit(store: OpenStore, user: str, limit: int, as_json: bool) -> None:
     """List what was done to a user's tokens.
 
     It shows when, what and by whom, newest first. USER is an Upstox user id such as AB1234.
@@ -92,7 +92,7 @@ def audit(store: Any, user: str, limit: int, as_json: bool) -> None:
     help="Also delete audit entries older than N days.",
 )
 @click.pass_obj
-def cleanup(store: Any, audit_days: int | None) -> None:
+def cleanup(store: OpenStore, audit_days: int | None) -> None:
     """Erase the ciphertexts of dead tokens.
 
     Their history stays, and so does the audit trail unless you pass --audit-days.
@@ -105,7 +105,7 @@ def cleanup(store: Any, audit_days: int | None) -> None:
 
 @command("rotate-keys", "upstox-db rotate-keys")
 @click.pass_obj
-def rotate_keys(store: Any) -> None:
+def rotate_keys(store: OpenStore) -> None:
     """Re-encrypt tokens that are not under the first key.
 
     The keys come from UPSTOX_DB_KEYS or the key file. Give every program the new key after the old ones, then move it
@@ -119,14 +119,14 @@ def rotate_keys(store: Any) -> None:
 @command("backup", "upstox-db backup upstox.export")
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.pass_obj
-def backup(store: Any, file: str) -> None:
+def backup(store: OpenStore, file: str) -> None:
     """Write everything in the store to an encrypted FILE.
 
     You need the store's key to read it, so keep the key somewhere else. An earlier backup with that name is replaced
     once the new one is complete, but never by a backup without tokens.
     """
     open_store = store()
-    if Path(file).exists() and not any(map(open_store._tokens_of, open_store._users())):
+    if Path(file).exists() and not any(map(open_store.backend.read_tokens, open_store.backend.list_users())):
         raise InvalidInput(
             f"{file} already exists, and this store has no token to replace it with. Check --store and "
             "UPSTOX_DB_STORE, or choose another file."
@@ -137,7 +137,7 @@ def backup(store: Any, file: str) -> None:
 @command("restore", "upstox-db --store restored.db restore upstox.export")
 @click.argument("file", type=click.Path(dir_okay=False))
 @click.pass_obj
-def restore(store: Any, file: str) -> None:
+def restore(store: OpenStore, file: str) -> None:
     """Import a backup FILE into the store.
 
     Existing data stays. This needs the key that the backup was made with, and it can be run again.

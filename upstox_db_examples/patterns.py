@@ -103,5 +103,6 @@ def import_store(folder: str) -> Callable[..., TokenStorage]:
         return found
     except ModuleNotFoundError as error:
         module = str(error.name).partition(".")[0]
-        message = f"{store} needs {INSTALLED_AS.get(module, module)}. In a clone of this project, run: pip install '.[{folder}]'"
+        package = INSTALLED_AS.get(module, module)
+        message = f"{store} needs {package}. In a clone of this project, run: pip install '.[{folder}]'"
         raise ModuleNotFoundError(message, name=error.name) from error

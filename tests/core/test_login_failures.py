@@ -69,7 +69,7 @@ class TestAFailure:
 
         # On a kept connection curl takes this for a connection that was closed long ago, and repeats the request.
         # The code is used up by then, and a definite refusal would hide the token that was made.
-        monkeypatch.setattr(web._Handler, "_hang_up", without_a_byte)
+        monkeypatch.setattr(web.Handler, "hang_up", without_a_byte)
         upstox.fail(Failure.LOST, step=6)
         with pytest.raises(LoginInterrupted, match="broke off") as caught:
             login()

@@ -78,7 +78,7 @@ def test_one_more_than_there_are_gets_the_error_in_time(opener: Opener, size: in
         with pytest.raises(PoolTimeout, match=rf"All {size} were in use for 0.4 s"), pool.borrow():
             pass
         assert 0.4 <= time.monotonic() - begin < 0.6
-        assert (pool.counts(), pool._waiting) == ((size, 0), {})
+        assert (pool.counts(), pool.waiting) == ((size, 0), 0)
     with pool.borrow() as conn:
         assert is_open(conn)
     pool.close()
@@ -150,7 +150,7 @@ def turns(pool: Any, total: int, waiting: Callable[[], int]) -> list[int]:
 @pytest.mark.parametrize("size", [1, 5])
 def test_in_a_crowd_nobody_has_twice_as_many_turns_as_another(opener: Opener, size: int) -> None:
     pool = opener.pool(size)
-    counts = turns(pool, 100 * CROWD, lambda: len(pool._waiting))
+    counts = turns(pool, 100 * CROWD, lambda: pool.waiting)
     assert max(counts) <= 2 * min(counts), counts
 
 

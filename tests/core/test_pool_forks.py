@@ -79,7 +79,7 @@ def hold():
 threads = [threading.Thread(target=hold) for _ in range(4)]
 for thread in threads:
     thread.start()
-while len(pool._waiting) < 2:
+while pool.waiting < 2:
     pass
 
 def child():

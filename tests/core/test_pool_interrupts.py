@@ -36,7 +36,7 @@ def test_ctrl_c_while_waiting_leaves_the_queue(opener: Opener) -> None:
         with pytest.raises(KeyboardInterrupt), pool.borrow():
             pass
         interrupting.result()
-        assert (pool.counts(), pool._waiting) == ((1, 0), {})
+        assert (pool.counts(), pool.waiting) == ((1, 0), 0)
     with pool.borrow() as conn:
         assert is_open(conn)
     pool.close()
@@ -88,7 +88,7 @@ def borrow_and_fail(pool: Pool[Connection]) -> None:
 
 
 def borrow_a_dead_one(pool: Pool[Connection]) -> None:
-    pool._healthy = lambda _: False
+    pool.healthy = lambda _: False
     borrow_one(pool)
 
 
@@ -125,8 +125,10 @@ class TestCtrlCAtAnyPoint:
             borrow_one(self.pool)
 
     def check(self, in_use: int = 0) -> None:
-        held, waiting = self.pool.counts()[0], self.pool._waiting
-        assert (held, len(self.pool._free), waiting) == (in_use, self.pool.size - in_use, {})
+        assert (self.pool.counts()[0], self.pool.waiting) == (in_use, 0)
+        with contextlib.ExitStack() as loans:
+            for _ in range(self.pool.size - in_use):
+                loans.enter_context(self.pool.borrow())
         self.pool.close()
 
     @pytest.mark.parametrize(("idle", "use"), USES.values(), ids=USES)
@@ -164,7 +166,7 @@ class TestCtrlCAtAnyPoint:
             def hold() -> None:
                 with self.pool.borrow():
                     self.lent.set()
-                    wait_until(lambda: self.pool._waiting or self.over.is_set())
+                    wait_until(lambda: bool(self.pool.waiting) or self.over.is_set())
 
             def check() -> None:
                 self.over.set()

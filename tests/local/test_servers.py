@@ -128,15 +128,15 @@ def test_a_port_that_is_taken_at_the_last_moment_is_replaced(
     kind: type[Server], by_a_server: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with kind() as first, socket.create_server(("127.0.0.1", 0)) as listener:
-        taken = first._port if by_a_server else int(listener.getsockname()[1])
-        free = processes._free_port
+        taken = first.port if by_a_server else int(listener.getsockname()[1])
+        free = processes.find_free_port
         chosen = [taken]
-        monkeypatch.setattr(processes, "_free_port", lambda: chosen.pop() if chosen else free())
+        monkeypatch.setattr(processes, "find_free_port", lambda: chosen.pop() if chosen else free())
         with kind() as second:
             assert chosen == []
-            assert second._port not in (taken, first._port)
-            assert second._process is not None
-            assert second._process.poll() is None
+            assert second.port not in (taken, first.port)
+            assert second.process is not None
+            assert second.process.poll() is None
 
 
 def test_it_ends_while_a_forked_child_lives_on() -> None:
@@ -155,7 +155,7 @@ def test_a_process_that_got_the_stopped_servers_id_is_left_alone() -> None:
     # The system gives an id a second time after thousands of processes. Here the watchdog is told that the server
     # was this innocent process, and then the server is reaped as after any stop.
     with RedisServer() as server, subprocess.Popen(["sleep", "60"]) as innocent:
-        server._tell_watchdog(innocent.pid)
+        server.tell_watchdog(innocent.pid)
         server.stop()
         server.close()
         assert innocent.poll() is None
@@ -172,9 +172,9 @@ def test_what_is_kept_is_closed_in_order(temporary: Path) -> None:
 def test_it_ends_and_leaves_nothing_behind(temporary: Path) -> None:
     threads = threading.active_count()
     server = PostgreSQLServer().__enter__()
-    assert server._process is not None
-    everyone = [psutil.Process(server._process.pid), *psutil.Process(server._process.pid).children(recursive=True)]
-    assert list(temporary.iterdir()) == [server._folder]
+    assert server.process is not None
+    everyone = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    assert list(temporary.iterdir()) == [server.folder]
     server.close()
     server.close()
     assert list(temporary.iterdir()) == []
@@ -209,7 +209,7 @@ def test_it_stops_and_starts_again_on_the_same_port_with_the_same_data(server: P
 @pytest.mark.slow
 def test_nothing_of_it_is_left_when_it_was_killed_amid_writing(server: PostgreSQLServer) -> None:
     """A process dies only when its write to the disk is done, and PostgreSQL does not start beside one."""
-    assert server._process
+    assert server.process
     ask(server.url, "CREATE TABLE written (x text)")
     stop = threading.Event()
 
@@ -226,12 +226,12 @@ def test_nothing_of_it_is_left_when_it_was_killed_amid_writing(server: PostgreSQ
             threads.submit(keep_writing)
         try:
             for _ in range(10):
-                main = psutil.Process(server._process.pid)
+                main = psutil.Process(server.process.pid)
                 wait_until(lambda main=main: len(main.children(recursive=True)) > 8)  # type: ignore[misc]
                 time.sleep(0.1)
                 everyone = main.children(recursive=True)
                 server.kill()
-                assert not any(map(processes._is_alive, everyone))
+                assert not any(map(processes.is_alive, everyone))
                 server.start()
         finally:
             stop.set()
@@ -259,7 +259,7 @@ def test_it_dies_with_a_parent_that_is_killed(kind: type, paused: bool) -> None:
         f"import sys, time; from upstox_db_examples.local.servers import {kind.__name__}\n"
         f"server = {kind.__name__}(); server.__enter__()\n"
         f"server.pause() if {paused} else None\n"
-        "print(server._process.pid, server._folder, flush=True); time.sleep(60)"
+        "print(server.process.pid, server.folder, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert parent.stdout is not None
@@ -277,10 +277,10 @@ def test_it_dies_with_a_parent_that_is_killed(kind: type, paused: bool) -> None:
 
 
 def test_an_interrupt_of_the_terminal_does_not_reach_it(server: PostgreSQLServer) -> None:
-    assert server._process is not None
-    assert server._watchdog is not None
-    assert os.getsid(server._process.pid) != os.getsid(0)
-    assert os.getsid(server._watchdog.pid) != os.getsid(0)
+    assert server.process is not None
+    assert server.watchdog is not None
+    assert os.getsid(server.process.pid) != os.getsid(0)
+    assert os.getsid(server.watchdog.pid) != os.getsid(0)
 
 
 def test_tls_is_verified_and_a_wrong_authority_refused(tmp_path: Path) -> None:
@@ -341,6 +341,6 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(temporary: Path) -> None
 def test_no_password_is_shown(server: PostgreSQLServer) -> None:
     password = server.url.split(":")[2].split("@")[0]
     assert password not in repr(server)
-    assert password not in " ".join(psutil.Process(server._process.pid).cmdline() if server._process else [])
-    assert password not in (server._folder / "server.log").read_text()
-    assert (server._folder / "password").stat().st_mode & 0o077 == 0
+    assert password not in " ".join(psutil.Process(server.process.pid).cmdline() if server.process else [])
+    assert password not in (server.folder / "server.log").read_text()
+    assert (server.folder / "password").stat().st_mode & 0o077 == 0

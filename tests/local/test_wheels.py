@@ -96,8 +96,8 @@ def test_it_runs_from_a_wheel_that_only_its_owner_can_read(monkeypatch: pytest.M
 
 def libcurl_of(server: MongoDBServer) -> Path:
     """What the running server has loaded."""
-    assert server._process is not None
-    maps = psutil.Process(server._process.pid).memory_maps()
+    assert server.process is not None
+    maps = psutil.Process(server.process.pid).memory_maps()
     (found,) = {each.path for each in maps if Path(each.path).name.startswith("libcurl")}
     return Path(found)
 
@@ -129,7 +129,7 @@ def test_mongodb_has_the_systems_libcurl_where_there_is_one(monkeypatch: pytest.
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     with MongoDBServer() as server:
         assert libcurl_of(server) == tmp_path / "libcurl.so.4"
-        assert not (server._folder / "libcurl").exists()
+        assert not (server.folder / "libcurl").exists()
 
 
 def test_a_lack_of_any_libcurl_is_said_with_what_to_do(

@@ -22,7 +22,10 @@ from upstox_db_examples.core.login import FIELDS
 from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.mongodb import MongoUpstoxStorage
+from upstox_db_examples.patterns import PATTERNS
+from upstox_db_examples.pooled import PooledUpstoxStorage
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
+from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 
 from ..support.databases import ENGINES, MongoDatabase
 from ..support.project import PYPROJECT, ROOT, run
@@ -53,8 +56,11 @@ def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
         assert_type(upstox_db_examples.PostgreSQLUpstoxStorage, type[PostgreSQLUpstoxStorage]),
         assert_type(upstox_db_examples.MongoUpstoxStorage, type[MongoUpstoxStorage]),
         assert_type(upstox_db_examples.HybridUpstoxStorage, type[HybridUpstoxStorage]),
+        assert_type(upstox_db_examples.SQLiteUpstoxStorage, type[SQLiteUpstoxStorage]),
+        assert_type(upstox_db_examples.PooledUpstoxStorage, type[PooledUpstoxStorage]),
     )
-    assert {each.__name__ for each in lazy} == set(upstox_db_examples._NEED_A_DRIVER) < set(upstox_db_examples.__all__)
+    assert {each.__name__ for each in lazy} == {each.store for each in PATTERNS.values()}
+    assert {each.__name__ for each in lazy} < set(upstox_db_examples.__all__)
 
 
 @pytest.mark.parametrize(

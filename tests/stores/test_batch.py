@@ -118,7 +118,7 @@ def test_a_batch_that_was_killed_goes_on_where_it_was(
     address: Address, accounts: Accounts, upstox: LocalUpstox
 ) -> None:
     now = datetime.now(UTC)  # as the other process has it
-    upstox._clock = lambda: now
+    upstox.clock = lambda: now
     credentials = {user_id: upstox.add_account(user_id).credentials() for user_id in IDS[:40]}
     process, _ = processes.start(processes.store_batch, address, upstox.base_domain, credentials)
     wait_until(lambda: upstox.logins() >= 15)
@@ -445,7 +445,7 @@ def test_without_tqdm_there_is_simply_no_bar(
 
 def test_ctrl_c_keeps_what_was_done_and_leaves_no_lock(tmp_path: Path, upstox: LocalUpstox) -> None:
     now = datetime.now(UTC)
-    upstox._clock = lambda: now
+    upstox.clock = lambda: now
     upstox.login_seconds = 0.3
     accounts = made_accounts(upstox, IDS[:30])
     code = (

@@ -24,7 +24,7 @@ from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import ConfigurationError, HybridUpstoxStorage, KeyRing, StorageError
 from upstox_db_examples.hybrid.redis import runtime_acl
-from upstox_db_examples.local.processes import _free_port
+from upstox_db_examples.local.processes import find_free_port
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
 from ..support.databases import notes
@@ -134,23 +134,19 @@ class Node(RedisServer):
     def _password(self) -> str:
         return PASSWORD
 
-    @property
-    def port(self) -> int:
-        return self._port
-
     def client(self) -> Redis:
-        return Redis(port=self._port, password=PASSWORD, decode_responses=True, **QUICK)
+        return Redis(port=self.port, password=PASSWORD, decode_responses=True, **QUICK)
 
 
 class SentinelNode(Node):
     def _command(self) -> list[str]:
         super()._command()
-        file = self._folder / "valkey.conf"
-        file.write_text(f"port {self._port}\nbind 127.0.0.1\ndir {self._folder}\n{self._settings['watch']}\n")
+        file = self.folder / "valkey.conf"
+        file.write_text(f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n{self._settings['watch']}\n")
         return [str(self._binary), str(file), "--sentinel"]
 
     def _is_ready(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1) as connection:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
             connection.sendall(b"PING\r\n")
             return connection.recv(64).startswith(b"+PONG")
         return False
@@ -158,12 +154,12 @@ class SentinelNode(Node):
 
 class Primary(PostgreSQLServer):
     def _password(self) -> str:
-        (self._folder / "password").write_text(PASSWORD)
+        (self.folder / "password").write_text(PASSWORD)
         return PASSWORD
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return f"127.0.0.1:{self.port}"
 
 
 class Standby(Primary):
@@ -175,12 +171,12 @@ class Standby(Primary):
 
     def _prepare(self) -> None:
         super()._prepare()
-        data = self._folder / "data"
+        data = self.folder / "data"
         shutil.rmtree(data)
         self._run("pg_basebackup", "-d", self._primary.url, "-D", str(data), "-R", "-c", "fast")
 
     def _is_ready(self) -> bool:
-        file = self._folder / "data" / "postmaster.pid"
+        file = self.folder / "data" / "postmaster.pid"
         lines = file.read_text().splitlines() if file.exists() else []
         return len(lines) > 7 and lines[7].strip() in ("ready", "standby")
 
@@ -286,7 +282,7 @@ def test_without_a_synchronous_standby_some_would_be_lost(keys: KeyRing, redis_s
 
 def test_a_redis_cluster_holds_the_copies(postgres_url: str, keys: KeyRing) -> None:
     with contextlib.ExitStack() as stack:
-        buses = [_free_port() for _ in range(3)]
+        buses = [find_free_port() for _ in range(3)]
         cluster_of = [{"cluster-enabled": "yes", "cluster-port": str(bus)} for bus in buses]
         nodes = [stack.enter_context(Node(settings=settings)) for settings in cluster_of]
         for first, node in zip((0, 6000, 11000), nodes, strict=True):

@@ -78,13 +78,13 @@ def pooled(_: ExitStack, folder: Path) -> Surroundings:
 
 def postgresql(stack: ExitStack, _: Path) -> Surroundings:
     server = stack.enter_context(PostgreSQLServer(settings={"log_statement": "all", "log_min_messages": "info"}))
-    folders = [server._folder]
+    folders = [server.folder]
     return Surroundings(lambda **o: PostgreSQLUpstoxStorage(server.url, timeout=1, **o), [server], folders, POSTGRESQL)
 
 
 def mongodb(stack: ExitStack, _: Path) -> Surroundings:
     server = stack.enter_context(PlainMongoDB())
-    folders, own = [server._folder], {"mongodb.connection", "mongodb.schema"}
+    folders, own = [server.folder], {"mongodb.connection", "mongodb.schema"}
     return Surroundings(lambda **o: MongoUpstoxStorage(server.url, timeout=2, **o), [server], folders, own)
 
 
@@ -97,7 +97,7 @@ def hybrid(stack: ExitStack, _: Path) -> Surroundings:
         return HybridUpstoxStorage(redis.url, server.url, timeout=1, believed=0.1, redis_pause=0.1, **options)
 
     own = {"hybrid.store", "hybrid.redis"} | POSTGRESQL
-    return Surroundings(open_one, both, [server._folder, redis._folder], own)
+    return Surroundings(open_one, both, [server.folder, redis.folder], own)
 
 
 @pytest.fixture(params=[sqlite, pooled, postgresql, mongodb, hybrid], ids=lambda make: make.__name__)
@@ -244,7 +244,7 @@ def test_no_secret_lies_anywhere(
     assert leaks.files_with(secrets, tmp_path) == []
     for server in surroundings.servers:
         with contextlib.suppress(AttributeError):
-            dump = [str(server._binaries / "pg_dump"), server.url]
+            dump = [str(server.binaries / "pg_dump"), server.url]
             dumped = subprocess.run(dump, check=True, capture_output=True).stdout
             assert leaks.find("upstox_token_audit", dumped)
             assert not leaks.find(secrets, dumped)

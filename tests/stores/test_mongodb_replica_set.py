@@ -35,11 +35,11 @@ class Member(MongoDBServer):
         return False
 
     def direct(self, seconds: float = 1) -> pymongo.MongoClient[Any]:
-        return pymongo.MongoClient("127.0.0.1", self._port, directConnection=True, timeoutMS=1000 * seconds)
+        return pymongo.MongoClient("127.0.0.1", self.port, directConnection=True, timeoutMS=1000 * seconds)
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self._port}"
+        return f"127.0.0.1:{self.port}"
 
     def is_primary(self) -> bool:
         with contextlib.suppress(PyMongoError), self.direct() as client:

@@ -36,7 +36,7 @@ class TestPostgreSQL(OnPostgreSQL):
     def test_a_pool_that_is_too_small_says_so_in_time(self, open_store: OpenStore) -> None:
         store = open_store(pool_size=1, timeout=0.5)
         assert isinstance(store, PostgreSQLUpstoxStorage)
-        with store._connections.session():
+        with store.backend.connections.session():
             begin = time.monotonic()
             with ThreadPoolExecutor(1) as thread, pytest.raises(StoreUnavailable, match="pool_size"):
                 thread.submit(store.get_valid_token, USER).result()
@@ -120,7 +120,7 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(tmp_path: Path, keys: 
         verified = f"{server.url}?sslmode=verify-full&sslrootcert="
         with PostgreSQLUpstoxStorage(f"{verified}{server.ca_file}", login=made_up_login, keys=keys) as store:
             store.store_token(USER)
-            with store._connections.session() as conn:
+            with store.backend.connections.session() as conn:
                 assert conn.info.ssl_in_use
         wrong_authority, _, _ = make_certificates(tmp_path)
         wrong_host = verified.replace("127.0.0.1", "another.name") + f"{server.ca_file}&hostaddr=127.0.0.1"

@@ -110,9 +110,9 @@ class TestSQLite(OnSQLite):
         for _ in range(5):
             with ThreadPoolExecutor(8) as threads:
                 list(threads.map(lambda _: store.get_valid_token(USER), range(80)))
-        assert 1 <= len(store._connections._idle) <= 9
+        assert 1 <= store.backend.connections.count_idle() <= 9
         store.close()
-        assert not store._connections._idle
+        assert store.backend.connections.count_idle() == 0
 
     def test_an_open_transaction_is_rolled_back_when_a_connection_comes_back(self, store: SQLiteUpstoxStorage) -> None:
         with store.get_connection() as conn:
@@ -203,11 +203,6 @@ def full(store: SQLiteUpstoxStorage) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite_connections, "open_connection", limited)
-        close_idle(store)
+        store.backend.connections.close_idle()
         yield
-    close_idle(store)
-
-
-def close_idle(store: SQLiteUpstoxStorage) -> None:
-    while store._connections._idle:
-        store._connections._idle.pop().close()
+    store.backend.connections.close_idle()

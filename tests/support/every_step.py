@@ -184,5 +184,5 @@ def broken_at_every_step(
 
 
 def _is_stored(store: Any, user_id: str, token: Secret) -> bool:
-    _, newest = store._look_up(user_id)
-    return newest is not None and bool(store._holds(newest, token))
+    newest = store.backend.find_newest(user_id) or store.backend.find_newest(user_id.upper())
+    return newest is not None and store.cipher.is_of(newest, token)

@@ -147,7 +147,7 @@ def watch(store: Any, faults: Faults) -> None:
     if hasattr(connections, "answer"):
         _watch_postgresql(connections, faults)
     if hasattr(store, "_redis"):
-        _watch_redis(store._redis, faults)
+        _watch_redis(store.backend.redis, faults)
 
 
 def watch_sqlite(faults: Faults) -> None:
@@ -195,7 +195,7 @@ def _watch_postgresql(connections: Any, faults: Faults) -> None:
 
 
 def _watch_redis(tokens: Any, faults: Faults) -> None:
-    answer = tokens._answer
+    answer = tokens.ask
 
     def watched(ask: Callable[[], Any], **options: Any) -> Any:
         def error() -> redis.ConnectionError:
@@ -204,7 +204,7 @@ def _watch_redis(tokens: Any, faults: Faults) -> None:
         name = ask.__qualname__.partition(".<locals>")[0].rpartition(".")[2]
         return answer(lambda: faults.around("redis", f"Redis: {name}", ask, error), **options)
 
-    tokens._answer = watched
+    tokens.ask = watched
 
 
 def _watch_mongodb(faults: Faults) -> None:

@@ -56,4 +56,4 @@ def is_open(conn: Connection) -> bool:
 
 
 def wait_for(pool: Pool[Connection], waiting: int) -> None:
-    wait_until(lambda: len(pool._waiting) == waiting)
+    wait_until(lambda: pool.waiting == waiting)

@@ -276,7 +276,7 @@ def fork_and_compare(connection: Connection, address: Address) -> None:
     reading, writing = os.pipe()
     if os.fork() == 0:
         try:
-            idle = store._connections.pool.counts()[1]
+            idle = store.backend.connections.pool.counts()[1]
             with store.get_connection() as conn:
                 same = f"{idle}{int(conn is parents)}"
             os.write(writing, same.encode())

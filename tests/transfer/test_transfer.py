@@ -290,7 +290,7 @@ def test_an_empty_store_makes_an_empty_export(empty: TokenStorage, tmp_path: Pat
 def test_pg_dump_and_a_restore_keep_all_and_show_no_token(clock: Clock) -> None:
     options: dict[str, Any] = {"keys": KEY, "login": made_up_login, "clock": clock}
     with PostgreSQLServer() as server:
-        tools, second = server._binaries, f"{server.url}_restored"
+        tools, second = server.binaries, f"{server.url}_restored"
         with PostgreSQLUpstoxStorage(server.url, **options) as store:
             expected = told(filled(store, clock))
             secret = token_of(store, USERS[0])

@@ -50,7 +50,7 @@ class Pool[C]:
         timeout: float,
         healthy: Callable[[C], bool] | None = None,
     ) -> None:
-        self._open, self._close, self._healthy = open, close, healthy
+        self._open, self._close, self.healthy = open, close, healthy
         self.size, self._timeout = size, timeout
         self._closed = False
         # Reentrant: a garbage collection while this thread has the lock may find a loan that was interrupted.
@@ -74,6 +74,11 @@ class Pool[C]:
         with self._lock:
             return len(self._held), sum(conn is not None for conn in self._free)
 
+    @property
+    def waiting(self) -> int:
+        """How many threads wait for a connection now."""
+        return len(self._waiting)
+
     def close(self) -> None:
         """Close the idle connections. Those in use are closed when they come back; threads that wait get an error."""
         self._closed = True
@@ -94,7 +99,7 @@ class Pool[C]:
         if not self._take_free_place(key):
             self._wait_for_place(key)
         conn = self._held[key]
-        if conn is not None and self._healthy is not None and not self._healthy(conn):
+        if conn is not None and self.healthy is not None and not self.healthy(conn):
             self._held[key] = None
             self._close(conn)
             conn = None

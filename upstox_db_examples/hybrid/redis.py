@@ -117,7 +117,7 @@ class RedisTokens:
             raise ConfigurationError(
                 "A Redis Cluster cannot tell whether a key's replicas are up to date. Leave out replicas."
             )
-        self._client, self._owned = client, owned
+        self.client, self._owned = client, owned
         self._pause = pause
         self._believed_ms = int(believed * 1000)
         self._timeout_ms = max(1, int(timeout * 500))  # half, so that slow replicas do not look like a dead Redis
@@ -125,14 +125,14 @@ class RedisTokens:
         # The braces make a Redis Cluster keep all keys in one slot, because a script may only touch keys of one slot.
         self._prefix = f"{{{prefix}}}:"
         self._uses = f"{self._prefix}uses"
-        self._read_and_count = self._client.register_script((LUA / "use.lua").read_text())
-        self._put = self._client.register_script((LUA / "put.lua").read_text())
-        self._drop = self._client.register_script((LUA / "drop.lua").read_text())
-        self._dig_up = self._client.register_script((LUA / "dig_up.lua").read_text())
+        self._read_and_count = self.client.register_script((LUA / "use.lua").read_text())
+        self._put = self.client.register_script((LUA / "put.lua").read_text())
+        self._drop = self.client.register_script((LUA / "drop.lua").read_text())
+        self._dig_up = self.client.register_script((LUA / "dig_up.lua").read_text())
         self._closed = self._failed = False
         self._ask_again_at = 0.0
         self._lock = threading.Lock()
-        self._answer(self._refuse_a_wrong_configuration)
+        self.ask(self._refuse_a_wrong_configuration)
 
     def read_and_count(
         self, user_id: str, alive_after: datetime, now: datetime, actor: str, use_id: str, *, insist: bool = False
@@ -143,9 +143,9 @@ class RedisTokens:
             use_id: unique, so that this use counts once.
             insist: also hand out a copy that is no longer believed.
         """
-        keys = [*self._keys(user_id), self._uses]
+        keys = [*self.keys_of(user_id), self._uses]
         values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use_id, int(insist)]
-        answer = self._answer(lambda: self._read_and_count(keys=keys, args=values), insist=insist)
+        answer = self.ask(lambda: self._read_and_count(keys=keys, args=values), insist=insist)
         if answer is None:
             return Found("no answer")
         what, clock, *more = answer
@@ -170,46 +170,46 @@ class RedisTokens:
         lifetime = int((token.expires_at - now).total_seconds() * 1000)
         if lifetime <= 0:
             return -1
-        keys = self._keys(token.user_id)
+        keys = self.keys_of(token.user_id)
         values: list[str | int] = [_dump(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
         values += [token.usage_count, lifetime, self._believed_ms, since, tombstone]
-        answer = self._answer(lambda: self._put(keys=keys, args=values), insist=not since)
+        answer = self.ask(lambda: self._put(keys=keys, args=values), insist=not since)
         return None if answer is None else int(answer)
 
     def bury(self, user_ids: Iterable[str], seconds: float) -> Buried:
         """Replace each copy with a tombstone, so that a late reader cannot put an old copy back."""
-        keys, tombstone = [self._keys(user_id)[0] for user_id in user_ids], f"tombstone-{uuid.uuid4().hex}"
+        keys, tombstone = [self.keys_of(user_id)[0] for user_id in user_ids], f"tombstone-{uuid.uuid4().hex}"
         if not keys:
             return Buried(tombstone, True)
 
         def write() -> bool:
             try:
                 # Use one connection, because WAIT asks about the writes of its own connection.
-                with self._client.pipeline(transaction=False) as pipeline:
+                with self.client.pipeline(transaction=False) as pipeline:
                     for key in keys:
                         pipeline.set(key, tombstone, px=max(1, int(seconds * 1000)))
                     if self._replicas:
                         pipeline.execute_command("WAIT", self._replicas, self._timeout_ms)
                     answers = pipeline.execute()
             except OutOfMemoryError:
-                self._client.delete(*keys)  # Not certain: there may soon be room again for a late copy.
+                self.client.delete(*keys)  # Not certain: there may soon be room again for a late copy.
                 return False
             return not self._replicas or int(answers[-1]) >= self._replicas
 
-        return Buried(tombstone, bool(self._answer(write, insist=True)))
+        return Buried(tombstone, bool(self.ask(write, insist=True)))
 
     def dig_up(self, user_ids: Iterable[str], tombstone: str) -> None:
         """Remove this tombstone wherever it still is, so that readers may put copies there again."""
-        keys = [self._keys(user_id)[0] for user_id in user_ids]
-        self._answer(lambda: self._dig_up(keys=keys, args=[tombstone, self._believed_ms]))
+        keys = [self.keys_of(user_id)[0] for user_id in user_ids]
+        self.ask(lambda: self._dig_up(keys=keys, args=[tombstone, self._believed_ms]))
 
     def drop(self, user_id: str) -> None:
         """Remove a copy that is no longer believed, because PostgreSQL has no such token."""
-        self._answer(lambda: self._drop(keys=self._keys(user_id)[:1]))
+        self.ask(lambda: self._drop(keys=self.keys_of(user_id)[:1]))
 
     def list_uses(self, limit: int) -> list[Use]:
         """Return uses that wait to be folded into PostgreSQL, oldest first."""
-        entries = self._answer(lambda: self._client.xrange(self._uses, count=limit)) or []
+        entries = self.ask(lambda: self.client.xrange(self._uses, count=limit)) or []
         uses, foreign = [], []
         for entry, fields in entries:
             try:
@@ -218,11 +218,11 @@ class RedisTokens:
                 foreign.append(entry)
         if foreign:
             logger.warning("%s entries of %s did not come from this package. Deleting them.", len(foreign), self._uses)
-            self._answer(lambda: self._client.xdel(self._uses, *foreign))
+            self.ask(lambda: self.client.xdel(self._uses, *foreign))
         return uses
 
     def forget_uses(self, uses: Iterable[Use]) -> None:
-        self._answer(lambda: self._client.xdel(self._uses, *(use.entry for use in uses)))
+        self.ask(lambda: self.client.xdel(self._uses, *(use.entry for use in uses)))
 
     def status(self) -> dict[str, Any]:
         """Return `latency_ms`, `role`, `uses_waiting`, and `in_use`, the number of connections in use.
@@ -237,11 +237,11 @@ class RedisTokens:
             raise StoreUnavailable("This store is closed.")
         try:
             begin = time.perf_counter()
-            self._client.set(f"{self._prefix}probe", "", px=1000)
+            self.client.set(f"{self._prefix}probe", "", px=1000)
             latency = (time.perf_counter() - begin) * 1000
-            role = self._client.info("replication")["role"] if isinstance(self._client, redis.Redis) else "cluster"
-            in_use = len(getattr(getattr(self._client, "connection_pool", None), "_in_use_connections", ()))
-            waiting = self._client.xlen(self._uses)
+            role = self.client.info("replication")["role"] if isinstance(self.client, redis.Redis) else "cluster"
+            in_use = len(getattr(getattr(self.client, "connection_pool", None), "_in_use_connections", ()))
+            waiting = self.client.xlen(self._uses)
             return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
         except NoPermissionError:
             why = "does not give this user all the rights that the store needs. Use the rules of runtime_acl()"
@@ -253,17 +253,17 @@ class RedisTokens:
         raise StoreUnavailable(f"Redis {why}.")
 
     def answers(self) -> bool:
-        return self._answer(self._client.ping, insist=True) is not None
+        return self.ask(self.client.ping, insist=True) is not None
 
     def close(self) -> None:
         self._closed = True
         if self._owned:
-            self._client.close()
+            self.client.close()
 
     def _refuse_a_wrong_configuration(self) -> None:
         """Check the configuration, only at the start. If the password changes later, PostgreSQL takes over."""
         try:
-            self._client.ping()
+            self.client.ping()
             return
         except (ValueError, TypeError):  # redis-py checks some options, such as the port, only when it connects.
             raise ConfigurationError(NO_CONFIGURATION) from None
@@ -276,10 +276,10 @@ class RedisTokens:
         # We raise out here, so that our error has no cause: redis-py's frames hold the password.
         raise ConfigurationError(f"The connection to Redis failed because of {wrong}. Check redis_config.")
 
-    def _keys(self, user_id: str) -> list[str]:
+    def keys_of(self, user_id: str) -> list[str]:
         return [f"{self._prefix}token:{user_id}", f"{self._prefix}count:{user_id}"]
 
-    def _answer(self, ask: Callable[[], Any], *, insist: bool = False) -> Any:
+    def ask(self, question: Callable[[], Any], *, insist: bool = False) -> Any:
         """Return Redis's answer, or None. Then the caller asks PostgreSQL, and we ask Redis again after a pause.
 
         Args:
@@ -292,7 +292,7 @@ class RedisTokens:
                 # One caller finds out whether Redis is back, and the others need not wait.
                 self._ask_again_at = time.monotonic() + self._pause
         try:
-            answer = ask()
+            answer = question()
         except NO_ANSWER as error:
             if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
                 logger.warning("A key of the store in Redis has the wrong type. PostgreSQL answers for this user.")

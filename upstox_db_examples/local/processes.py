@@ -72,8 +72,8 @@ class Server(ABC):
         self._kept = folder
         self._tls = tls
         self._settings = dict(settings or {})
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watchdog: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.watchdog: subprocess.Popen[str] | None = None
         self._given = os.environ.get(self.variable)
         self.url = self._given or ""
         self.ca_file: Path | None = None
@@ -91,15 +91,15 @@ class Server(ABC):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{self.name} server, {'running' if self._process else 'not running'}>"
+        return f"<{self.name} server, {'running' if self.process else 'not running'}>"
 
     def start(self) -> None:
         """Start again, on the same port and with the same data."""
         self._refuse_if_given()
-        log = self._folder / "server.log"
+        log = self.folder / "server.log"
         with log.open("ab") as output:
             already = output.tell()
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -107,10 +107,10 @@ class Server(ABC):
                 start_new_session=True,
                 **self._started_with,
             )
-        self._tell_watchdog(self._process.pid)
+        self.tell_watchdog(self.process.pid)
         deadline = time.monotonic() + PATIENCE
         while not (self._listens() and self._is_ready()):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 self._reap()
                 said = log.read_bytes()[already:].decode(errors="replace")
                 # MongoDB logs much more after the reason, so we search the whole output of this start.
@@ -138,43 +138,43 @@ class Server(ABC):
 
     def close(self) -> None:
         """Stop the server and, if it was temporary, remove its data."""
-        if self._process:
+        if self.process:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._signal(signal.SIGCONT)
                 # Data that we keep needs an orderly shutdown. Data that we remove does not.
                 self._signal(signal.SIGINT if self._kept else signal.SIGQUIT)
             self._reap(wait=10 if self._kept else 2)
-        if self._watchdog:
-            self._tell_watchdog("end")
-            self._watchdog.communicate()
-            self._watchdog = None
+        if self.watchdog:
+            self.tell_watchdog("end")
+            self.watchdog.communicate()
+            self.watchdog = None
 
     def _make(self) -> None:
         self._started_with: dict[str, Any] = {}  # options of Popen: the user, the environment
         folder = self._kept or Path(tempfile.mkdtemp(prefix=f"{self.name.lower()}-"))
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder.resolve()
-        self._watchdog = subprocess.Popen(
-            [sys.executable, "-c", WATCHDOG, "" if self._kept else str(self._folder)],
+        self.folder = folder.resolve()
+        self.watchdog = subprocess.Popen(
+            [sys.executable, "-c", WATCHDOG, "" if self._kept else str(self.folder)],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
         self._prepare()
-        port_file = self._folder / "port"  # A kept server keeps its port: a replica set knows its members by it.
+        port_file = self.folder / "port"  # A kept server keeps its port: a replica set knows its members by it.
         for attempt in range(5):
-            self._port = int(port_file.read_text()) if attempt == 0 and port_file.exists() else _free_port()
+            self.port = int(port_file.read_text()) if attempt == 0 and port_file.exists() else find_free_port()
             try:
                 self.start()
                 break
             except StoreUnavailable as error:  # Another program may take the port before we do.
                 if attempt == 4 or "in use" not in str(error):
                     raise
-        port_file.write_text(str(self._port))
+        port_file.write_text(str(self.port))
         self.url = self._url()
 
     def _password(self) -> str:
-        file = self._folder / "password"
+        file = self.folder / "password"
         if not file.exists():
             file.touch(mode=0o600)
             file.write_text(secrets.token_hex(16))
@@ -182,10 +182,10 @@ class Server(ABC):
 
     def _signal(self, number: signal.Signals) -> None:
         self._refuse_if_given()
-        if self._process is None:
+        if self.process is None:
             return
         # Each PostgreSQL process has its own process group, so there is no group to signal.
-        main = psutil.Process(self._process.pid)
+        main = psutil.Process(self.process.pid)
         if number not in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT):
             main.send_signal(number)
             return
@@ -198,32 +198,32 @@ class Server(ABC):
         if number == signal.SIGKILL:
             # A process that is writing to the disk dies a moment later. PostgreSQL does not start while one is left.
             deadline = time.monotonic() + PATIENCE
-            while any(map(_is_alive, everyone)):
+            while any(map(is_alive, everyone)):
                 if time.monotonic() > deadline:
                     raise StoreUnavailable(f"{self.name} is still running {PATIENCE:g} s after a kill -9.")
                 time.sleep(0.001)
 
     def _reap(self, wait: float = 0) -> None:
-        if self._process:
+        if self.process:
             try:
-                self._process.wait(wait or 0.1)
+                self.process.wait(wait or 0.1)
             except subprocess.TimeoutExpired:
                 self._signal(signal.SIGKILL)
-                self._process.wait()
-            self._process = None
-            self._tell_watchdog(0)
+                self.process.wait()
+            self.process = None
+            self.tell_watchdog(0)
 
-    def _tell_watchdog(self, word: int | str) -> None:
-        if self._watchdog and self._watchdog.stdin:
+    def tell_watchdog(self, word: int | str) -> None:
+        if self.watchdog and self.watchdog.stdin:
             with contextlib.suppress(BrokenPipeError):  # The watchdog was killed.
-                self._watchdog.stdin.write(f"{word}\n")
-                self._watchdog.stdin.flush()
+                self.watchdog.stdin.write(f"{word}\n")
+                self.watchdog.stdin.flush()
 
     def _listens(self) -> bool:
         """Tell whether the port is ours. Another server may have taken it first, and would answer instead of ours."""
         with contextlib.suppress(psutil.Error):
-            for each in psutil.Process(self._process.pid).net_connections("tcp4") if self._process else []:
-                if each.status == psutil.CONN_LISTEN and each.laddr.port == self._port:
+            for each in psutil.Process(self.process.pid).net_connections("tcp4") if self.process else []:
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == self.port:
                     return True
         return False
 
@@ -245,14 +245,14 @@ class Server(ABC):
     def _url(self) -> str: ...
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     """Tell whether a process is alive. A zombie is not: it holds nothing, and some containers never collect it."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
-def _free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         return int(chosen.getsockname()[1])

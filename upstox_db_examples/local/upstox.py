@@ -87,7 +87,7 @@ class LocalUpstox:
         self.login_seconds: float = 0
         self.stall_seconds: float = 30
         self.on_step: Callable[[int, str], object] | None = None
-        self._clock = clock or (lambda: datetime.now(UTC))
+        self.clock = clock or (lambda: datetime.now(UTC))
         self._server: WebServer | None = None
         self._closing = Event()
         self._lock = Lock()  # protects everything below
@@ -220,19 +220,19 @@ class LocalUpstox:
 
     def now(self) -> datetime:
         """Return the time by the server's clock."""
-        return self._clock()
+        return self.clock()
 
     def set_clock(self, moment: datetime) -> None:
         """Stop the clock at this moment."""
         if moment.utcoffset() is None:
             raise ValueError("The clock needs a datetime with a time zone.")
-        self._clock = lambda: moment
+        self.clock = lambda: moment
 
     def move_clock(self, delta: timedelta) -> None:
         """Move the clock forward or back. A running clock keeps running, and a stopped one stays stopped."""
         with self._lock:
-            before = self._clock
-            self._clock = lambda: before() + delta
+            before = self.clock
+            self.clock = lambda: before() + delta
 
     def _answer(self, route: str, shown: Shown) -> Answer:
         """Answer one request, given its route and everything that it sends."""

@@ -29,7 +29,7 @@ class Answer(Exception):
 HANG_UP = Answer("")
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # Keeps connections open.
     disable_nagle_algorithm = True  # Otherwise the body waits until the client acknowledges the headers.
     server: WebServer
@@ -46,10 +46,10 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             answer = self.server.answer(f"{self.command} {url.path}", shown)
         except Exception:
-            self._hang_up()
+            self.hang_up()
             raise
         if answer is HANG_UP:
-            self._hang_up()
+            self.hang_up()
             return
         is_page = isinstance(answer.body, str)
         content = (str(answer.body) if is_page else json.dumps(answer.body)).encode()
@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
         """Send half an answer, because curl silently repeats a request whose connection ends without a byte."""
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
         self.close_connection = True
@@ -92,7 +92,7 @@ class WebServer(ThreadingTCPServer):  # http.server's class looks up the machine
     request_queue_size = 128  # The default of 5 makes clients wait if many come at once.
 
     def __init__(self, answer: Callable[[str, Shown], Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.answer = answer
         self._connections: list[tuple[Thread, socket.socket]] = []
         self._loop = Thread(target=self.serve_forever, args=(0.02,), daemon=True)

@@ -45,7 +45,15 @@ class SQLiteConnections:
 
     def close(self) -> None:
         self._closed = True
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses now."""
         _close_all(self._idle, self._process)
+
+    def count_idle(self) -> int:
+        """Return how many connections are open and free."""
+        return len(self._idle)
 
     def refuse_if_closed(self) -> None:
         """
