@@ -19,7 +19,7 @@ from upstox_db_examples import (
     KeyRing,
     TokenRefused,
 )
-from upstox_db_examples.hybrid.redis import runtime_acl
+from upstox_db_examples.hybrid.client import runtime_acl
 
 from ..contracts.store import StoreContract
 from ..support.clocks import Clock

@@ -19,7 +19,7 @@ import pytest
 from redis import Redis
 
 from upstox_db_examples import ConfigurationError, HybridUpstoxStorage, KeyRing, StoreUnavailable
-from upstox_db_examples.hybrid.redis import runtime_acl
+from upstox_db_examples.hybrid.client import runtime_acl
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 

@@ -23,7 +23,7 @@ from redis.sentinel import Sentinel
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import ConfigurationError, HybridUpstoxStorage, KeyRing, StorageError
-from upstox_db_examples.hybrid.redis import runtime_acl
+from upstox_db_examples.hybrid.client import runtime_acl
 from upstox_db_examples.local.processes import find_free_port
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 

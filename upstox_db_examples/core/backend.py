@@ -24,7 +24,7 @@ from .token import AuditEntry, StoredToken
 SCHEMA_LOCK, NOBODY_LOCK, ENTRIES_LOCK, ACCOUNT_LOCK = "-schema", "-nobody", "-entries", "-account-"
 
 
-def lock_not_had(name: str, wait: float) -> StoreUnavailable:
+def lock_timeout(name: str, wait: float) -> StoreUnavailable:
     """Error for a lock wait that timed out."""
     if name == SCHEMA_LOCK:
         holder = "another program to make the tables"
@@ -66,7 +66,7 @@ class LocalLocks:
         """
         lock = self._locks.setdefault((os.getpid(), name), threading.Lock())
         if not lock.acquire(timeout=wait):
-            raise lock_not_had(name, wait)
+            raise lock_timeout(name, wait)
         try:
             yield
         finally:
@@ -165,7 +165,7 @@ class Backend(ABC):
         A thread holds at most two locks, with different names. A name is a user id or one of the constants above.
 
         Raises:
-            StoreUnavailable: the wait took longer than `login_wait` seconds (`lock_not_had`).
+            StoreUnavailable: the wait took longer than `login_wait` seconds (`lock_timeout`).
         """
 
     @abstractmethod

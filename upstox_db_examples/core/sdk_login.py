@@ -39,7 +39,7 @@ MAKE_NO_TOKEN = (DIALOG, "/otp/generate", "/otp-totp/verify", "/auth/2fa", "/oau
 class SingleLogin:
     """The base of the logins for one account: they share the user id and Upstox's address."""
 
-    _kind: type[Credentials] = Credentials
+    credentials_class: type[Credentials] = Credentials
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class SingleLogin:
     ) -> None:
         if isinstance(credentials, Mapping):
             credentials = wrap_credentials(credentials)
-            credentials = self._kind(credentials)
+            credentials = self.credentials_class(credentials)
         self._credentials = credentials
         self._user_id = user_id
         self._base_domain = base_domain
@@ -102,7 +102,7 @@ class SingleLogin:
         return upstox_api.log_out(token, self._base_domain or "", timeout=self._timeout)
 
     def _read_credentials(self) -> Credentials:
-        return self._credentials or self._kind.from_environment()
+        return self._credentials or self.credentials_class.from_environment()
 
     def _check_user(self, user_id: str | None) -> None:
         declared = self.user_id

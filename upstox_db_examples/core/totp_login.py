@@ -40,7 +40,7 @@ class TotpLogin(SingleLogin):
     """
 
     path = "/v2/totp-login/authorization/token"
-    _kind = TotpCredentials
+    credentials_class = TotpCredentials
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from ..postgresql.queries import HANDED_OUT
 from .backend import FOLD_AT
+from .client import runtime_acl
 from .queries import (
     ACTIVE_USERS,
     FOLD,
@@ -9,7 +10,6 @@ from .queries import (
     LOOK,
     MARK_OF,
 )
-from .redis import runtime_acl
 from .store import HybridUpstoxStorage
 
 __all__ = [

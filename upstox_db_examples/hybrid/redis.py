@@ -8,13 +8,12 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import redis
-from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster
 from redis.exceptions import (
     AuthenticationError,
@@ -26,24 +25,15 @@ from redis.exceptions import (
     ResponseError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.retry import Retry
 
 from ..core.errors import ConfigurationError, StoreUnavailable, TokenRefused
 from ..core.token import StoredToken
-
-__all__ = ["runtime_acl"]  # for callers; the rest belongs to the hybrid store
+from .client import NO_CONFIGURATION, Client
 
 logger = logging.getLogger(__name__)
 
-Client = redis.Redis | RedisCluster
-Config = Mapping[str, Any] | str | Client
 COPIED = ("ciphertext", "key_id", "generation", "user_name", "email", "account")
 LUA = Path(__file__).parent / "lua"
-NO_CONFIGURATION = (
-    "redis_config must be keyword arguments of redis.Redis, a URL such as redis://:password@host:6379/0, or a redis-py "
-    "client."
-)
-
 
 # A cluster's exceptions are not subclasses of RedisError.
 NO_ANSWER = (RedisError, RedisClusterException, OSError)
@@ -305,48 +295,6 @@ class RedisTokens:
             logger.info("Redis answers again.")
             self._failed, self._ask_again_at = False, 0.0
         return answer
-
-
-def runtime_acl(prefix: str = "upstox", *, cluster: bool = False) -> list[str]:
-    """Return the rules for a Redis user with the least rights that the store needs, on the store's own keys.
-
-    Run `redis.execute_command("ACL", "SETUSER", "upstox_app", *runtime_acl(), "on", ">password")`, or put the same in
-    an ACL file.
-    """
-    commands = (
-        "ping get set del incr pttl pexpire time xadd xlen xrange xdel evalsha script|load wait info hello select"
-    )
-    if cluster:
-        commands += " cluster|slots cluster|shards cluster|nodes command readonly"
-    return ["reset", f"~{{{prefix}}}:*", "-@all", *(f"+{command}" for command in commands.split())]
-
-
-def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
-    """Make a client from keyword arguments of `redis.Redis` or from a URL, or return the given client of redis-py.
-
-    Args:
-        timeout: seconds for each answer. A given client has its own.
-
-    Returns:
-        the client, or None if the configuration is invalid; and whether it was made here. (This does not raise, because
-        the traceback would show the configuration and its password.)
-    """
-    if isinstance(config, redis.Redis | RedisCluster):
-        return config, False
-    # Without these, we take seconds to notice a dead server, longer for a stalled one, and may count a use twice.
-    options: dict[str, Any] = {
-        "socket_timeout": timeout,
-        "socket_connect_timeout": timeout,
-        "retry": Retry(NoBackoff(), 0),
-        "health_check_interval": 0,
-        "max_connections": 10_000,  # If threads outnumber this, it looks like an outage.
-    }
-    try:
-        if isinstance(config, str):
-            return redis.Redis.from_url(config, **options), True
-        return redis.Redis(**{**options, **config}), True
-    except (ValueError, TypeError, RedisError):
-        return None, False
 
 
 def _seconds(moment: datetime) -> int:

@@ -16,7 +16,8 @@ from ..core.token import Secret
 from ..postgresql.backend import PostgreSQLBackend
 from ..postgresql.connections import PostgreSQLConnections
 from .backend import HybridBackend
-from .redis import Config, RedisTokens, client_of
+from .client import Config, client_of
+from .redis import RedisTokens
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from ..core.backend import RUNNING, Backend, SeenLogins
 from ..core.context import Context
 from ..core.errors import LoginSuperseded, StorageError, StoreUnavailable
 from ..core.token import AuditEntry, StoredToken
+from . import reports
 from .changes import (
     end_records,
     find_dead,
@@ -38,8 +39,6 @@ from .documents import (
     NOT_ACTIVE,
     ONLY_ACTIVE,
     active_of,
-    format_record,
-    format_value,
     is_cut_off,
     is_free,
     not_revoked,
@@ -313,51 +312,16 @@ class MongoBackend(Backend):
             return [read_active(active) for active in found.limit(100)]
 
     def read_history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
-        names = ("created_at", "expires_at", "user_name", "email", "broker", "usage_count", "last_used_at")
         with self._database() as db:
-            found = db.tokens.find({"user_id": user_id}, dict.fromkeys(names, 1))
-            records = list(found.sort("generation", DESCENDING).limit(limit))
-            active = db.active_tokens.find_one({"_id": user_id, "expires_at": {"$gt": now}, **not_revoked()}) or {}
-        return [format_record(record, is_active=record["_id"] == active.get("token_id")) for record in records]
+            return reports.read_history(db, user_id, limit, now)
 
     def read_statistics(self, user_id: str, now: datetime) -> dict[str, Any]:
-        sums = {
-            "total_tokens": {"$sum": 1},
-            "total_usage": {"$sum": "$usage_count"},
-            "avg_usage_per_token": {"$avg": "$usage_count"},
-            "last_generation": {"$max": "$created_at"},
-            "last_usage": {"$max": "$last_used_at"},
-        }
         with self._database() as db:
-            found = list(db.tokens.aggregate([{"$match": {"user_id": user_id}}, {"$group": {"_id": None, **sums}}]))
-            active = db.active_tokens.count_documents({"_id": user_id, "expires_at": {"$gt": now}, **not_revoked()})
-        names = ("total_tokens", "active_tokens", "total_usage", "avg_usage_per_token", "last_generation", "last_usage")
-        totals = found[0] if found else {**dict.fromkeys(names, 0), "last_generation": None, "last_usage": None}
-        totals["active_tokens"] = active
-        return {name: format_value(totals[name]) for name in names}
+            return reports.read_statistics(db, user_id, now)
 
     def read_audit_trail(self, user_id: str, limit: int) -> list[dict[str, Any]]:
         with self._database() as db:
-            # Read the records first: if an entry is moved meanwhile, we see it twice instead of missing it.
-            inside = [e for record in db.tokens.find({"audit.user_id": user_id}, {"audit": 1}) for e in record["audit"]]
-            order = [("performed_at", DESCENDING), ("_id", DESCENDING)]
-            entries = {
-                e["_id"]: e for e in [*inside, *db.token_audit.find({"user_id": user_id}).sort(order).limit(limit)]
-            }
-            newest = sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]), reverse=True)[:limit]
-            ids = {entry["token_id"] for entry in newest}
-            created = {
-                each["_id"]: each["created_at"]
-                for each in db.tokens.find({"_id": {"$in": list(ids)}}, {"created_at": 1})
-            }
-        names = ("action", "performed_at", "actor", "metadata", "user_id", "token_id")
-        return [
-            {
-                **{name: format_value(entry[name]) for name in names},
-                "token_created": format_value(created.get(entry["token_id"])),
-            }
-            for entry in newest
-        ]
+            return reports.read_audit_trail(db, user_id, limit)
 
     def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
         with self._database() as db:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pymongo import ReturnDocument
 from pymongo.database import Database
 
-from ..core.backend import LocalLocks, lock_not_had
+from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import StorageError, StoreUnavailable, TokenNotStored
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Leases:
             lease = _Lease(name, uuid.uuid4().hex)
             while not self._take(lease):
                 if time.monotonic() >= deadline:
-                    raise lock_not_had(name, wait)
+                    raise lock_timeout(name, wait)
                 time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - spreads a crowd's requests
             outer = self._holding.leases
             self._holding.leases = [*outer, lease]

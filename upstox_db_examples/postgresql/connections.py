@@ -21,7 +21,7 @@ import psycopg2
 import psycopg2.extras
 from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_dsn
 
-from ..core.backend import LocalLocks, lock_not_had
+from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import ConfigurationError, StoreUnavailable
 from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.token import Secret
@@ -139,7 +139,7 @@ class PostgreSQLConnections:
             try:
                 with self._translating():
                     if not self._wait_for_lock(conn, name, wait):
-                        raise lock_not_had(name, wait)
+                        raise lock_timeout(name, wait)
                 self._holding.conn = conn, os.getpid()
                 yield
             except BaseException:

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, LocalLocks, SeenLogins, lock_not_had
+from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, LocalLocks, SeenLogins, lock_timeout
 from ..core.context import Context
 from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
 from ..core.token import AuditEntry, StoredToken
@@ -87,7 +87,7 @@ class SQLiteBackend(Backend):
                 self._locks.mkdir(mode=0o700, exist_ok=True)
                 lock.acquire()
             except Timeout as error:
-                raise lock_not_had(name, self.context.login_wait) from error
+                raise lock_timeout(name, self.context.login_wait) from error
             except OSError as error:
                 raise ConfigurationError(f"No lock file can be made in {self._locks}: {error.strerror}.") from error
             try:
