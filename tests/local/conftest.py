@@ -1,4 +1,4 @@
-"""What several tests of local/ have."""
+"""Fixtures that several tests of local/ share."""
 
 from __future__ import annotations
 
