@@ -22,4 +22,4 @@ class StoreContract(
     RecordContract,
     BackendContract,
 ):
-    """All of it."""
+    """All promises that need no crowd, no kill and no server that fails."""

@@ -1,4 +1,4 @@
-"""What several tests of core/ have."""
+"""Fixtures that several tests of core/ share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logging in: the real SDK against the local Upstox, and all the ways in which that can go wrong."""
+"""Logging in with the real SDK at the local Upstox: one account, or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pool promises, on SQLite files. `test_pooled.py` and `test_postgresql.py` have the stores that use it."""
+"""What the pool promises, on SQLite files. The stores that use it are tested in stores/."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from upstox_db_examples.core import pool as pool_module
+from ..support.project import ROOT
 
 IN_A_CHILD = """
 import os, signal, sqlite3, sys, threading
@@ -35,7 +35,7 @@ def in_a_child(do):
 def run_forking(code: str, folder: Path) -> None:
     script = IN_A_CHILD + code
     command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c", script]
-    environment = {"PYTHONPATH": str(Path(pool_module.__file__).parent.parent)}
+    environment = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -1,4 +1,4 @@
-"""What several tests of local/ have."""
+"""Fixtures that several tests of local/ share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from upstox_db_examples.local.upstox import Account, LocalUpstox
+
+from ..support.upstox_logins import ByHand, for_the_sdk
+
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -16,3 +20,14 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         Path(name).chmod(0o755)  # The server is nobody where we are root, and has to get in.
         monkeypatch.setattr(tempfile, "tempdir", name)
         yield Path(name)
+
+
+@pytest.fixture
+def upstox() -> Iterator[LocalUpstox]:
+    with LocalUpstox(totp_once=False) as server:
+        yield for_the_sdk(server)
+
+
+@pytest.fixture
+def by_hand(upstox: LocalUpstox, account: Account) -> ByHand:
+    return ByHand(upstox, account)

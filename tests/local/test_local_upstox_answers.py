@@ -26,11 +26,6 @@ def upstox() -> Iterator[LocalUpstox]:
 
 
 @pytest.fixture
-def account(upstox: LocalUpstox) -> Account:
-    return upstox.add_account("AB1234")
-
-
-@pytest.fixture
 def answered(upstox: LocalUpstox, account: Account) -> Callable[[], dict[str, Any]]:
     def log_in_by_hand() -> dict[str, Any]:
         by_hand = ByHand(upstox, account)

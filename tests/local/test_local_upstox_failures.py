@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 
 import pydantic
 import pytest
@@ -14,18 +13,7 @@ from upstox_totp import UpstoxError, ValidationError
 
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
-from ..support.upstox_logins import OTP, answer_to_login, ask, claims, code_in, for_the_sdk, log_in, profile, refusal
-
-
-@pytest.fixture
-def upstox() -> Iterator[LocalUpstox]:
-    with LocalUpstox(totp_once=False) as server:
-        yield for_the_sdk(server)
-
-
-@pytest.fixture
-def account(upstox: LocalUpstox) -> Account:
-    return upstox.add_account("AB1234")
+from ..support.upstox_logins import OTP, answer_to_login, ask, claims, code_in, log_in, profile, refusal
 
 
 class TestFailures:

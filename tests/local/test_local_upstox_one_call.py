@@ -24,11 +24,6 @@ def upstox() -> Iterator[LocalUpstox]:
         yield server
 
 
-@pytest.fixture
-def account(upstox: LocalUpstox) -> Account:
-    return upstox.add_account("AB1234")
-
-
 def one_call(upstox: LocalUpstox, account: Account, *, headers: dict[str, str] | None = None, **changed: object) -> Any:
     """Status and JSON of a one-call login."""
     body = {"totp": pyotp.TOTP(account.totp_secret).now(), "pin": account.pin, **changed}

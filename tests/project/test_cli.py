@@ -40,11 +40,6 @@ def upstox() -> Iterator[LocalUpstox]:
 
 
 @pytest.fixture
-def account(upstox: LocalUpstox) -> Account:
-    return upstox.add_account(USER)
-
-
-@pytest.fixture
 def execute(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
     """Runs any command as one with this account, and with keys, does."""
     KeyRing.from_file(tmp_path / "keys")

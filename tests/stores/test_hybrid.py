@@ -1,4 +1,4 @@
-"""HybridUpstoxStorage: the promises of every store, a hot read in one message, and nothing stale whoever is killed."""
+"""The hybrid store: the contract, who answers, what lies in Redis, and the configuration."""
 
 from __future__ import annotations
 

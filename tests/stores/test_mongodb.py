@@ -1,4 +1,4 @@
-"""MongoDB: the contract, and what is MongoDB's own."""
+"""MongoDB: the contract, the layout of the documents, and the guide's own methods."""
 
 from __future__ import annotations
 

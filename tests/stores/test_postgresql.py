@@ -1,4 +1,4 @@
-"""PostgreSQL: the contract, and what is PostgreSQL's own."""
+"""PostgreSQL: the contract, one statement for each change, indexes and constraints."""
 
 from __future__ import annotations
 

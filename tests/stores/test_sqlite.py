@@ -1,4 +1,4 @@
-"""SQLite: the contract, and what is SQLite's own."""
+"""SQLite: the contract, the file, the schema and the path."""
 
 from __future__ import annotations
 

@@ -169,14 +169,14 @@ def running(engine: Engine) -> Iterator[str]:
 
 @pytest.fixture
 def own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that this test starts is its own, also where a URL names another."""
+    """Servers that this test starts itself, although a URL names another one."""
     for engine in ENGINES:
         monkeypatch.delenv(engine.variable, raising=False)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """The place for a SQLite file of this test's own, in a folder of its own."""
+    """A place for a SQLite file, in a folder of its own."""
     folder = tmp_path / "data"
     folder.mkdir()
     return folder / "upstox.db"

@@ -1,5 +1,4 @@
-"""A login that is hit once, at one moment, in one way: what the process of that login does, and what is looked at
-after it.
+"""A login that is hit once, at one moment, in one way: each of its moments in turn, and what is looked at after it.
 
 A moment is a request or an answer of the login's six steps, or a call to the database, before or after it was carried
 out.

@@ -11,27 +11,23 @@ from redis import Redis
 
 from upstox_db_examples import HybridUpstoxStorage, TokenStorage
 
-from .postgresql import bare
+from .postgresql import RowsInPostgreSQL
 from .processes import USER
-from .stores import OnAStore, OpenStore
+from .stores import OpenStore
 
 
-class OnHybrid(OnAStore):
+class OnHybrid(RowsInPostgreSQL):
     @pytest.fixture(autouse=True)
-    def _servers(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Iterator[None]:
-        self.url, self.redis_url, self.prefix = postgres_url, redis_server, redis_prefix
+    def _redis(self, redis_server: str, redis_prefix: str) -> Iterator[None]:
+        self.redis_url, self.prefix = redis_server, redis_prefix
         with Redis.from_url(redis_server, decode_responses=True) as self.redis:
             yield
 
     def connect(self, **options: Any) -> TokenStorage:
         return HybridUpstoxStorage(self.redis_url, self.url, redis_prefix=self.prefix, **options)
 
-    def raw_rows(self) -> list[dict[str, Any]]:
-        return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
-
     def write_raw(self, token_id: Any, **values: Any) -> None:
-        for column, value in values.items():
-            bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
+        super().write_raw(token_id, **values)
         for key in self.redis.scan_iter(self.key("*")):
             self.redis.delete(key)
 

@@ -14,13 +14,12 @@ from upstox_db_examples import PostgreSQLUpstoxStorage, TokenStorage
 from .stores import Counts, OnAStore, OpenStore
 
 
-class OnPostgreSQL(OnAStore):
+class RowsInPostgreSQL(OnAStore):
+    """For each store that keeps its tokens in PostgreSQL."""
+
     @pytest.fixture(autouse=True)
     def _url(self, postgres_url: str) -> None:
         self.url = postgres_url
-
-    def connect(self, **options: Any) -> TokenStorage:
-        return PostgreSQLUpstoxStorage(self.url, **options)
 
     def raw_rows(self) -> list[dict[str, Any]]:
         return bare(self.url, "SELECT * FROM upstox_tokens ORDER BY id")
@@ -28,6 +27,11 @@ class OnPostgreSQL(OnAStore):
     def write_raw(self, token_id: Any, **values: Any) -> None:
         for column, value in values.items():
             bare(self.url, f"UPDATE upstox_tokens SET {column} = %s WHERE id = %s", value, token_id)
+
+
+class OnPostgreSQL(RowsInPostgreSQL):
+    def connect(self, **options: Any) -> TokenStorage:
+        return PostgreSQLUpstoxStorage(self.url, **options)
 
     @pytest.fixture
     def store(self, open_store: OpenStore) -> PostgreSQLUpstoxStorage:

@@ -1,4 +1,4 @@
-"""Export, import and migration between the stores, and SQLite's online backup: whole, or refused."""
+"""Export, import and migration between the stores: whole, or refused."""
 
 from __future__ import annotations
 
