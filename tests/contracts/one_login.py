@@ -166,7 +166,7 @@ class OneLoginContract(OnAStore):
         assert caught.value.token is not None, "it is in the error"
         assert [living(other)["token"]] == overtaking
 
-    @pytest.mark.parametrize("step", ["_newest", "_encrypt", "_insert"])
+    @pytest.mark.parametrize("step", ["find_newest", "encrypt", "insert"])
     def test_a_token_is_not_lost_whatever_fails_after_the_login(
         self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch, step: str
     ) -> None:
@@ -176,7 +176,7 @@ class OneLoginContract(OnAStore):
             raise ValueError("a driver's own error, as for a name that it cannot write")
 
         def login(_: str | None) -> AccessTokenData:
-            monkeypatch.setattr(store, step, odd)
+            monkeypatch.setattr(store.cipher if step == "encrypt" else store.backend, step, odd)
             return token_data(USER)
 
         store.login = login

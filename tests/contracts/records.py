@@ -113,16 +113,16 @@ class RecordContract(OnAStore):
             other.store_token(f"CD{number:04}")
         clock.advance(days=100)
         other.store_token(USER)
-        monkeypatch.setattr(storage, "BATCH", 2)
-        step = "_expire" if cleanup == "cleanup_expired_tokens" else "_forget_entries"
-        batch, turns = getattr(cleaning, step), []
+        monkeypatch.setattr(storage, "ROWS_AT_ONCE", 2)
+        step = "expire" if cleanup == "cleanup_expired_tokens" else "delete_entries"
+        batch, turns = getattr(cleaning.backend, step), []
 
         def others_turn_and_batch(*arguments: Any) -> int:
             turns.append(living(other)["token"] == other.store_token(USER)["token"])
             return int(batch(*arguments))
 
-        monkeypatch.setattr(cleaning, step, others_turn_and_batch)
-        assert getattr(cleaning, cleanup)() == (7 if step == "_expire" else 14), "and what is in use stays"
+        monkeypatch.setattr(cleaning.backend, step, others_turn_and_batch)
+        assert getattr(cleaning, cleanup)() == (7 if step == "expire" else 14), "and what is in use stays"
         assert len(turns) >= 4
 
     @pytest.mark.parametrize("days", [-1, 1.5, "90", None, True, 10**6])

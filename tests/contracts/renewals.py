@@ -61,7 +61,7 @@ class RenewalContract(OnAStore):
     def test_what_is_no_living_token_of_that_user_is_not_saved(self, store: TokenStorage, clock: Clock) -> None:
         now = clock.now
         refused = {
-            "died": jwt(USER, now - timedelta(days=1)),
+            "expired": jwt(USER, now - timedelta(days=1)),
             "another user": jwt("CD0001", now),
             "future": jwt(USER, now + timedelta(minutes=2)),
             "another kind": jwt(USER, now, exp=int((now + timedelta(days=365)).timestamp())),

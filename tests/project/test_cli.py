@@ -162,7 +162,7 @@ def test_a_mistyped_store_is_refused_and_not_made(run: Run, tmp_path: Path) -> N
         for address in ("typo.db", "sqlite:///nowhere/typo.db"):
             done = run("--store", address, *arguments)
             assert (done.returncode, done.stdout) == (3, ""), done
-            assert "typo.db cannot be opened: No such file or directory. Check --store" in done.stderr
+            assert "typo.db does not exist. Check --store" in done.stderr
     assert list(tmp_path.iterdir()) == [tmp_path / "keys"]
 
 

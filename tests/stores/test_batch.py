@@ -335,7 +335,7 @@ def test_a_store_that_is_down_says_so_for_all_at_once(
     def down(*_: object) -> None:
         raise StoreUnavailable("the disk is full")
 
-    monkeypatch.setattr(type(store), "_begin_login", down)
+    monkeypatch.setattr(store.backend, "begin_login", down)
     results = batch(store, IDS, replace=True, pace=fake.pace(LIMITS))
     assert {result["error_type"] for result in results} == {"StoreUnavailable"}
     assert (upstox.attempts(), fake.slept) == (0, [])

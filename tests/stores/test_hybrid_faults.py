@@ -152,7 +152,7 @@ class TestServersThatFail(CountsLogins):
             assert not store.backend.redis.bury([USER], 1).certain, "a copy that comes late may find room again"
             token = store.store_token(USER)["token"]
             assert living(store)["token"] == token
-            assert "Redis takes no writes (OutOfMemoryError)" in store.get_storage_status()["redis"]
+            assert "Redis does not accept writes (OutOfMemoryError)" in store.get_storage_status()["redis"]
             bare_redis.config_set("maxmemory", 0)
         time.sleep(0.6)
         living(store)
@@ -162,7 +162,7 @@ class TestServersThatFail(CountsLogins):
     def test_a_redis_that_became_a_replica_is_not_healthy(self, redis: RedisServer, store: HybridUpstoxStorage) -> None:
         with Redis.from_url(redis.url) as bare_redis:
             bare_redis.execute_command("REPLICAOF", "127.0.0.1", "1")
-            assert "Redis takes no writes (ReadOnlyError)" in store.get_storage_status()["redis"]
+            assert "Redis does not accept writes (ReadOnlyError)" in store.get_storage_status()["redis"]
             bare_redis.execute_command("REPLICAOF", "NO", "ONE")
         assert store.get_storage_status()["redis"] == "healthy"
 

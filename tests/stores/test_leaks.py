@@ -20,7 +20,6 @@ from upstox_db_examples import (
     HybridUpstoxStorage,
     KeyRing,
     MongoUpstoxStorage,
-    PooledUpstoxStorage,
     PostgreSQLUpstoxStorage,
     SdkLogin,
     SQLiteUpstoxStorage,
@@ -32,11 +31,12 @@ from upstox_db_examples import (
 from upstox_db_examples.core.notes import applicant_of
 from upstox_db_examples.local.servers import MongoDBServer, PostgreSQLServer, RedisServer
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
+from upstox_db_examples.patterns import PATTERNS
 
 from ..support import leaks
 from ..support.clocks import Clock, FakeTime
 from ..support.leaks import shown_with_locals
-from ..support.processes import USER
+from ..support.processes import USER, Address
 
 PASSWORD = "the-password-of-this-account"
 
@@ -59,21 +59,21 @@ class Surroundings(NamedTuple):
 
 
 EVERY_STORE = {
-    *(f"core.{name}" for name in ("store", "life_cycle", "sdk_login", "upstox_api", "batch", "cipher")),
-    *("transfer.transfer", "sqlite.store", "sqlite.connections"),
+    *(f"core.{name}" for name in ("store", "life_cycle", "saving", "sdk_login", "upstox_api", "batch", "cipher")),
+    *("transfer.transfer", "sqlite.backend", "sqlite.connections"),
 }
-POSTGRESQL = {"postgresql.store", "postgresql.connections"}
+POSTGRESQL = {"postgresql.backend", "postgresql.connections"}
 # Each command in the slow log, and nothing compressed in the snapshot.
 SHOWS_ALL = {"slowlog-log-slower-than": "0", "slowlog-max-len": "10000", "rdbcompression": "no"}
 
 
-def sqlite(_: ExitStack, folder: Path) -> Surroundings:
-    return Surroundings(lambda **o: SQLiteUpstoxStorage(folder / "a.db", audit_reads=True, **o), [], [folder], set())
+def at_a_path(pattern: str, folder: Path) -> Surroundings:
+    address = Address(f"upstox_db_examples:{PATTERNS[pattern].store}", (str(folder / "a.db"),))
 
+    def open_one(**options: Any) -> Any:
+        return address.open(**address.counting(), **options)
 
-def pooled(_: ExitStack, folder: Path) -> Surroundings:
-    own = {"pooled.store"}
-    return Surroundings(lambda **o: PooledUpstoxStorage(folder / "a.db", audit_reads=True, **o), [], [folder], own)
+    return Surroundings(open_one, [], [folder], {"pooled.store"} if pattern == "pooled" else set())
 
 
 def postgresql(stack: ExitStack, _: Path) -> Surroundings:
@@ -96,16 +96,20 @@ def hybrid(stack: ExitStack, _: Path) -> Surroundings:
     def open_one(**options: Any) -> TokenStorage:
         return HybridUpstoxStorage(redis.url, server.url, timeout=1, believed=0.1, redis_pause=0.1, **options)
 
-    own = {"hybrid.store", "hybrid.redis"} | POSTGRESQL
+    own = {"hybrid.backend", "hybrid.redis"} | POSTGRESQL
     return Surroundings(open_one, both, [server.folder, redis.folder], own)
 
 
-@pytest.fixture(params=[sqlite, pooled, postgresql, mongodb, hybrid], ids=lambda make: make.__name__)
+ON_SERVERS = {"postgresql": postgresql, "mongodb": mongodb, "hybrid": hybrid}
+
+
+@pytest.fixture(params=PATTERNS)
 def surroundings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Surroundings]:
     folder = tmp_path / "data"
     folder.mkdir()
     with ExitStack() as stack:
-        yield request.param(stack, folder)
+        on_servers = ON_SERVERS.get(request.param)
+        yield on_servers(stack, folder) if on_servers else at_a_path(request.param, folder)
 
 
 def full_run(

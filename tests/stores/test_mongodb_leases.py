@@ -59,10 +59,10 @@ class TestMongoDB(OnMongoDB):
         other, ask = open_store(), Leases.lives
         store.store_token(USER)
 
-        def ends_before_it_is_looked_for(*arguments: Any) -> bool:
+        def ends_before_it_is_looked_for(*arguments: Any, **more: Any) -> bool:
             db.active_tokens.update_one({"_id": USER}, {"$unset": {"login": 1}})
             db.leases.delete_many({})
-            return ask(*arguments)
+            return ask(*arguments, **more)
 
         with self.mongo.bare() as db, store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})

@@ -27,6 +27,7 @@ import redis
 
 from upstox_db_examples import TokenStorage
 from upstox_db_examples.local import servers
+from upstox_db_examples.patterns import PATTERNS
 
 from .clocks import Clock
 from .processes import Address, made_up_login
@@ -248,15 +249,7 @@ def _redis_keys(redis_server: str) -> Iterator[str]:
 redis_prefix, another_redis_prefix = pytest.fixture(_redis_keys), pytest.fixture(_redis_keys)
 
 
-@pytest.fixture(
-    params=[
-        "SQLiteUpstoxStorage",
-        "PooledUpstoxStorage",
-        "PostgreSQLUpstoxStorage",
-        "MongoUpstoxStorage",
-        "HybridUpstoxStorage",
-    ]
-)
+@pytest.fixture(params=[pattern.store for pattern in PATTERNS.values()])
 def each_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
     """Each store in turn, empty."""
     return _empty(request.param, "", request, tmp_path)

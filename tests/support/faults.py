@@ -23,6 +23,8 @@ import pymongo.synchronous.pool
 import redis
 
 from upstox_db_examples import SdkLogin, Secret
+from upstox_db_examples.hybrid.backend import HybridBackend
+from upstox_db_examples.postgresql.backend import PostgreSQLBackend
 
 from .processes import Address
 
@@ -143,10 +145,10 @@ class Faults:
 def watch(store: Any, faults: Faults) -> None:
     """Let all calls to this store's database come by these faults. Real calls, to a real database."""
     _watch_mongodb(faults)
-    connections = getattr(store, "_connections", None)
-    if hasattr(connections, "answer"):
-        _watch_postgresql(connections, faults)
-    if hasattr(store, "_redis"):
+    postgres = getattr(store.backend, "postgres", store.backend)
+    if isinstance(postgres, PostgreSQLBackend):
+        _watch_postgresql(postgres.connections, faults)
+    if isinstance(store.backend, HybridBackend):
         _watch_redis(store.backend.redis, faults)
 
 

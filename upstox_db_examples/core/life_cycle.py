@@ -58,7 +58,7 @@ class LifeCycle:
 
     def __init__(self, backend: Backend, cipher: TokenCipher, users: Users, settings: Settings) -> None:
         self._backend, self._cipher, self._users = backend, cipher, users
-        self._login, self._policy, self._renew_pause = settings.login, settings.policy, settings.renew_pause
+        self._settings, self._policy, self._renew_pause = settings, settings.policy, settings.renew_pause
         self._now = settings.context.now
         self._saving = Saving(backend, cipher, users, settings)
         self._notes = Notes(backend, cipher)
@@ -98,7 +98,7 @@ class LifeCycle:
 
     def refuse_a_guess(self, user_id: str, *, several: bool) -> None:
         """Refuse several users for one account's credentials. Each wrong guess would cost a login."""
-        if not getattr(self._login, "account", None):
+        if not getattr(self._settings.login, "account", None):
             return
         known = self._users.guess(last=False)
         if known is None and several:
@@ -111,7 +111,7 @@ class LifeCycle:
     def log_in(self, user_id: str | None, wish: Wish) -> TokenResult:
         user_id = user_id or self._users.guess(last=not wish.deliberate)
         if user_id is None:
-            account = account_of(self._login, None)
+            account = account_of(self._settings.login, None)
             lock = f"{ACCOUNT_LOCK}{account or 'default'}"
             with self._backend.lock(lock):
                 # Another caller may have logged in with this account since.
@@ -127,7 +127,7 @@ class LifeCycle:
         if user_id and not wish.deliberate and not wish.replace and (living := self._living(user_id, newest, wish)):
             return living
         now = self._now()
-        applicant = applicant_of(self._login, user_id)
+        applicant = applicant_of(self._settings.login, user_id)
         refusal = self._refuse_before_a_request(user_id, wish, applicant)
         if wish.refused and newest and newest.ciphertext and newest.expires_at > now:
             self._refuse_to_renew_again(newest.user_id)
@@ -141,7 +141,7 @@ class LifeCycle:
                 raise
             logger.info("Logging %s in", user_id or "the default account")
             try:
-                minted = read_answer(self._login(asked))
+                minted = read_answer(self._settings.login(asked))
                 self._refuse_a_dead_one(minted, now)
             except BaseException as error:
                 self._record_failure(error, user_id, lock, applicant, put_off)
@@ -161,7 +161,7 @@ class LifeCycle:
 
     def _clear_doubt_if_alive(self, user_id: str, alive_after: datetime) -> bool:
         """Ask Upstox whether the token in doubt still works. If it does, a login would kill it for nothing."""
-        token, owner_of = self._backend.find_in_doubt(user_id), getattr(self._login, "owner_of", None)
+        token, owner_of = self._backend.find_in_doubt(user_id), getattr(self._settings.login, "owner_of", None)
         if token is None or owner_of is None or token.expires_at <= alive_after:
             return False
         try:
@@ -181,9 +181,9 @@ class LifeCycle:
         Returns:
             the name of the note about an earlier refusal that this login overrides.
         """
-        if check := getattr(self._login, "check", None):
+        if check := getattr(self._settings.login, "check", None):
             check(user_id)
-        known = self._users.user_of_account(account_of(self._login, user_id))
+        known = self._users.user_of_account(account_of(self._settings.login, user_id))
         if user_id and known and not is_same_user(known, user_id):
             raise LoginRefused(f"These credentials belong to {known}, not {user_id}. Use Accounts for more users.")
         _ = self._cipher.ring

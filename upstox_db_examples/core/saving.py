@@ -24,7 +24,7 @@ class Saving:
 
     def __init__(self, backend: Backend, cipher: TokenCipher, users: Users, settings: Settings) -> None:
         self._backend, self._cipher, self._users = backend, cipher, users
-        self._login, self._policy = settings.login, settings.policy
+        self._settings, self._policy = settings, settings.policy
         self._context = settings.context
 
     def save(self, minted: Minted, before: int | None, now: datetime, action: str) -> TokenResult:
@@ -66,7 +66,9 @@ class Saving:
         Such an answer would bind the account to a user that it cannot log in.
         """
         whose = subject(minted.token)
-        return account_of(self._login, minted.user_id) if whose is None or is_same_user(whose, minted.user_id) else None
+        if whose is not None and not is_same_user(whose, minted.user_id):
+            return None
+        return account_of(self._settings.login, minted.user_id)
 
     def _encrypt(self, minted: Minted, generation: int, now: datetime, action: str) -> StoredToken:
         expires_at = self._policy.expires_at(minted.token, now)
@@ -97,7 +99,7 @@ class Saving:
             return before is None  # A login that lost its lock is the older one; all others are newer.
         if mine == other and newest.in_doubt:
             return True  # A login began after that token was stored.
-        owner_of = getattr(self._login, "owner_of", None)
+        owner_of = getattr(self._settings.login, "owner_of", None)
         if mine != other or owner_of is None or action == "adopted":
             return mine > other
         try:  # For two logins within one second, only Upstox knows which came later.

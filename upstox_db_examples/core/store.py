@@ -17,7 +17,7 @@ from .batch import PACE, BatchResult, Pace, store_batch
 from .checks import check_user_id, is_unicode, require_limit, require_user_id
 from .errors import DatabaseMissing, InvalidInput, KeyUnavailable, LoginError, StorageError, TokenRefused
 from .life_cycle import LifeCycle, Wish
-from .login import log_out, owner_of
+from .login import Login, log_out, owner_of
 from .settings import Options, Settings
 from .token import Secret, TokenResult, issued_at, jwt_expiry, subject
 from .token_cipher import TokenCipher
@@ -36,20 +36,28 @@ class TokenStorage:
     Attributes:
         backend: the operations on the database. Callers rarely need it; export, import and migrate use it.
         cipher: encrypts and decrypts this store's tokens.
-        login: the login that is called when a login is due.
     """
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend = backend
         self.cipher = TokenCipher(settings.keys, backend.store_kind)
-        self.login = settings.login
+        self._settings = settings
         self._policy, self._now = settings.policy, settings.context.now
-        self._users = Users(backend, self.cipher, settings.login)
+        self._users = Users(backend, self.cipher, settings)
         self._life_cycle = LifeCycle(backend, self.cipher, self._users, settings)
         if not settings.create and not backend.has_tables():
             backend.close()
             raise DatabaseMissing(f"{backend.where} has no tables of this package.")
         self.init_database()
+
+    @property
+    def login(self) -> Login:
+        """The login that is called when a login is due. Another one may take its place."""
+        return self._settings.login
+
+    @login.setter
+    def login(self, login: Login) -> None:
+        self._settings.login = login
 
     def init_database(self, runtime_role: str | None = None) -> None:
         """Make the tables, or upgrade those of an older version. This is safe to repeat and to run concurrently.

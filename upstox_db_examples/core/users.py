@@ -8,6 +8,7 @@ from datetime import datetime
 from .backend import Backend
 from .errors import KeyUnavailable, TokenRefused
 from .login import Login
+from .settings import Settings
 from .token import StoredToken
 from .token_cipher import TokenCipher
 
@@ -17,8 +18,8 @@ logger = logging.getLogger(__name__)
 class Users:
     """The users of one store, and what this program has learned about the accounts of its login."""
 
-    def __init__(self, backend: Backend, cipher: TokenCipher, login: Login) -> None:
-        self._backend, self._cipher, self._login = backend, cipher, login
+    def __init__(self, backend: Backend, cipher: TokenCipher, settings: Settings) -> None:
+        self._backend, self._cipher, self._settings = backend, cipher, settings
         self._last_user: str | None = None
         self._user_of: dict[str, str] = {}  # an account always belongs to the same user
 
@@ -29,8 +30,8 @@ class Users:
             last: if the login tells no account, take the user it logged in last. A login that tells its account may
                 have changed it since, and a deliberate login is not bound by the past.
         """
-        declared: str | None = getattr(self._login, "user_id", None)
-        account = account_of(self._login, None)
+        declared: str | None = getattr(self._settings.login, "user_id", None)
+        account = account_of(self._settings.login, None)
         return declared or self.user_of_account(account) or (self._last_user if last and not account else None)
 
     def remember(self, user_id: str, account: str | None) -> None:
