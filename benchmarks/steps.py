@@ -18,7 +18,7 @@ STORE = {
     "find_newest": "newest token looked up",
     "read_notes": "refusals looked up",
     "begin_login": "login audited and token marked",
-    "make_room": "room on the disk made sure of",
+    "check_room": "room on the disk made sure of",
     "encrypt": "encrypted",
     "insert": "token stored",
 }

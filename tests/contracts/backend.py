@@ -114,6 +114,7 @@ class BackendContract(OnAStore):
         with store.backend.lock(USER):
             doubtful = store.backend.find_in_doubt(USER)
             assert doubtful is not None
+            assert not self.found(other), "whoever holds the lock now is not that login"
             assert store.cipher.decrypt(doubtful).reveal() == f"a token of {USER}, number 1"
             store.backend.clear_doubt(replace(doubtful, generation=7))
             assert not self.found(store, locked=True), "it was another token that lives"
@@ -123,6 +124,12 @@ class BackendContract(OnAStore):
         assert self.found(other)
         (login,) = [entry for entry in store.get_audit_trail(USER) if entry["action"] == "login"]
         assert (login["metadata"], login["token_id"]) == ({"process": "p"}, None)
+
+    def test_a_token_is_refused_while_a_later_one_is_active(self, store: TokenStorage) -> None:
+        store.backend.insert(made_up(store, USER, 5))
+        with pytest.raises(LoginSuperseded):
+            store.backend.insert(made_up(store, USER, 3))
+        assert [token.generation for token in store.backend.read_tokens(USER) if token.ciphertext] == [5]
 
     def test_a_login_that_made_no_token_takes_its_mark_away_and_no_earlier_one(self, store: TokenStorage) -> None:
         store.backend.insert(made_up(store, USER))
@@ -148,7 +155,7 @@ class BackendContract(OnAStore):
             assert not self.found(store), "whoever holds the lock"
         assert not self.found(store)
 
-    def test_a_login_of_nobody_named_marks_everybody(
+    def test_a_login_without_a_user_id_marks_everybody(
         self, store: TokenStorage, open_store: Callable[..., TokenStorage]
     ) -> None:
         other = open_store()
@@ -168,7 +175,7 @@ class BackendContract(OnAStore):
 
     @pytest.mark.parametrize("first", ["the named", "the nameless"])
     @pytest.mark.parametrize("ends", [True, False])
-    def test_a_token_that_is_stored_while_a_login_of_nobody_named_runs_gets_its_mark(
+    def test_a_token_that_is_stored_while_a_login_without_a_user_id_runs_gets_its_mark(
         self, store: TokenStorage, open_store: Callable[..., TokenStorage], first: str, ends: bool
     ) -> None:
         nameless, now = open_store(), store.backend.context.now()
@@ -189,7 +196,7 @@ class BackendContract(OnAStore):
             assert not store.backend.insert(made_up(store, USER, 3), "adopted").in_doubt
         assert self.found(store)
 
-    def test_a_failed_login_leaves_the_mark_of_the_login_of_nobody_named(
+    def test_a_failed_login_leaves_the_mark_of_the_login_without_a_user_id(
         self, store: TokenStorage, open_store: Callable[..., TokenStorage]
     ) -> None:
         nameless, now = open_store(), store.backend.context.now()
@@ -203,7 +210,7 @@ class BackendContract(OnAStore):
             assert store.backend.find_in_doubt(USER), "and may still replace the token"
         assert not self.found(store)
 
-    def test_a_login_of_nobody_named_that_ends_leaves_the_mark_of_a_named_one(
+    def test_a_login_without_a_user_id_that_ends_leaves_the_mark_of_a_named_one(
         self, store: TokenStorage, open_store: Callable[..., TokenStorage]
     ) -> None:
         nameless, now = open_store(), store.backend.context.now()
@@ -214,7 +221,7 @@ class BackendContract(OnAStore):
             nameless.backend.end_login("-account-x", in_doubt=False)
         assert not self.found(store), "the named login was killed"
 
-    def test_a_login_of_nobody_named_of_unknown_end_puts_later_tokens_in_doubt(
+    def test_a_login_without_a_user_id_of_unknown_end_puts_later_tokens_in_doubt(
         self, store: TokenStorage, open_store: Callable[..., TokenStorage]
     ) -> None:
         nameless, now = open_store(), store.backend.context.now()
@@ -223,7 +230,7 @@ class BackendContract(OnAStore):
             store.backend.begin_login(USER, USER, now, {})
             nameless.backend.end_login("-account-x", in_doubt=True)
             assert store.backend.insert(made_up(store, USER)).in_doubt
-            assert not self.found(store)
+        assert not self.found(store)
 
     def test_a_token_in_doubt_is_moved_as_such(self, store: TokenStorage) -> None:
         store.backend.insert(replace(made_up(store, USER), issued_at=store.backend.context.now()))

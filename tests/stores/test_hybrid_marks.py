@@ -63,7 +63,7 @@ class TestHybrid(OnHybrid):
             store.backend.end_login(USER, in_doubt=False)
         assert self.redis.get(self.key()).startswith("tombstone")
 
-    def test_a_login_of_nobody_named_leaves_no_copy_and_the_others_come_back(
+    def test_a_login_without_a_user_id_leaves_no_copy_and_the_others_come_back(
         self, store: HybridUpstoxStorage, open_store: OpenStore
     ) -> None:
         other, users = open_store(), [USER, "CD0001", "CD0002"]

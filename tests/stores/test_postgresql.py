@@ -75,7 +75,7 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
         fill(self.url, 1_000_000, store.backend.context.now())
         now = store.backend.context.now()
         values = {
-            "user_id": USER, "now": now, "alive_after": now, "seen": [], "note": None,
+            "user_id": USER, "now": now, "alive_after": now, "harmless": [], "note": None,
             "actor": "a", "limit": 10, "key_id": "k",
             "account": "x", "action": "a", "reason": "{}", "metadata": "{}",
             "performed_at": now, "position": 0, "generation": 1, "key": 7, "mark": 0, "moment": now,

@@ -1,9 +1,24 @@
-"""The interface between the life cycle (life_cycle.py) and a database: each store implements it.
+"""The interface between the life cycle (life_cycle.py) and a database: each kind of database implements it.
 
-A store never sees a token, only ciphertext, so nothing that the driver logs or the server writes can show one. It takes
-and returns aware datetimes in whole seconds. It writes a token change and the audit entry for it (the action in quotes
-below) in one transaction. It turns every driver error into a `StoreUnavailable` or a `ConfigurationError`, with the
-driver's exception as the cause. In a forked child it uses nothing that the parent opened.
+A backend never sees a token, only ciphertext, so nothing that the driver logs or the server writes can show one. It
+takes and returns aware datetimes in whole seconds. It writes a token change and the audit entry for it (the action in
+quotes below) in one transaction. It turns every driver error into a `StoreUnavailable` or a `ConfigurationError`, with
+the driver's exception as the cause. In a forked child it uses nothing that the parent opened.
+
+The words of this file:
+
+- Generation: 1 for a user's first token, and one more for each later one. Of two writers with the same generation, the
+  second one fails.
+- Lock: one holder at a time among all programs on the database, and free as soon as its holder dies. A login holds the
+  lock of its user. A login without a user id holds the lock of its account.
+- Mark: a login kills the user's earlier token at Upstox, so the token is marked before the login begins. While that
+  login holds its lock, the token is still handed out, because it works until the very end of the login. If the lock is
+  free and the mark is still there, nobody knows how the login ended: the token is in doubt, and is not handed out until
+  Upstox says that it works. A login that ends in a known way removes its marks.
+- Login without a user id: nobody knows which token it will replace, so it marks all of them, and leaves a note with its
+  mark. As long as it runs, every token that others store gets its mark, too.
+
+One thread calls `begin_login`, `insert` and `end_login` of one login.
 """
 
 from __future__ import annotations
@@ -35,14 +50,14 @@ def lock_timeout(name: str, wait: float) -> StoreUnavailable:
     return StoreUnavailable(f"Waited {wait:g} s for {holder}. Try again, or raise login_wait.")
 
 
-# The note that a login of nobody named leaves while it runs begins like this. It holds the login's mark, unencrypted.
+# The name of the note that a login without a user id leaves while it runs begins like this. The note is its mark.
 RUNNING = "running "
 
 
-class SeenLogins(threading.local):
-    """The logins of nobody named that cannot replace the token which this thread's login makes, by their marks.
+class HarmlessLogins(threading.local):
+    """The logins without a user id that cannot replace the token of this thread's login, by their marks.
 
-    These are its own, and those that were over before it began.
+    These are the thread's own login, and those that were over before it began.
     """
 
     marks: frozenset[str] = frozenset()
@@ -120,7 +135,8 @@ class Backend(ABC):
         nobody knows whether the token still works. A use is counted only when a token is returned.
 
         Args:
-            locked: the caller holds the user's lock, so a marked token is never returned: its login is over.
+            locked: the caller holds the user's lock, so the login that left a mark is over. A marked token is never
+                returned.
         """
 
     @abstractmethod
@@ -140,10 +156,11 @@ class Backend(ABC):
         The earlier token is deactivated and erased ("deactivated", with the reason new_token_generated). Both happen at
         `created_at`.
 
-        If a login of nobody named is running, or was when this thread's login began, the token gets its mark.
+        The token gets the mark of a login without a user id that is running, or that was running when this thread's
+        login began and whose end is not known. (Before an "adopted" token no login began: only those that are running
+        count.)
 
         This does not depend on the lock: a caller that has lost it still writes, over another connection if needed.
-        The generation keeps two writers apart.
 
         Raises:
             LoginSuperseded: the user already has a token of this generation, or a later one is active. Any other
@@ -162,7 +179,8 @@ class Backend(ABC):
         """Hold the lock with this name: one holder at a time across all processes that share this store. The lock is
         released when the holder dies.
 
-        A thread holds at most two locks, with different names. A name is a user id or one of the constants above.
+        A thread holds at most two locks, with different names. A name is a user id in upper case or one of the
+        constants above, `ACCOUNT_LOCK` with an account behind it. It holds no space.
 
         Raises:
             StoreUnavailable: the wait took longer than `login_wait` seconds (`lock_timeout`).
@@ -172,18 +190,19 @@ class Backend(ABC):
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         """Record that a login begins ("login", without a token). The caller holds the lock with this name.
 
-        The same transaction marks the user's active token: from now on the login may replace it at Upstox. A mark that
-        is already there stays for good: only `clear_doubt` or a new token removes it, because one mark cannot stand for
-        two logins. Without a user id it marks every active token that has no mark yet, and leaves a note (`RUNNING`)
-        with its mark: until it ends, it may replace any token, even one that is stored after it began.
+        The same transaction marks the user's active token. If that token already has a mark, it is in doubt from now
+        on, because one mark cannot stand for two logins. Without a user id, this marks every active token that has no
+        mark yet, and leaves the note.
 
         This must fail if the database has no room for the new token.
         """
 
     @abstractmethod
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
-        """Remove the marks of the login under this lock, because it made no token for these users. With `in_doubt` it
-        may have made one, so its marks stay for good. Where a login of nobody named is running, its mark comes instead.
+        """Remove the marks of the login under this lock, because it made no token for these users.
+
+        With `in_doubt` it may have made one, so the tokens stay in doubt. Otherwise the mark of a login without a user
+        id that is still running takes the place of the removed one.
 
         Args:
             user_id: only this user's token; None for every token that this login has marked.
@@ -205,7 +224,7 @@ class Backend(ABC):
         """Return the times of "login" entries later than `moment` whose metadata name another `process`, latest first,
         at most 100."""
 
-    # Notes: short encrypted texts, such as a refusal that all programs must know about. See notes.py.
+    # Notes: short texts that all programs must know about, such as a refusal. notes.py encrypts its own.
 
     @abstractmethod
     def read_notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:

@@ -95,8 +95,8 @@ class TokenStorage:
     def get_valid_token(self, user_id: str) -> TokenResult | None:
         """Return the user's working token, or None. This never logs in and needs no credentials.
 
-        It also returns None while the token is in doubt: a login began that may have replaced it at Upstox, and the
-        outcome is unknown.
+        While a login is running you still get the old token, which works until that login's end. If a login ended and
+        nobody knows how, the token may be dead, and this returns None until `get_or_create_token` has asked Upstox.
 
         Raises:
             KeyUnavailable, TokenRefused: there is a token, but it cannot be read or trusted.
@@ -166,7 +166,7 @@ class TokenStorage:
             raise InvalidInput(f"This is not a token response: {error}") from None
         finally:
             del response
-        self._refuse_another_kind(minted)
+        self._refuse_unusable(minted)
         if verify:
             owner = getattr(self.login, "owner_of", owner_of)(minted.token)
             if owner is None or not is_same_user(owner, minted.user_id):
@@ -334,7 +334,8 @@ class TokenStorage:
         return {**self.backend.check_health(), "timestamp": self._now().isoformat()}
 
     def close(self) -> None:
-        """Close what this store opened. A second call is harmless; any other later call raises `StoreUnavailable`."""
+        """Close what this store opened. A second call is harmless; a later call raises `StoreUnavailable`
+        (`get_storage_status` reports it)."""
         self.backend.close()
 
     def __repr__(self) -> str:
@@ -346,7 +347,7 @@ class TokenStorage:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_another_kind(self, minted: Minted) -> None:
+    def _refuse_unusable(self, minted: Minted) -> None:
         """Refuse anything but a working access token of that user, as far as the token itself tells."""
         now = self._now()
         if not is_unicode(minted.token.reveal()):

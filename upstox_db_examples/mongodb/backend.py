@@ -14,7 +14,7 @@ from pymongo import ASCENDING, DESCENDING, ReturnDocument, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from ..core.backend import RUNNING, Backend, SeenLogins
+from ..core.backend import RUNNING, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import LoginSuperseded, StorageError, StoreUnavailable
 from ..core.token import AuditEntry, StoredToken
@@ -62,7 +62,7 @@ class MongoBackend(Backend):
     def __init__(self, connection: MongoDBConnection, lease: float, context: Context) -> None:
         super().__init__(context, connection.where)
         self.connection, self._database = connection, connection.database
-        self._leases, self._seen = Leases(self._database, lease), SeenLogins()
+        self._leases, self._harmless = Leases(self._database, lease), HarmlessLogins()
 
     def has_tables(self) -> bool:
         with self._database() as db:
@@ -148,11 +148,11 @@ class MongoBackend(Backend):
                     if taken is None:
                         raise
                     token_id = taken
-                seen = self._seen.marks if action == "created" else self._list_logins_that_are_over(db)
-                active, mark = active_of(token, token_id), self._mark_of_running(db, seen)
+                harmless = self._harmless.marks if action == "created" else self._list_logins_that_are_over(db)
+                active, mark = active_of(token, token_id), self._mark_of_running(db, harmless)
                 before, is_active = swap(db, token.user_id, active if mark is None else {**active, "login": mark})
                 # Such a login may have begun, and marked all tokens, just before the swap.
-                if mark is None and (mark := self._mark_of_running(db, seen)) is not None:
+                if mark is None and (mark := self._mark_of_running(db, harmless)) is not None:
                     unmarked = {"_id": token.user_id, "token_id": token_id, "login": {"$exists": False}}
                     db.active_tokens.update_one(unmarked, {"$set": {"login": mark}})
         except StorageError as error:
@@ -252,29 +252,27 @@ class MongoBackend(Backend):
                 {**(anybody if user_id is None else {"_id": user_id}), **not_revoked()},
                 [{"$set": {"login": marked}}],
             )
-        self._seen.marks = over | {note}
+        self._harmless.marks = over | {note}
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         mine = {"login.lock": lock, "login.owner": self._leases.owner_of(lock)}
         # A mark without an owner stays, whoever holds the lock.
         with self._database() as db:
-            other = {} if in_doubt else self._mark_of_running(db, self._seen.marks)
+            other = {} if in_doubt else self._mark_of_running(db, self._harmless.marks)
             change: Document = {"$unset": {"login": 1}} if other is None else {"$set": {"login": other}}
             mark_each(db, mine if user_id is None else {"_id": user_id, **mine}, change)
-            if user_id is None and in_doubt:
-                db.login_notes.update_one({"_id": RUNNING + lock}, {"$set": {"sealed": ""}})
-            elif user_id is None:
+            if user_id is None and not in_doubt:  # A note that stays counts as one of a login that was killed.
                 db.login_notes.delete_one({"_id": RUNNING + lock})
 
     def _list_logins_that_are_over(self, db: Database[Document]) -> frozenset[str]:
-        return frozenset(
-            note for note in list_running(db) if not (mark := mark_of(note)) or not self._leases.lives(db, **mark)
-        )
+        return frozenset(note for note in list_running(db) if not self._leases.lives(db, **mark_of(note)))
 
-    def _mark_of_running(self, db: Database[Document], seen: frozenset[str]) -> Document | None:
-        """Return the mark for a token that the logins of nobody named may replace, apart from those `seen`."""
-        notes = [note for note in list_running(db) if note not in seen]
-        return None if not notes else mark_of(notes[0]) if len(notes) == 1 else {}
+    def _mark_of_running(self, db: Database[Document], harmless: frozenset[str]) -> Document | None:
+        """Return the mark for a token that the logins without a user id may replace, apart from the harmless ones."""
+        notes = [note for note in list_running(db) if note not in harmless]
+        if not notes:
+            return None
+        return mark_of(notes[0]) if len(notes) == 1 else {}
 
     def clear_doubt(self, token: StoredToken) -> None:
         with self._database() as db:

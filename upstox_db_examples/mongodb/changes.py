@@ -70,15 +70,15 @@ def mark_each(db: Database[Document], which: Document, change: Any) -> None:
 
 
 def list_running(db: Database[Document]) -> list[str]:
-    """Return the notes of the logins of nobody named that have not ended."""
+    """Return the notes of the logins without a user id that have not ended."""
     notes = db.login_notes.find({"_id": {"$gte": RUNNING, "$lt": RUNNING[:-1] + "!"}})
     return [note["sealed"] for note in notes]
 
 
 def mark_of(note: str) -> Document:
-    """Return the mark that this note stands for; an empty one if that login may have made a token."""
+    """Return the mark that this note stands for."""
     lock, _, owner = note.rpartition(" ")
-    return {"lock": lock, "owner": owner} if lock else {}
+    return {"lock": lock, "owner": owner}
 
 
 def find_dead(db: Database[Document], now: datetime, limit: int) -> dict[ObjectId, str]:

@@ -13,7 +13,7 @@ from typing import Any
 from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import connection
 
-from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, SeenLogins
+from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from ..core.token import AuditEntry, StoredToken
@@ -37,7 +37,7 @@ class PostgreSQLBackend(Backend):
     def __init__(self, connections: PostgreSQLConnections, context: Context) -> None:
         super().__init__(context, connections.where)
         self.connections, self._run = connections, connections.run
-        self._seen = SeenLogins()
+        self._harmless = HarmlessLogins()
 
     def has_tables(self) -> bool:
         with self.connections.session() as conn:
@@ -146,7 +146,7 @@ class PostgreSQLBackend(Backend):
             "now": token.created_at,
         }
         try:
-            rows = self._run(queries.STORE, **columns, **ended, **begun, seen=list(self._seen.marks))
+            rows = self._run(queries.STORE, **columns, **ended, **begun, harmless=list(self._harmless.marks))
         except StoreUnavailable as error:
             if violated_constraint(error) in queries.SUPERSEDED:
                 raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
@@ -159,7 +159,7 @@ class PostgreSQLBackend(Backend):
     def mark(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> list[str]:
         """Do the work of `begin_login`, and return whose tokens it marked."""
         key, over = self.connections.begin_login(lock)
-        self._seen.marks = frozenset({*over, str(key)})
+        self._harmless.marks = frozenset({*over, str(key)})
         entry = {"action": "login", "actor": self.context.actor, "now": now, "metadata": json.dumps(metadata)}
         rows = self._run(
             queries.MARK if user_id else queries.MARK_ALL, user_id=user_id, key=key, note=RUNNING + lock, **entry
@@ -174,8 +174,8 @@ class PostgreSQLBackend(Backend):
         key = self.connections.logins.get(lock)
         if key is None:  # This thread began no login under this lock, or has left the lock since.
             return []
-        note = None if user_id else RUNNING + lock
-        values = {"mark": 0 if in_doubt else None, "note": note, "seen": list(self._seen.marks)}
+        note = None if user_id or in_doubt else RUNNING + lock  # One that stays counts as one of a killed login.
+        values = {"mark": 0 if in_doubt else None, "note": note, "harmless": list(self._harmless.marks)}
         rows = self._run(queries.UNMARK, key=key, user_id=user_id, **values)
         return [row["user_id"] for row in rows]
 

@@ -164,7 +164,7 @@ class PostgreSQLConnections:
         """Take an advisory key that only this login has. The thread's connection holds it until it leaves this lock.
 
         Returns:
-            the key, and the marks of those logins of nobody named that are over.
+            the key, and the marks of those logins without a user id that are over.
 
         Raises:
             StoreUnavailable: the lock is lost, so another login may be under way.

@@ -98,14 +98,14 @@ WITH erased AS (
 ERASE = _ERASE.format(condition="true")
 # A later token stays active, so that the insert that follows is refused.
 ERASE_EARLIER = _ERASE.format(condition="generation < %(generation)s")
-# The marks of logins of nobody named that may replace the token which this thread's login makes; see core/backend.py.
+# The marks of logins without a user id that may replace the token which this thread's login makes; see core/backend.py.
 _MARK_OF_RUNNING = """(SELECT CASE count(*) WHEN 0 THEN NULL WHEN 1 THEN max(sealed::bigint) ELSE 0 END
-                FROM upstox_login_notes WHERE starts_with(name, 'running ') AND NOT sealed = ANY (%(seen)s))"""
+                FROM upstox_login_notes WHERE starts_with(name, 'running ') AND NOT sealed = ANY (%(harmless)s))"""
 LOGINS_THAT_ARE_OVER = """
 SELECT sealed FROM upstox_login_notes
-WHERE starts_with(name, 'running ') AND (sealed = '0' OR pg_try_advisory_xact_lock_shared(sealed::bigint))
+WHERE starts_with(name, 'running ') AND pg_try_advisory_xact_lock_shared(sealed::bigint)
 """
-# One of the two sees the other: a login of nobody named that marks all rows, and a writer that stores a new one.
+# One of the two sees the other: a login without a user id that marks all rows, and a writer that stores a new one.
 _RUNNING_LOCK = 7095211384
 INSERT = f"""
 WITH stored AS (
@@ -155,8 +155,7 @@ ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed;
 _MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
 UNMARK = f"""
 SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
-DELETE FROM upstox_login_notes WHERE name = %(note)s AND (%(mark)s)::bigint IS NULL;
-UPDATE upstox_login_notes SET sealed = '0' WHERE name = %(note)s;
+DELETE FROM upstox_login_notes WHERE name = %(note)s;
 UPDATE upstox_tokens SET login_lock = coalesce(%(mark)s, {_MARK_OF_RUNNING}) WHERE {_MARKED} RETURNING user_id
 """
 # The mark of a running login stays, because that login may still kill the token, even if Upstox has just accepted it.

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, LocalLocks, SeenLogins, lock_timeout
+from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins, LocalLocks, lock_timeout
 from ..core.context import Context
 from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
 from ..core.token import AuditEntry, StoredToken
@@ -47,7 +47,7 @@ class SQLiteBackend(Backend):
         self.connections, self.path = connections, connections.path
         self._audit_reads = audit_reads
         self._locks = Path(f"{self.path}-locks")
-        self._local_locks, self._seen = LocalLocks(), SeenLogins()
+        self._local_locks, self._harmless = LocalLocks(), HarmlessLogins()
 
     def has_tables(self) -> bool:
         with self.connections.lend() as conn:
@@ -116,7 +116,7 @@ class SQLiteBackend(Backend):
         with self._transaction() as conn:
             # Nobody else can write now, so the mark and the holder of its lock match.
             found = conn.execute(queries.FIND, (user_id, to_seconds(alive_after))).fetchone()
-            if found is None or not self._counts(found["login_mark"], locked):
+            if found is None or not self._may_hand_out(found["login_mark"], locked):
                 return None
             row = conn.execute(queries.USE, (to_seconds(now), user_id, to_seconds(alive_after))).fetchone()
             self._audit_entry(conn, row["token_id"], user_id, "used", now, {"usage_count": row["usage_count"]})
@@ -135,7 +135,7 @@ class SQLiteBackend(Backend):
                 return None
         return read_token(rows[0]) if rows else None
 
-    def _counts(self, mark: str | None, locked: bool) -> bool:
+    def _may_hand_out(self, mark: str | None, locked: bool) -> bool:
         return mark is None or (not locked and self._is_held(mark))
 
     def _is_held(self, mark: str) -> bool:
@@ -154,6 +154,10 @@ class SQLiteBackend(Backend):
 
     def find_in_doubt(self, user_id: str) -> StoredToken | None:
         row = self._one(queries.IN_DOUBT, user_id)
+        if row and row["login_mark"].startswith(f"{user_id.upper()} "):
+            # The lock that this mark names is the caller's now. Readers must not take the caller for that login.
+            with self._transaction() as conn:
+                conn.execute(queries.DOUBT, (user_id, row["login_mark"]))
         return read_known(row) if row else None
 
     def find_newest(self, user_id: str) -> StoredToken | None:
@@ -167,16 +171,17 @@ class SQLiteBackend(Backend):
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
         with self._transaction() as conn:
-            for row in conn.execute(queries.ERASE, (token.user_id,)).fetchall():
+            # A later token stays active, so that the insert that follows is refused.
+            for row in conn.execute(queries.ERASE_EARLIER, (token.user_id, token.generation)).fetchall():
                 reason = {"reason": "new_token_generated"}
                 self._audit_entry(conn, row["id"], token.user_id, "deactivated", token.created_at, reason)
-            seen = self._seen.marks if action == "created" else self._list_logins_that_are_over(conn)
-            mark = self._mark_of_running(conn, seen)
+            harmless = self._harmless.marks if action == "created" else self._list_logins_that_are_over(conn)
+            mark = self._mark_of_running(conn, harmless)
             try:
                 token_id: int = conn.execute(queries.INSERT, columns_of(token) | {"login_mark": mark}).fetchone()["id"]
             except sqlite3.IntegrityError as error:
                 # SQLite names the columns, not the constraint. A retry would not help against any other constraint.
-                if str(error) != "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation":
+                if str(error) not in queries.SUPERSEDED:
                     raise
                 raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             self._audit_entry(conn, token_id, token.user_id, action, token.created_at, metadata)
@@ -204,7 +209,8 @@ class SQLiteBackend(Backend):
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         mark = f"{lock} {uuid.uuid4().hex}"
-        self.make_room()  # First, because a mark that a full disk keeps there would put a living token in doubt.
+        # First, because on a full disk the mark could not be removed again, and a living token would stay in doubt.
+        self.check_room()
         with self._transaction() as conn:
             self._audit_entry(conn, None, user_id, "login", now, metadata)
             values = {"user_id": user_id, "lock": lock, "mark": mark}
@@ -212,26 +218,25 @@ class SQLiteBackend(Backend):
             over = self._list_logins_that_are_over(conn)
             if user_id is None:
                 conn.execute(queries.WRITE_NOTE, (RUNNING + lock, mark))
-        self._seen.marks = over | {mark}
+        self._harmless.marks = over | {mark}
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         with self._transaction() as conn:
-            mark = "" if in_doubt else self._mark_of_running(conn, self._seen.marks)
+            mark = "" if in_doubt else self._mark_of_running(conn, self._harmless.marks)
             conn.execute(queries.UNMARK, {"lock": lock, "mark": mark, "user_id": user_id})
-            if user_id is None:
-                if in_doubt:
-                    conn.execute(queries.KEEP_NOTE, ("", RUNNING + lock))
-                else:
-                    conn.execute(queries.ERASE_NOTE, (RUNNING + lock,))
+            if user_id is None and not in_doubt:  # A note that stays counts as one of a login that was killed.
+                conn.execute(queries.ERASE_NOTE, (RUNNING + lock,))
 
     def _list_logins_that_are_over(self, conn: sqlite3.Connection) -> frozenset[str]:
         running = [row["sealed"] for row in conn.execute(queries.RUNNING_LOGINS)]
         return frozenset(mark for mark in running if not self._is_held(mark))
 
-    def _mark_of_running(self, conn: sqlite3.Connection, seen: frozenset[str]) -> str | None:
-        """Return the mark for a token that the logins of nobody named may replace, apart from those `seen`."""
-        marks = [row["sealed"] for row in conn.execute(queries.RUNNING_LOGINS) if row["sealed"] not in seen]
-        return None if not marks else marks[0] if len(marks) == 1 else ""
+    def _mark_of_running(self, conn: sqlite3.Connection, harmless: frozenset[str]) -> str | None:
+        """Return the mark for a token that the logins without a user id may replace, apart from the harmless ones."""
+        marks = [row["sealed"] for row in conn.execute(queries.RUNNING_LOGINS) if row["sealed"] not in harmless]
+        if not marks:
+            return None
+        return marks[0] if len(marks) == 1 else ""
 
     def clear_doubt(self, token: StoredToken) -> None:
         which = (token.user_id, token.generation)
@@ -262,7 +267,7 @@ class SQLiteBackend(Backend):
         with self._transaction() as conn:
             conn.execute(queries.ERASE_NOTE, (name,))
 
-    def make_room(self) -> None:
+    def check_room(self) -> None:
         """Find out that the disk is full before a login is spent: write as much as the token needs, and roll back.
 
         With a cache of one page, SQLite writes it to the log at once. It does not count there, and the next transaction
@@ -315,7 +320,9 @@ class SQLiteBackend(Backend):
     def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
         place = (to_seconds(after.performed_at), after.position) if after else (-1, 0)
         rows = self._rows(queries.ENTRIES_OF, user_id, *place, limit)
-        return [AuditEntry(who, by, to_moment(at), json.loads(text), *rest) for who, by, at, text, *rest in rows]
+        return [
+            AuditEntry(action, actor, to_moment(at), json.loads(text), *rest) for action, actor, at, text, *rest in rows
+        ]
 
     def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
         moved = ({**e._asdict(), "metadata": json.dumps(e.metadata), "user_id": user_id} for e in entries)

@@ -42,8 +42,9 @@ CREATE TABLE upstox_token_audit (
 ) STRICT;
 CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
 """
-# While a login may replace this token at Upstox, login_mark holds the name of the login's lock and a random word. It is
-# empty when nobody knows whether the login replaced the token. A note is encrypted as a whole.
+# The states of login_mark: NULL, no login may have replaced this token; a lock's name and a random word, the login that
+# holds this lock may replace it, or may have, if the lock is free; empty, some login may have replaced it. A note is
+# encrypted as a whole, except that of a login without a user id, which is its mark.
 SCHEMA_2 = """
 ALTER TABLE upstox_tokens ADD COLUMN issued_at INTEGER;
 ALTER TABLE upstox_tokens ADD COLUMN login_mark TEXT;
@@ -62,6 +63,7 @@ _HANDED_OUT = (
 _KNOWN = f"{_HANDED_OUT}, issued_at"
 FIND = f"SELECT {_HANDED_OUT} FROM upstox_tokens WHERE user_id = ? AND is_active AND expires_at > ?"
 IN_DOUBT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? AND is_active AND login_mark IS NOT NULL"
+DOUBT = "UPDATE upstox_tokens SET login_mark = '' WHERE user_id = ? AND is_active AND login_mark = ?"
 USE = f"""
 UPDATE upstox_tokens SET usage_count = usage_count + 1, last_used_at = ?
 WHERE user_id = ? AND is_active AND expires_at > ? RETURNING {_HANDED_OUT}
@@ -76,6 +78,15 @@ ERASE = """
 UPDATE upstox_tokens SET is_active = 0, access_token = NULL, login_mark = NULL
 WHERE user_id = ? AND is_active RETURNING id, user_id
 """
+ERASE_EARLIER = """
+UPDATE upstox_tokens SET is_active = 0, access_token = NULL, login_mark = NULL
+WHERE user_id = ? AND generation < ? AND is_active RETURNING id, user_id
+"""
+# What SQLite says when a second token of a generation is refused, or one that is not the latest.
+SUPERSEDED = (
+    "UNIQUE constraint failed: upstox_tokens.user_id, upstox_tokens.generation",
+    "UNIQUE constraint failed: upstox_tokens.user_id",
+)
 EXPIRE = """
 UPDATE upstox_tokens SET is_active = 0, access_token = NULL, login_mark = NULL
 WHERE id IN (SELECT id FROM upstox_tokens WHERE is_active AND expires_at <= ? LIMIT ?) RETURNING id, user_id
@@ -101,7 +112,7 @@ WHERE a.user_id = ? ORDER BY a.performed_at DESC, a.id DESC LIMIT ?
 """
 # Ordered by id, because old entries have low ids. An index on the time would cost something at every write.
 OLD_ENTRIES = "SELECT id FROM upstox_token_audit WHERE performed_at < ? ORDER BY id LIMIT ?"
-# One column cannot hold two marks, so it becomes empty for good. A login of nobody named leaves the marks of others:
+# One column cannot hold two marks, so it becomes empty for good. A login without a user id leaves the marks of others:
 # when one of those ends, it finds the note that this one is running.
 _OF_THIS_LOCK = "substr(login_mark, 1, length(:lock) + 1) = :lock || ' '"
 MARK = """
@@ -134,14 +145,13 @@ ON name IN (SELECT value FROM json_each(?))
 WRITE_NOTE = """
 INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed
 """
-KEEP_NOTE = "UPDATE upstox_login_notes SET sealed = ? WHERE name = ?"
 ERASE_NOTE = "DELETE FROM upstox_login_notes WHERE name = ?"
 OF_ACCOUNT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
+NEWEST = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
 # We no longer use these names, but somebody may import them.
 VERSION = SCHEMA_VERSION
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
-NEWEST = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
 # Two ranges instead of <>, because no index serves <>.
 OTHER_KEYS = f"""
 SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < ? UNION ALL
