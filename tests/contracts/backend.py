@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
@@ -231,6 +232,30 @@ class BackendContract(OnAStore):
             nameless.backend.end_login("-account-x", in_doubt=True)
             assert store.backend.insert(made_up(store, USER)).in_doubt
         assert not self.found(store)
+
+    def test_logins_without_a_user_id_that_overlap_leave_no_mark(
+        self, store: TokenStorage, open_store: Callable[..., TokenStorage]
+    ) -> None:
+        users = [f"CD{number:04}" for number in range(20)]
+        for user_id in users:
+            store.backend.insert(made_up(store, user_id))
+
+        def mark_all(name: str) -> None:
+            other = open_store()
+            for _ in range(10):
+                with other.backend.lock(name):
+                    other.backend.begin_login(None, name, other.backend.context.now(), {})
+                    other.backend.end_login(name, in_doubt=False)
+
+        def store_new_ones() -> None:
+            for generation in range(2, 12):
+                store.backend.insert(made_up(store, users[0], generation))
+
+        with ThreadPoolExecutor(5) as threads:
+            storing = threads.submit(store_new_ones)
+            list(threads.map(mark_all, [f"-account-{number}" for number in range(4)]))
+            storing.result()
+        assert [user_id for user_id in users if store.backend.find_in_doubt(user_id)] == []
 
     def test_a_token_in_doubt_is_moved_as_such(self, store: TokenStorage) -> None:
         store.backend.insert(replace(made_up(store, USER), issued_at=store.backend.context.now()))

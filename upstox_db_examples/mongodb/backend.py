@@ -151,10 +151,8 @@ class MongoBackend(Backend):
                 harmless = self._harmless.marks if action == "created" else self._list_logins_that_are_over(db)
                 active, mark = active_of(token, token_id), self._mark_of_running(db, harmless)
                 before, is_active = swap(db, token.user_id, active if mark is None else {**active, "login": mark})
-                # Such a login may have begun, and marked all tokens, just before the swap.
-                if mark is None and (mark := self._mark_of_running(db, harmless)) is not None:
-                    unmarked = {"_id": token.user_id, "token_id": token_id, "login": {"$exists": False}}
-                    db.active_tokens.update_one(unmarked, {"$set": {"login": mark}})
+                # Such a login may have begun or ended just before the swap.
+                mark = self._update_mark(db, {"_id": token.user_id, "token_id": token_id}, mark, harmless)
         except StorageError as error:
             refused = error.__cause__
             if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
@@ -236,7 +234,7 @@ class MongoBackend(Backend):
         # An existing mark is from a login with an unknown outcome. (If a user is named, it may be from a login that is
         # running under another lock. One mark cannot stand for both logins.)
         marked: Document = {"$cond": [{"$eq": [{"$type": "$login"}, "missing"]}, {"$literal": mark}, {"$literal": {}}]}
-        anybody: Document = {"$or": [{"login": {"$exists": False}}, {"login.lock": lock}]}
+        anybody: Document = {"login": {"$exists": False}}
         # A caller that was stopped and lost its lease meanwhile would kill the token that another login has made.
         self._leases.prove_held()
         with self._database() as db:
@@ -256,23 +254,35 @@ class MongoBackend(Backend):
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
         mine = {"login.lock": lock, "login.owner": self._leases.owner_of(lock)}
-        # A mark without an owner stays, whoever holds the lock.
+        which = mine if user_id is None else {"_id": user_id, **mine}
         with self._database() as db:
-            other = {} if in_doubt else self._mark_of_running(db, self._harmless.marks)
-            change: Document = {"$unset": {"login": 1}} if other is None else {"$set": {"login": other}}
-            mark_each(db, mine if user_id is None else {"_id": user_id, **mine}, change)
+            # The note goes first. Whoever still finds it after giving its mark to a token can leave the mark to us.
             if user_id is None and not in_doubt:  # A note that stays counts as one of a login that was killed.
                 db.login_notes.delete_one({"_id": RUNNING + lock})
+            # A mark without an owner stays, whoever holds the lock.
+            mark = {} if in_doubt else self._mark_of_running(db, self._harmless.marks)
+            mark_each(db, which, _change_to(mark))
+            if mark:
+                self._update_mark(db, {}, mark, self._harmless.marks)
+
+    def _update_mark(
+        self, db: Database[Document], which: Document, mark: Document | None, harmless: frozenset[str]
+    ) -> Document | None:
+        """Give these tokens another mark if they have this one and its login has ended meanwhile. Return their mark."""
+        for _ in range(ATTEMPTS):
+            running = [mark_of(note) for note in list_running(db) if note not in harmless]
+            if mark in running or (mark is None and not running):
+                break
+            earlier, mark = mark, running[0] if running else None
+            mark_each(db, {**which, "login": {"$exists": False} if earlier is None else earlier}, _change_to(mark))
+        return mark
 
     def _list_logins_that_are_over(self, db: Database[Document]) -> frozenset[str]:
         return frozenset(note for note in list_running(db) if not self._leases.lives(db, **mark_of(note)))
 
     def _mark_of_running(self, db: Database[Document], harmless: frozenset[str]) -> Document | None:
-        """Return the mark for a token that the logins without a user id may replace, apart from the harmless ones."""
-        notes = [note for note in list_running(db) if note not in harmless]
-        if not notes:
-            return None
-        return mark_of(notes[0]) if len(notes) == 1 else {}
+        """Return the mark of a login without a user id that may replace this token. Its end brings the next one's."""
+        return next((mark_of(note) for note in list_running(db) if note not in harmless), None)
 
     def clear_doubt(self, token: StoredToken) -> None:
         with self._database() as db:
@@ -415,3 +425,7 @@ class MongoBackend(Backend):
         except StorageError as error:
             return {"mongodb": f"error: {error}"}
         return {"mongodb": "healthy"}
+
+
+def _change_to(mark: Document | None) -> Document:
+    return {"$unset": {"login": 1}} if mark is None else {"$set": {"login": mark}}

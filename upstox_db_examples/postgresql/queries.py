@@ -98,14 +98,14 @@ WITH erased AS (
 ERASE = _ERASE.format(condition="true")
 # A later token stays active, so that the insert that follows is refused.
 ERASE_EARLIER = _ERASE.format(condition="generation < %(generation)s")
-# The marks of logins without a user id that may replace the token which this thread's login makes; see core/backend.py.
-_MARK_OF_RUNNING = """(SELECT CASE count(*) WHEN 0 THEN NULL WHEN 1 THEN max(sealed::bigint) ELSE 0 END
-                FROM upstox_login_notes WHERE starts_with(name, 'running ') AND NOT sealed = ANY (%(harmless)s))"""
+# The mark of a login without a user id that may replace this token; see core/backend.py. Its end brings the next one's.
+_MARK_OF_RUNNING = """(SELECT sealed::bigint FROM upstox_login_notes
+                WHERE starts_with(name, 'running ') AND NOT sealed = ANY (%(harmless)s) LIMIT 1)"""
 LOGINS_THAT_ARE_OVER = """
 SELECT sealed FROM upstox_login_notes
 WHERE starts_with(name, 'running ') AND pg_try_advisory_xact_lock_shared(sealed::bigint)
 """
-# One of the two sees the other: a login without a user id that marks all rows, and a writer that stores a new one.
+# A login without a user id begins and ends alone, so that no writer misses its mark or keeps it for ever.
 _RUNNING_LOCK = 7095211384
 INSERT = f"""
 WITH stored AS (
@@ -154,6 +154,7 @@ ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed;
 # The planner drops the half of the user condition that does not apply.
 _MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
 UNMARK = f"""
+SELECT pg_advisory_xact_lock({_RUNNING_LOCK});
 SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
 DELETE FROM upstox_login_notes WHERE name = %(note)s;
 UPDATE upstox_tokens SET login_lock = coalesce(%(mark)s, {_MARK_OF_RUNNING}) WHERE {_MARKED} RETURNING user_id

@@ -232,11 +232,9 @@ class SQLiteBackend(Backend):
         return frozenset(mark for mark in running if not self._is_held(mark))
 
     def _mark_of_running(self, conn: sqlite3.Connection, harmless: frozenset[str]) -> str | None:
-        """Return the mark for a token that the logins without a user id may replace, apart from the harmless ones."""
-        marks = [row["sealed"] for row in conn.execute(queries.RUNNING_LOGINS) if row["sealed"] not in harmless]
-        if not marks:
-            return None
-        return marks[0] if len(marks) == 1 else ""
+        """Return the mark of a login without a user id that may replace this token. Its end brings the next one's."""
+        running = (row["sealed"] for row in conn.execute(queries.RUNNING_LOGINS).fetchall())
+        return next((mark for mark in running if mark not in harmless), None)
 
     def clear_doubt(self, token: StoredToken) -> None:
         which = (token.user_id, token.generation)
