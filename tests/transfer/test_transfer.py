@@ -126,7 +126,7 @@ def test_two_histories_are_not_mixed(
     clock.advance(hours=1)
     target.store_token(USERS[3])
     before = as_it_was(target)
-    with pytest.raises(InvalidInput, match=f"{USERS[3]} has another history"):
+    with pytest.raises(InvalidInput, match=f"different histories of {USERS[3]}"):
         migrate(source, target, progress=False)
     assert as_it_was(target) == before, "also not of the users before"
 

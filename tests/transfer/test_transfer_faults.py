@@ -174,7 +174,7 @@ def test_a_migration_waits_for_a_login_at_the_target_and_does_not_touch_its_toke
             return made_up_login(user_id)
 
         token = opened(each_address, login=slow_login).store_token(USERS[0])["token"]
-        with pytest.raises(InvalidInput, match=f"{USERS[0]} has another history there"):
+        with pytest.raises(InvalidInput, match=f"different histories of {USERS[0]}"):
             migrations[0].result()
     assert token_of(target, USERS[0]) == token
 

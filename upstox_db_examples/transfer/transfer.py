@@ -186,9 +186,9 @@ def _refuse_another_history(user_id: str | None, tokens: list[StoredToken], ther
         other = known.get(token.generation, token)
         if not _is_same(token, other):
             raise InvalidInput(
-                f"{user_id} has another history there: token {token.generation} was made at {token.created_at} here "
-                f"and at {other.created_at} there. Nothing of it was changed. Use a target that has no tokens of this "
-                "user. (Restore a backup before any program logs in at the new store.)"
+                f"The two stores have different histories of {user_id}: token {token.generation} was made at "
+                f"{token.created_at} in one and at {other.created_at} in the other. Nothing of this user was changed. "
+                "Use a target that has no tokens of this user. (Restore a backup before any program logs in there.)"
             )
 
 
