@@ -1,4 +1,4 @@
-"""Asserts in the helpers of the tests show their values, too."""
+"""Tests. pytest also shows the values in assertions that fail in the test helpers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What every test has: a local Upstox, a clock that can be moved, and nothing of the machine's own settings."""
+"""Fixtures for every test: a local Upstox, a clock that the test can move, and none of the machine's own settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytest_plugins = ["tests.support.databases"]
 
 @pytest.fixture(autouse=True)
 def _nothing_of_another_test() -> Iterator[None]:
-    """The command sets the level of the package's logger, and some tests run the command in their own process."""
+    """Restore the log level: the command changes it, and some tests run the command in their own process."""
     logger = logging.getLogger("upstox_db_examples")
     before = logger.level
     yield
@@ -43,7 +43,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def upstox(clock: Clock) -> Iterator[LocalUpstox]:
-    # The TOTP code follows the real time and serves once in 30 s, and these tests log in more often than that.
+    # The TOTP code follows real time and is accepted once in 30 s. These tests log in more often than that.
     with LocalUpstox(clock=clock, totp_once=False) as server:
         yield server
 
@@ -59,7 +59,7 @@ def keys() -> KeyRing:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first: of several processes none is left alone with it at the end."""
+    """Run the slow tests first, so that no process is left running one alone at the end."""
     slow = Counter(_scope(item) for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[_scope(item)])
 

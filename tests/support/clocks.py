@@ -1,4 +1,4 @@
-"""Clocks that a test moves, and the moments that the tests speak of."""
+"""Clocks that a test can move, and the dates that the tests use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from upstox_db_examples import Pace, TokenStorage
 from upstox_db_examples.core.token import IST
 
-# Far ahead: a database that looks at its own clock must not think that these tokens are dead.
+# This is far in the future, so that a database that looks at its own clock does not take these tokens for expired.
 YEAR = 2099
 TUESDAY_EVENING = datetime(YEAR, 1, 6, 20, 0, tzinfo=IST)
 
@@ -19,7 +19,7 @@ def ist(day: int, hour: int, minute: int = 0, second: int = 0) -> datetime:
 
 
 class Clock:
-    """The present, as the test says."""
+    """A clock that shows the time that the test has set."""
 
     def __init__(self, now: datetime = TUESDAY_EVENING) -> None:
         self.now = now
@@ -28,7 +28,7 @@ class Clock:
         return self.now
 
     def set(self, day: int, hour: int, minute: int = 0, second: int = 0) -> None:
-        """A moment in January, in India; the 6th is a Tuesday."""
+        """Set a time in January, in India. The 6th is a Tuesday."""
         self.now = datetime(YEAR, 1, day, hour, minute, second, tzinfo=IST)
 
     def advance(self, **parts: float) -> None:
@@ -36,7 +36,7 @@ class Clock:
 
 
 class FakeTime:
-    """Seconds that pass only by sleeping."""
+    """A clock on which time passes only when the code sleeps."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,7 +50,7 @@ class FakeTime:
         self.now += seconds
 
     def pace(self, limits: Iterable[tuple[int, float]] = ()) -> Pace:
-        """Turns at this time: without limits, at once."""
+        """Return a pace that runs on this clock. Without limits it never waits."""
         return Pace(limits, clock=self.clock, sleep=self.sleep)
 
 
@@ -58,7 +58,7 @@ AT_ONCE = FakeTime().pace()
 
 
 class Passing:
-    """Lets a store's notes believe that so many seconds have passed in the database."""
+    """Moves the database time that the stores read with their notes ahead by this many seconds."""
 
     def __init__(self, *stores: TokenStorage) -> None:
         self.seconds = 0.0

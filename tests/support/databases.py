@@ -1,7 +1,7 @@
-"""Real servers for the tests: testcontainers where Docker answers, else genuine servers from PyPI wheels.
+"""Real servers for the tests: testcontainers if Docker answers, otherwise genuine servers from PyPI wheels.
 
-A URL in the environment (POSTGRES_URL, MONGODB_URL, REDIS_URL) wins over both. Nothing is skipped: where there is no
-server at all, the tests fail with a sentence that says what to install.
+A URL in the environment (POSTGRES_URL, MONGODB_URL, REDIS_URL) takes precedence over both. No test is skipped: if there
+is no server at all, the tests fail and say what to install.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .stores import opening
 
 
 class Engine(NamedTuple):
-    """Where a kind of server can come from."""
+    """The places where a server of one kind can come from."""
 
     name: str
     variable: str
@@ -82,7 +82,8 @@ ENGINES = (POSTGRESQL, MONGODB, REDIS)
 def docker_answers() -> bool:
     try:
         import docker
-    except ModuleNotFoundError:  # It comes with testcontainers; without both there is still the wheel.
+    # The docker module comes with testcontainers. Without both, the wheel still works.
+    except ModuleNotFoundError:
         return False
 
     with warnings.catch_warnings():
@@ -109,7 +110,7 @@ def where_it_runs(engine: Engine) -> str:
 
 
 notes: list[str] = []
-"""What the tests really ran on, and what they measured: told at their end."""
+"""Notes for the end of the test run: which servers the tests used, and what they measured."""
 
 
 deselected: set[str] = set()
@@ -120,7 +121,7 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (output := getattr(session.config, "workeroutput", None)) is not None:  # one of several processes, by xdist
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # this is one of several xdist processes
         output.update(notes=notes, deselected=list(deselected))
 
 
@@ -128,7 +129,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_testnodedown(node: Any) -> None:
     output = getattr(node, "workeroutput", {})
     notes.extend(output.get("notes", []))
-    deselected.update(output.get("deselected", []))  # the same in each process; xdist itself does not tell them
+    deselected.update(output.get("deselected", []))  # the same in every process, and xdist does not report them
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -144,14 +145,15 @@ def pytest_report_header() -> list[str]:
 
 
 def running(engine: Engine) -> Iterator[str]:
-    """The URL of a server with the right to make databases and users."""
+    """Yield the URL of a server on which the tests may create databases and users."""
     with contextlib.ExitStack() as stack:
         if not os.environ.get(engine.variable) and docker_answers():
             module, name = engine.container.split(":")
             make = getattr(importlib.import_module(module), name)
             try:
                 container = stack.enter_context(make(engine.image, **engine.options))
-            except Exception as error:  # no image and no registry in reach, for one: then the wheel, and it is said
+            # For example, there is no image and no registry. Then use the wheel, and report it.
+            except Exception as error:
                 why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
                 notes.append(f"Ran on {engine.name}: {engine.image} did not start under Docker ({why})")
             else:
@@ -170,14 +172,14 @@ def running(engine: Engine) -> Iterator[str]:
 
 @pytest.fixture
 def own_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that this test starts itself, although a URL names another one."""
+    """Make this test start its own servers, even if a URL names another one."""
     for engine in ENGINES:
         monkeypatch.delenv(engine.variable, raising=False)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A place for a SQLite file, in a folder of its own."""
+    """Return a path for a SQLite file, in a folder of its own."""
     folder = tmp_path / "data"
     folder.mkdir()
     return folder / "upstox.db"
@@ -189,7 +191,7 @@ def postgres_server() -> Iterator[str]:
 
 
 def _postgres_database(postgres_server: str) -> Iterator[str]:
-    """A database of this test's own."""
+    """Create a database for this test, and drop it afterwards."""
     name = f"test_{uuid.uuid4().hex}"
     _run(postgres_server, f"CREATE DATABASE {name}")
     try:
@@ -212,13 +214,13 @@ class MongoDatabase(NamedTuple):
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[Any]:
-        """This database by the bare driver."""
+        """Open this database with the bare driver."""
         with pymongo.MongoClient[Any](self.url, tz_aware=True) as client:
             yield client[self.name]
 
 
 def _mongo_database(mongo_server: str) -> Iterator[MongoDatabase]:
-    """A database of this test's own."""
+    """Create a database for this test, and drop it afterwards."""
     database = MongoDatabase(mongo_server, f"test_{uuid.uuid4().hex}")
     try:
         yield database
@@ -236,7 +238,7 @@ def redis_server() -> Iterator[str]:
 
 
 def _redis_keys(redis_server: str) -> Iterator[str]:
-    """A prefix for this test's own keys."""
+    """Return a key prefix for this test, and delete its keys afterwards."""
     prefix = f"test_{uuid.uuid4().hex}"
     try:
         yield prefix
@@ -251,13 +253,13 @@ redis_prefix, another_redis_prefix = pytest.fixture(_redis_keys), pytest.fixture
 
 @pytest.fixture(params=[pattern.store for pattern in PATTERNS.values()])
 def each_address(request: pytest.FixtureRequest, tmp_path: Path) -> Address:
-    """Each store in turn, empty."""
+    """Return the address of an empty store, for each kind of store in turn."""
     return _empty(request.param, "", request, tmp_path)
 
 
 @pytest.fixture
 def another(each_address: Address, request: pytest.FixtureRequest, tmp_path: Path) -> Address:
-    """A second, empty store of the kind of `each_address`."""
+    """Return the address of a second empty store, of the same kind as `each_address`."""
     return _empty(each_address.kind.partition(":")[2], "another_", request, tmp_path)
 
 
@@ -279,7 +281,7 @@ def _empty(name: str, which: str, request: pytest.FixtureRequest, tmp_path: Path
 
 @pytest.fixture
 def opened(clock: Clock) -> Iterator[Callable[..., TokenStorage]]:
-    """Opens a store that counts and audits reads, and needs no Upstox."""
+    """Return a function that opens a store that counts and audits reads and needs no Upstox."""
 
     def connect(address: Address, **options: Any) -> Any:
         return address.open(**{**address.counting(), **options})
@@ -290,7 +292,7 @@ def opened(clock: Clock) -> Iterator[Callable[..., TokenStorage]]:
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Address:
-    """One more empty store, beside that of `each_address`."""
+    """Return the address of one more empty store, a SQLite file, next to `each_address`."""
     return Address("upstox_db_examples:SQLiteUpstoxStorage", (str(tmp_path / "other.db"),))
 
 

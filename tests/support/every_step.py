@@ -1,7 +1,7 @@
-"""A login that is hit once, at one moment, in one way: each of its moments in turn, and what is looked at after it.
+"""Hit a login with a fault at each of its moments in turn, and check the store afterwards.
 
-A moment is a request or an answer of the login's six steps, or a call to the database, before or after it was carried
-out.
+Each login is hit once, in one way. A moment is a request or a response of one of the login's six steps, or the point
+just before or just after a call to the database.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from . import processes
 from .faults import ERROR, INTERRUPT, KILL, NEVER, OUTAGE, TWO_INTERRUPTS, Moment, Told, log_in
 from .processes import Address
 
-WORKERS = 3  # Much of a run is waiting: for a commit, or until a copy in Redis is not believed any more.
+WORKERS = 3  # Runs mostly wait: for a commit, or until a cached copy in Redis expires.
 STEPS = [Moment("step", number, side) for number in range(1, 7) for side in ("request", "answer")]
 
 
 class Way(NamedTuple):
-    """How the login comes about: which method is called, whether with the user's name, and on what."""
+    """How the login is started: by which method, with or without the user's name, and on what kind of token."""
 
     method: str = "store_token"
     named: bool = True
@@ -41,7 +41,7 @@ PLAIN = Way()
 
 
 class Run(NamedTuple):
-    """A login that was hit, or had to be."""
+    """The result of a login that was hit by a fault, or should have been."""
 
     account: Account
     moment: Moment
@@ -55,11 +55,11 @@ class Run(NamedTuple):
 
 
 class Worker:
-    """Makes logins, one after another, at an Upstox of its own, and looks at what they leave.
+    """A worker that runs logins one after another at its own Upstox, and checks what they leave behind.
 
     Args:
-        address: where the store is, which other workers use as well.
-        letter: of this worker's own users.
+        address: the address of the store, which the other workers use as well.
+        letter: the first letter of this worker's own users.
     """
 
     def __init__(self, address: Address, letter: str, kind: str, way: Way) -> None:
@@ -67,11 +67,11 @@ class Worker:
         self._upstox = LocalUpstox(totp_once=False)
 
     def faults(self, moments: Sequence[Moment]) -> list[str]:
-        """Hit a login at each of these moments; in what the promises were broken."""
+        """Hit a login at each of these moments, and return the promises that were broken."""
         return [fault for _, found in self.runs(moments) for fault in found]
 
     def undisturbed(self) -> Told:
-        """What there is to tell of a login that nothing hits."""
+        """Run a login that nothing hits, and return its report."""
         ((run, faults),) = self.runs([NEVER])
         assert not faults, faults
         assert run.told is not None
@@ -89,12 +89,12 @@ class Worker:
             with self._address.open(login=login) as store:
                 pairs = zip(users, moments, strict=True)
                 runs: Iterable[Run] = (self._hit(store, accounts[user], moment) for user, moment in pairs)
-                if "lease" in self._address.options:  # All leases end together: so they are waited for once.
+                if "lease" in self._address.options:  # All leases end together, so wait for them only once.
                     runs = list(runs)
                 return [(run, list(self._broken(store, run))) for run in runs]
 
     def _hit(self, store: Any, account: Account, moment: Moment) -> Run:
-        """A login of this account, which has a living token, hit at this moment."""
+        """Log this account in while it has a living token, and hit that login at this moment."""
         store.save_token(self._upstox.notify(account.user_id))
         if self._way.revoked:
             store.revoke_token(account.user_id)
@@ -132,13 +132,14 @@ class Worker:
         process.join()
         hit = come.is_set() or told == KILL or (isinstance(told, Told) and told.hit)
         if moment.what == "step" and come.is_set():
-            # Upstox works on a request also if its sender has died meanwhile. Until it is done nobody can know.
+            # Upstox finishes a request even if the client has died in the meantime. Until then nobody can know the
+            # result.
             assert over.wait(20)
         self._upstox.on_step = None
         return Run(account, moment, hit, told if isinstance(told, Told) else None)
 
     def _broken(self, store: Any, run: Run) -> Iterator[str]:
-        """In what a promise was broken, in words."""
+        """Yield a description of each promise that was broken."""
         told, user_id, way = run.told, run.account.user_id, f"{self._way}, {self._kind} at {run}"
         if run.hit != (run.moment != NEVER) or (told is None) != (run.hit and self._kind == KILL):
             yield f"{way}: the fault did not hit, or not in this way"
@@ -164,7 +165,7 @@ class Worker:
 
 
 def moments_of(told: Told, kind: str) -> list[Moment]:
-    """The moments of a login that makes the calls of this one."""
+    """Return the moments of a login that makes the same calls as this one."""
     calls = range(1 + (told.before_the_token if kind == TWO_INTERRUPTS else 0), len(told.calls) + 1)
     at_calls = [Moment("call", number, side) for number in calls for side in ("before", "after")]
     return at_calls if kind in (OUTAGE, TWO_INTERRUPTS) else STEPS + at_calls
@@ -173,7 +174,7 @@ def moments_of(told: Told, kind: str) -> list[Moment]:
 def broken_at_every_step(
     address: Address, kind: str, way: Way = PLAIN, workers: int = WORKERS
 ) -> tuple[int, list[str]]:
-    """Hit one login at each of its moments; how many there were, and in what the promises were broken."""
+    """Hit one login at each of its moments. Return the number of moments, and the promises that were broken."""
     moments = moments_of(Worker(address, "Z", kind, way).undisturbed(), kind)
     shares = [moments[first::workers] for first in range(workers)]
     each = [Worker(address, chr(ord("A") + number), kind, way) for number in range(workers)]

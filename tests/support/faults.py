@@ -1,7 +1,7 @@
-"""A fault at one moment of a login, in the process of that login.
+"""Inject a fault at one moment of a login, in the process that runs that login.
 
-Where the calls to a database are caught is each driver's own lowest place that a store comes by: so a fault can hit
-between any two of them, whatever the store's code looks like.
+Calls to a database are caught at the lowest level of each driver that a store uses. So a fault can hit between any two
+calls, whatever the store's code looks like.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from upstox_db_examples.postgresql.backend import PostgreSQLBackend
 from .processes import Address
 
 ERROR, OUTAGE, INTERRUPT, TWO_INTERRUPTS, KILL = "an error", "an outage", "Ctrl-C", "Ctrl-C twice", "kill -9"
-# An outage lasts from its moment on, so all moments between two calls are one. A second Ctrl-C counts only when the
-# first was seen, which a process that waits for an answer does not; it is tried where there is a token to be lost.
+# An outage lasts from its moment on, so all moments between two calls are the same. A second Ctrl-C matters only once
+# the first has been seen, and a process that waits for a response does not see it. So it is tried where a token is at
+# risk.
 
 
 class Moment(NamedTuple):
-    """When a fault hits: at which step ("request", "answer") or call ("before", "after")."""
+    """The moment when a fault hits: at which step ("request", "answer") or call ("before", "after")."""
 
     what: str
     number: int
@@ -48,15 +49,15 @@ NEVER = Moment("call", 0, "")
 
 
 class Told(NamedTuple):
-    """What the login's process says at its end, if it comes to one.
+    """What the login's process reports at its end, if it gets that far.
 
     Attributes:
         outcome: the name of the error's class, or "a token".
-        token: the one that was returned, or that is in the error.
-        arrived: the tokens whose answers had arrived at the client.
-        calls: to the database, in their order.
-        before_the_token: how many of them were made when the first token had arrived.
-        hit: whether the moment came, at a call.
+        token: the token that was returned, or that is in the error.
+        arrived: the tokens that had arrived at the client.
+        calls: the calls to the database, in order.
+        before_the_token: how many of these calls had been made when the first token arrived.
+        hit: whether the fault hit at a call.
     """
 
     outcome: str
@@ -68,13 +69,13 @@ class Told(NamedTuple):
 
 
 class Faults:
-    """The fault at a call to the database.
+    """Injects the fault at a call to the database.
 
     Args:
-        tell: gets word that this process kills itself.
+        tell: called just before this process kills itself.
 
     Attributes:
-        armed: whether calls are counted: not while the store is opened.
+        armed: whether calls are counted. They are not counted while the store is being opened.
     """
 
     def __init__(self, moment: Moment, kind: str, tell: Callable[[str], None]) -> None:
@@ -93,11 +94,13 @@ class Faults:
         error: Callable[[], Exception],
         cut: Callable[[], None] = lambda: None,
     ) -> Any:
-        """Make this call, unless the fault is there before it; and let nobody see its answer if it is there after it.
+        """Make this call, with the fault before it or after it.
+
+        If the fault comes before, the call is not made. If it comes after, nobody sees the result.
 
         Args:
-            server: what is out of reach from now on, if the fault is an outage.
-            error: what the driver raises when the connection drops.
+            server: the server that is unreachable from now on, if the fault is an outage.
+            error: returns the error that the driver raises when the connection drops.
             cut: drops the connection.
         """
         self.before(server, name, error, cut)
@@ -105,14 +108,15 @@ class Faults:
         try:
             self.after(server, error, cut)
         except BaseException:
-            del answer  # A traceback that keeps this frame must not keep a cursor, and with it SQLite's lock.
+            # A traceback that keeps this frame must not keep a cursor as well, because the cursor holds SQLite's lock.
+            del answer
             raise
         return answer
 
     def before(
         self, server: str, name: str, error: Callable[[], Exception], cut: Callable[[], None] = lambda: None
     ) -> None:
-        if self._down == server:  # in all threads: one that renews a lease finds no server, either
+        if self._down == server:  # in all threads: a thread that renews a lease cannot reach the server either
             cut()
             raise error()
         if self._counts():
@@ -143,7 +147,7 @@ class Faults:
 
 
 def watch(store: Any, faults: Faults) -> None:
-    """Let all calls to this store's database come by these faults. Real calls, to a real database."""
+    """Route all calls to this store's database through these faults. The calls and the database are real."""
     _watch_mongodb(faults)
     postgres = getattr(store.backend, "postgres", store.backend)
     if isinstance(postgres, PostgreSQLBackend):
@@ -153,7 +157,7 @@ def watch(store: Any, faults: Faults) -> None:
 
 
 def watch_sqlite(faults: Faults) -> None:
-    """As `watch`, for all connections that are opened after it."""
+    """Do the same as `watch` for all SQLite connections that are opened afterwards."""
 
     def error() -> sqlite3.OperationalError:
         error = sqlite3.OperationalError("disk I/O error")
@@ -172,7 +176,7 @@ def watch_sqlite(faults: Faults) -> None:
             return answer
 
         def rollback(self) -> None:
-            if self.in_transaction:  # Otherwise it does nothing.
+            if self.in_transaction:  # Otherwise a rollback does nothing.
                 faults.around("sqlite", "rollback", super().rollback, error)
 
     connect = sqlite3.connect
@@ -213,7 +217,7 @@ def _watch_mongodb(faults: Faults) -> None:
     pool: Any = pymongo.synchronous.pool
     send, receive = pool.sendall, pool.receive_message
 
-    def monitors() -> bool:  # The driver's own threads ask whether a server is there.
+    def monitors() -> bool:  # The driver's own threads check whether a server is up.
         return threading.current_thread().name.startswith("pymongo")
 
     def error() -> ConnectionResetError:
@@ -238,12 +242,13 @@ def _short(sql: str) -> str:
 
 
 def _command_in(message: bytes) -> str:
-    # An OP_MSG: 16 bytes of header, 4 of flags, 1 of kind; a document of 4 bytes of size and 1 of type, then the name.
+    # An OP_MSG has 16 bytes of header, 4 of flags and 1 of kind. The document has 4 bytes of size and 1 of type, and
+    # then the name.
     return message[26 : message.index(b"\0", 26)].decode(errors="replace")
 
 
 def _note_arrivals(faults: Faults) -> None:
-    """Write down each token as it comes out of the HTTP client, before the login's own code has seen it."""
+    """Record each token as it comes out of the HTTP client, before the login's own code sees it."""
     session: Any = curl_cffi.requests.Session
     send = session.request
 
@@ -267,9 +272,9 @@ def log_in(
     moment: Moment,
     kind: str,
 ) -> None:
-    """One login, with a fault if its moment is a call to the database; sends what there is to tell."""
+    """Log in once, with a fault if its moment is a call to the database, and send the report."""
     os.environ["no_proxy"] = "127.0.0.1"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell may have had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell may have set SIGINT to be ignored.
     faults = Faults(moment if moment.what == "call" else NEVER, kind, connection.send)
     _note_arrivals(faults)
     watch_sqlite(faults)

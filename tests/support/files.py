@@ -6,5 +6,5 @@ import resource
 
 
 def limit_file_size(size: int) -> None:
-    """The system refuses to let any file of this process grow beyond this."""
+    """Limit the size of every file that this process writes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -1,4 +1,4 @@
-"""A Redis and a PostgreSQL of a test's own, and what is sent to Redis."""
+"""A Redis and a PostgreSQL for one test, and a record of what is sent to Redis."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class OnHybrid(RowsInPostgreSQL):
 
 
 def count_messages_to_redis(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The commands that are sent from now on, one entry for each message."""
+    """Record the commands that are sent from now on, one entry per message."""
     messages: list[str] = []
     real: Any = redis.connection.Connection.send_packed_command
 

@@ -1,4 +1,4 @@
-"""Look for a secret: in an error, and in bytes, by windows of 16 bytes, in base64, in hex and as JSON escapes it."""
+"""Search errors and bytes for a secret, in windows of 16 bytes: as text, in base64, in hex and escaped as in JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRINTABLE = re.compile(rb"[ -~]{%d,}" % WINDOW)
 
 
 def forms(secret: str | bytes) -> Iterator[bytes]:
-    """Every printable form in which the secret may lie somewhere; of bytes, such as a key, as Python shows them."""
+    """Yield every printable form in which the secret may appear. Secret bytes also appear as Python shows them."""
     raw = secret.encode() if isinstance(secret, str) else secret
     if isinstance(secret, str):
         yield raw
@@ -26,7 +26,8 @@ def forms(secret: str | bytes) -> Iterator[bytes]:
         yield repr(secret)[2:-1].encode()
     yield raw.hex().encode()
     yield raw.hex().upper().encode()
-    for shift in range(3):  # base64 looks different for each of the three places in a group that a text may start at
+    # base64 looks different for each of the three positions within a group at which a text can start.
+    for shift in range(3):
         whole = raw[shift : len(raw) - (len(raw) - shift) % 3]
         yield base64.b64encode(whole)
         yield base64.urlsafe_b64encode(whole)
@@ -37,12 +38,12 @@ def windows(secret: str | bytes) -> set[bytes]:
 
 
 def find(secrets: str | Iterable[str | bytes], haystack: bytes) -> set[bytes]:
-    """The windows of the secrets that are in there. A secret shorter than a window, and raw bytes, are sought whole."""
+    """Return the windows of the secrets that are in there. Short secrets and raw bytes are searched for as a whole."""
     each = [secrets] if isinstance(secrets, str) else list(secrets)
     sought = set[bytes]().union(*map(windows, each))
     short = {raw for raw in each if isinstance(raw, bytes) and raw in haystack}
     short |= {window for window in sought if len(window) < WINDOW and window in haystack}
-    # Each form of a secret is printable, and databases are mostly not: so the runs of printable bytes are enough.
+    # Every form of a secret is printable, and most of a database is not. So it is enough to search the printable runs.
     return short | {
         window
         for run in PRINTABLE.findall(haystack)
@@ -52,15 +53,15 @@ def find(secrets: str | Iterable[str | bytes], haystack: bytes) -> set[bytes]:
 
 
 def files_with(secrets: str | Iterable[str | bytes], folder: Path) -> list[str]:
-    """The files below the folder that hold a window of a secret."""
+    """Return the files below the folder that contain a window of a secret."""
     each = [secrets] if isinstance(secrets, str) else list(secrets)
     return sorted(str(file) for file in folder.rglob("*") if file.is_file() and find(each, file.read_bytes()))
 
 
 def shown_with_locals(error: BaseException) -> str:
-    """The error, its causes and contexts with all local variables, as `pytest --showlocals` would print them.
+    """Return the error with its causes and contexts and all local variables, as `pytest --showlocals` would print them.
 
-    The frames of the tests are left out: they hold the secret that is looked for.
+    Frames of the tests are left out, because they hold the secret that is being searched for.
     """
     shown = traceback.TracebackException.from_exception(error, capture_locals=True)
     chain: list[traceback.TracebackException] = [shown]

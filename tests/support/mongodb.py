@@ -1,4 +1,4 @@
-"""A MongoDB database of a test's own, what is sent to it, and a connection that is lost."""
+"""A MongoDB database for one test, a record of what is sent to it, and lost connections."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class OnMongoDB(OnAStore):
 def cut_off_before(
     patch: pytest.MonkeyPatch, method: str, collection: str | None = None, times: float = float("inf")
 ) -> Iterator[None]:
-    """Where pymongo's collection would do this, the connection is lost; in this collection alone, so many times."""
+    """Lose the connection whenever pymongo calls this method: in one collection only, or a limited number of times."""
     original, lost = getattr(Collection, method), 0
 
     def lose(self: Collection[Any], *arguments: Any, **options: Any) -> Any:
@@ -89,7 +89,7 @@ def cut_off_before(
 
 @contextmanager
 def sent(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    """The commands that the driver sends in here, by name; they are there at the end."""
+    """Collect the names of the commands that the driver sends in this block. The list is filled when the block ends."""
     commands: list[str] = []
     caplog.clear()
     with caplog.at_level(logging.DEBUG, "pymongo.command"):
@@ -100,7 +100,7 @@ def sent(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
 
 
 def another_user(mongo: MongoDatabase, rights: list[str]) -> MongoDatabase:
-    """The same database, opened by a user with these rights; a role that is not there has those of version 1."""
+    """Return the same database, opened by a user with these rights. A missing role gets those of version 1."""
     name = f"user_{uuid.uuid4().hex}"
     with mongo.bare() as db:
         if rights == RUNTIME_1:
@@ -116,7 +116,7 @@ def another_user(mongo: MongoDatabase, rights: list[str]) -> MongoDatabase:
 
 
 def restore_version_1(mongo: MongoDatabase) -> None:
-    """Bring back what version 1 of the package wrote."""
+    """Restore what version 1 of the package wrote."""
     with mongo.bare() as db:
         for name, made in json_util.loads((VERSION_1 / "mongodb.json").read_text()).items():
             collection = db.create_collection(name, **made["options"])

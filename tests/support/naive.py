@@ -1,4 +1,4 @@
-"""A store as one writes it in a hurry. Every promise that is tested with kills and crowds must fail here."""
+"""Naive stores, as somebody in a hurry would write them. They must fail every test that kills or crowds processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from upstox_db_examples.sqlite.backend import SQLiteBackend
 
 
 class NaiveStorage:
-    """Each statement commits by itself, nobody waits for anybody, and the lock file is tidied away."""
+    """A store whose statements commit one by one. Logins do not wait for each other, and the lock file is deleted."""
 
     def __init__(self, db_path: str, *, login: Callable[[str], Any], **_: Any) -> None:
         self.db_path, self._login = db_path, login
@@ -83,13 +83,13 @@ class TellsRedisLastBackend(HybridBackend):
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
         stored = self.postgres.insert(token, action, metadata)
-        tombstone = self.redis.bury([token.user_id], 10).tombstone  # so that `put` takes the copy at once
+        tombstone = self.redis.bury([token.user_id], 10).tombstone  # so that `put` accepts the copy at once
         self.redis.put(stored, token.created_at, tombstone=tombstone)
         return stored
 
 
 class TellsRedisLast(HybridUpstoxStorage):
-    """The order that looks right: into PostgreSQL, and when that has worked, into Redis."""
+    """A store that writes in the order that looks right: first to PostgreSQL, and then to Redis."""
 
     backend_class = TellsRedisLastBackend
 
@@ -100,7 +100,7 @@ class FoldsAgainBackend(HybridBackend):
 
 
 class FoldsAgain(HybridUpstoxStorage):
-    """Adds up what waits in Redis, and does not ask whether it has been added already."""
+    """A store that adds up the use counts in Redis without checking whether they have been added already."""
 
     backend_class = FoldsAgainBackend
 
@@ -111,7 +111,7 @@ class DoesNotMarkBackend(SQLiteBackend):
 
 
 class DoesNotMark(SQLiteUpstoxStorage):
-    """Writes down that a login begins, and leaves the token as it is that this login will kill."""
+    """A store that records the start of a login but does not mark the token that this login will kill."""
 
     backend_class = DoesNotMarkBackend
 
@@ -125,7 +125,7 @@ class SavesOnceInItsLife(LifeCycle):
 
 
 class SavesOnce(SQLiteUpstoxStorage):
-    """Stores the token that a login has made, and raises what the database or Ctrl-C has raised."""
+    """A store that tries only once to save a new token, and lets any error of the database or Ctrl-C through."""
 
     def __init__(self, path: str, **options: Any) -> None:
         super().__init__(path, **options)
@@ -147,6 +147,6 @@ class RotatesInTwoStepsBackend(SQLiteBackend):
 
 
 class RotatesInTwoSteps(SQLiteUpstoxStorage):
-    """The old ciphertext goes, and then the new one comes."""
+    """A store that deletes the old ciphertext first and writes the new one afterwards."""
 
     backend_class = RotatesInTwoStepsBackend

@@ -1,4 +1,4 @@
-"""Pools of SQLite connections, and what became of these."""
+"""Pools of SQLite connections, and a count of the connections that are open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Connection = sqlite3.Connection
 
 
 class Opener:
-    """Opens connections to a SQLite file and counts those that are open."""
+    """Opens connections to a SQLite file, and counts how many are open."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
@@ -35,7 +35,7 @@ class Opener:
         return conn
 
     def close_all(self) -> None:
-        """Close also those that Ctrl-C took out of everybody's hands: Python 3.13 warns of an open one."""
+        """Close every connection, also those that nobody holds after a Ctrl-C: Python 3.13 warns about open ones."""
         for conn in self._all:
             conn.close()
 

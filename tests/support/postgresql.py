@@ -1,4 +1,4 @@
-"""A PostgreSQL database of a test's own, and what is sent to it."""
+"""A PostgreSQL database for one test, and a record of what is sent to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .stores import Counts, OnAStore, OpenStore
 
 
 class RowsInPostgreSQL(OnAStore):
-    """For each store that keeps its tokens in PostgreSQL."""
+    """Direct access to the rows, for every store that keeps its tokens in PostgreSQL."""
 
     @pytest.fixture(autouse=True)
     def _url(self, postgres_url: str) -> None:
@@ -41,7 +41,7 @@ class OnPostgreSQL(RowsInPostgreSQL):
 
 
 def bare(url: str, sql: str, *values: object, **named: object) -> list[dict[str, Any]]:
-    """One statement by the bare driver."""
+    """Run one statement with the bare driver, and return its rows."""
     conn = psycopg2.connect(url, cursor_factory=psycopg2.extras.RealDictCursor)
     try:
         with conn, conn.cursor() as cursor:
@@ -57,7 +57,7 @@ def as_role(url: str, role: str, password: str) -> str:
 
 
 def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the store sends from now on: one entry for each message to the server and its answer."""
+    """Record what the store sends from now on: one entry per round trip to the server."""
     messages: list[str] = []
     real = psycopg2.extras.RealDictCursor.execute
 
@@ -70,7 +70,7 @@ def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def counts(url: str) -> Counts:
-    """Count what lies in the two tables."""
+    """Count the rows in the two tables."""
     created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
     orphans = (
         f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "

@@ -1,4 +1,4 @@
-"""What the other processes of a test do. Each job opens its own store on the test's database."""
+"""Jobs for the other processes of a test. Each job opens its own store on the test's database."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from upstox_db_examples.core.token import IST
 KEY = KeyRing(b"the same key for all processes..")
 USER = "AB1234"
 
-# A shell starts what is in its background with SIGINT ignored, and CI may run there: then Ctrl-C would do nothing here
-# and in the processes that this one starts.
+# A shell starts its background processes with SIGINT ignored, and CI may run in one of these. Then Ctrl-C would do
+# nothing here and in the processes that this one starts.
 if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A server that forks: fork itself is not safe in a process with threads, and spawn takes a second each time.
+# Use a fork server: a plain fork is not safe in a process with threads, and spawn takes a second each time.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
@@ -51,7 +51,7 @@ _context.set_forkserver_preload(
 
 
 class Address(NamedTuple):
-    """How another process opens the same store: `module:Class` and the arguments."""
+    """How another process can open the same store: `module:Class` and the arguments."""
 
     kind: str
     arguments: tuple[Any, ...]
@@ -61,7 +61,7 @@ class Address(NamedTuple):
         return self._class()(*self.arguments, **{"keys": KEY, **self.options, **options})
 
     def counting(self) -> dict[str, Any]:
-        """The options with which this store counts and audits reads; empty where it always does."""
+        """Return the options that make this store count and audit reads. Stores that always do so need none."""
         return {"audit_reads": True} if "audit_reads" in inspect.signature(self._class()).parameters else {}
 
     def _class(self) -> Any:
@@ -70,7 +70,7 @@ class Address(NamedTuple):
 
 
 def start(job: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """A process that does this job; the connection gives what it sends."""
+    """Start a process that runs this job. The connection receives what the job sends."""
     ours, theirs = _context.Pipe()
     assert isinstance(ours, Connection)
     process = _context.Process(target=job, args=(theirs, *arguments), daemon=True)
@@ -80,7 +80,7 @@ def start(job: Any, *arguments: Any) -> tuple[BaseProcess, Connection]:
 
 
 def run_all(count: int, job: Any, *arguments: Any, seconds: float = 120) -> list[Any]:
-    """What this many processes send, all let go at the same moment."""
+    """Start this many processes, let them all go at the same moment, and return what they send."""
     started = [start(job, *arguments) for _ in range(count)]
     connections = [connection for _, connection in started]
     for each in connections:
@@ -102,19 +102,19 @@ def run_all(count: int, job: Any, *arguments: Any, seconds: float = 120) -> list
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
-    """Until this is so; while asking raises an error, it is not."""
+    """Wait until the condition holds. As long as it raises an error, it does not hold."""
     deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(Exception):
             if holds():
                 return
-        assert time.monotonic() < deadline, f"it did not come true within {seconds} s"
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
         time.sleep(0.02)
 
 
 def kill(process: BaseProcess) -> None:
     assert process.pid is not None
-    with contextlib.suppress(ProcessLookupError):  # it has come to its end
+    with contextlib.suppress(ProcessLookupError):  # the process has ended already
         os.kill(process.pid, signal.SIGKILL)
     process.join()
 
@@ -123,7 +123,7 @@ def kill(process: BaseProcess) -> None:
 
 
 def get_or_create(connection: Connection, address: Address, upstox: str, credentials: dict[str, str]) -> None:
-    """One get_or_create_token; sends the token, or the error."""
+    """Call get_or_create_token once, and send the token or the error."""
     os.environ["no_proxy"] = "127.0.0.1"
     store = address.open(login=SdkLogin(credentials, base_domain=upstox))
     connection.send("ready")
@@ -143,7 +143,7 @@ def renew_in_threads(
     threads: int,
     options: dict[str, Any],
 ) -> None:
-    """One renew_token in each of these threads, all at once; sends how often each token, or error, came of it."""
+    """Call renew_token in this many threads at once. Send how often each token or error was the result."""
     os.environ["no_proxy"] = "127.0.0.1"
     store = address.open(login=SdkLogin(credentials, base_domain=upstox), **options)
     together = threading.Barrier(threads)
@@ -173,7 +173,7 @@ def log_in_for_ever(connection: Connection, address: Address) -> None:
 
 
 def log_in_slowly(connection: Connection, address: Address) -> None:
-    """One get_or_create_token; sends that its login has begun, waits to be told, then sends the token or the error."""
+    """Call get_or_create_token. Send that the login has begun, wait for a message, then send the token or the error."""
 
     def slowly(user_id: str | None) -> AccessTokenData:
         connection.send("logging in")
@@ -187,7 +187,7 @@ def log_in_slowly(connection: Connection, address: Address) -> None:
 
 
 def store_on_and_on(connection: Connection, address: Address) -> None:
-    """Store one token after another, and say of each that it was acknowledged."""
+    """Store one token after another, and send the id of each token that was acknowledged."""
     with address.open(login=made_up_login) as store, contextlib.suppress(BrokenPipeError):
         connection.send("ready")
         while True:
@@ -195,7 +195,7 @@ def store_on_and_on(connection: Connection, address: Address) -> None:
 
 
 def enter_and_leave(connection: Connection, address: Address, folder: str, seconds: float) -> None:
-    """Take the lock as often as possible; sends how often, and how often somebody else was inside."""
+    """Take the lock as often as possible. Send how often that was, and how often another process was inside as well."""
     store, inside = address.open(login=made_up_login), Path(folder, "inside")
     connection.send("ready")
     connection.recv()
@@ -214,7 +214,7 @@ def enter_and_leave(connection: Connection, address: Address, folder: str, secon
 
 
 def rotate(connection: Connection, address: Address, old: bytes, new: bytes) -> None:
-    """Rotate the keys, in small batches, so that there is a moment between two of them."""
+    """Rotate the keys in small batches, so that there is a pause between them."""
     storage.ROWS_AT_ONCE = 5
     with address.open(keys=KeyRing(new, old)) as store:
         connection.send("ready")
@@ -222,7 +222,7 @@ def rotate(connection: Connection, address: Address, old: bytes, new: bytes) -> 
 
 
 def migrate_on(connection: Connection, source: Address, target: Address) -> None:
-    """Migrate all from one to the other; tells of each write before it is made."""
+    """Migrate everything from one store to the other, and send a message before each write."""
     with source.open() as one, target.open() as other:
         put_in = other.backend.merge
 
@@ -237,7 +237,7 @@ def migrate_on(connection: Connection, source: Address, target: Address) -> None
 
 
 def fold_on_and_on(connection: Connection, address: Address) -> None:
-    """Fold the uses that wait in Redis, again and again."""
+    """Fold the use counts that wait in Redis, again and again."""
     with address.open(login=made_up_login) as store:
         connection.send("ready")
         while True:
@@ -245,7 +245,7 @@ def fold_on_and_on(connection: Connection, address: Address) -> None:
 
 
 def fork_and_read(connection: Connection, address: Address) -> None:
-    """Store a token, read it in a forked child, read it again; sends the token three times."""
+    """Store a token, read it in a forked child, read it again, and send the token three times."""
     store = address.open(login=made_up_login)
     stored = store.store_token(USER)["token"]
     reading, writing = os.pipe()
@@ -262,14 +262,14 @@ def fork_and_read(connection: Connection, address: Address) -> None:
 
 
 def store_batch(_: Connection, address: Address, upstox: str, credentials: dict[str, dict[str, str]]) -> None:
-    """Log all of these accounts in, as fast as it goes."""
+    """Log all of these accounts in as fast as possible."""
     os.environ["no_proxy"] = "127.0.0.1"
     with address.open(login=Accounts(credentials, base_domain=upstox)) as store:
         store.store_token_batch(list(credentials), progress=False, pace=Pace(limits=()))
 
 
 def fork_and_compare(connection: Connection, address: Address) -> None:
-    """Use a pool, fork, use it in the child; sends whether the child's pool has, or lends, the parent's connection."""
+    """Use a pool, fork, and use it in the child. Send whether the child's pool has or lends the parent's connection."""
     store = address.open(login=made_up_login)
     with store.get_connection() as conn:
         parents = conn
@@ -294,7 +294,7 @@ def made_up_login(user_id: str | None) -> AccessTokenData:
 
 
 def jwt(user_id: str, issued: datetime, **claims: Any) -> str:
-    """A token as Upstox makes them, but for its signature: it was issued then and dies at the next 03:30 in India."""
+    """Return a token like Upstox's, except for its signature. It was issued then and dies at the next Indian 03:30."""
     died = issued.astimezone(IST).replace(hour=3, minute=30, second=0, microsecond=0)
     dies = died if died > issued else died + timedelta(days=1)
     own = {"sub": user_id, "jti": f"{random.getrandbits(96):024x}", "iat": int(issued.timestamp())}
@@ -307,7 +307,7 @@ def jwt(user_id: str, issued: datetime, **claims: Any) -> str:
 
 
 def token_data(user_id: str, token: str = "eyJ0eXAi" * 9) -> AccessTokenData:
-    """A login's answer without a login, for what no real login can be made to give."""
+    """Return the result of a login without logging in, for results that no real login can be made to return."""
     return AccessTokenData(
         email="trader@example.com",
         exchanges=["NSE"],

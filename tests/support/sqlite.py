@@ -1,4 +1,4 @@
-"""A SQLite file of a test's own, opened by the bare driver, too."""
+"""A SQLite file for one test, which the test can also open with the bare driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .stores import Counts, OnAStore, OpenStore
 
 
 class OnASQLiteFile(OnAStore):
-    """A store on a SQLite file: the plain or the pooled one."""
+    """A store on a SQLite file: the plain one or the pooled one."""
 
     counted = {"audit_reads": True}
 
@@ -50,7 +50,7 @@ class OnSQLite(OnASQLiteFile):
 def counts(path: Path) -> Counts:
     with bare(path) as conn:
         active = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens WHERE is_active ORDER BY id")]
-        ids = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens")]  # each later than the one before
+        ids = [row["id"] for row in conn.execute("SELECT id FROM upstox_tokens")]  # ids only grow
         created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
         orphans = conn.execute(
             f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
@@ -61,7 +61,7 @@ def counts(path: Path) -> Counts:
 
 @contextlib.contextmanager
 def bare(path: Path) -> Iterator[sqlite3.Connection]:
-    """The bare driver, in autocommit mode."""
+    """Open the file with the bare driver, in autocommit mode."""
     conn = sqlite3.connect(path, isolation_level=None, timeout=30)
     conn.row_factory = sqlite3.Row
     try:

@@ -1,4 +1,4 @@
-"""A store on a test's own database: how to open it, and how to look at its rows without it."""
+"""Open a store on a test's own database, and look at its rows without the store."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def held(store: TokenStorage, user_id: str = USER) -> str | None:
 
 
 class Counts(NamedTuple):
-    """What lies in a database: of the user's tokens, and of audit entries without a token or the reverse."""
+    """Counts of the user's tokens, and of tokens without an audit entry and the reverse."""
 
     active: list[Any]
     """The ids of the active tokens."""
     generations: dict[Any, int]
-    """Of each token, by its id."""
+    """The generation of each token, by its id."""
     orphans: int
 
 
 @contextmanager
 def opening[Store: TokenStorage](connect: Callable[..., Store], **common: Any) -> Iterator[Callable[..., Store]]:
-    """Give a function that opens stores, with these options and its own, and close them all at the end."""
+    """Yield a function that opens stores with these options and its own, and close them all at the end."""
     with ExitStack() as stack:
 
         def open_one(*where: Any, **options: Any) -> Store:
@@ -54,7 +54,7 @@ def opening[Store: TokenStorage](connect: Callable[..., Store], **common: Any) -
 
 
 class CountsLogins:
-    """A login of a test's own, which counts how often it is asked and gives another token each time."""
+    """A login that counts its calls and returns a different token each time."""
 
     logins = 0
 
@@ -64,22 +64,22 @@ class CountsLogins:
 
 
 class OnAStore(ABC):
-    """The fixtures that open stores. The classes `On...` of the databases say how; contracts and tests inherit them."""
+    """Fixtures that open stores. The `On...` class of each database says how. Contracts and tests inherit from it."""
 
     counted: dict[str, Any] = {}
-    """The options with which this store counts and audits reads; empty where it always does."""
+    """The options that make this store count and audit reads. Stores that always do so need none."""
 
     @abstractmethod
     def connect(self, **options: Any) -> TokenStorage:
-        """A store on this test's own database; called again, another store on the same one."""
+        """Open a store on this test's own database. Another call opens another store on the same database."""
 
     @abstractmethod
     def raw_rows(self) -> list[dict[str, Any]]:
-        """The token table as it lies in the database, by means of the bare driver, the oldest first."""
+        """Return the token table, read with the bare driver, oldest row first."""
 
     @abstractmethod
     def write_raw(self, token_id: Any, **values: Any) -> None:
-        """Change columns of a row by the bare driver. Names as in `raw_rows`, `expires_at` as a datetime."""
+        """Change columns of a row with the bare driver. Names are as in `raw_rows`, and `expires_at` is a datetime."""
 
     @pytest.fixture
     def open_store(self, upstox: LocalUpstox, account: Account, keys: KeyRing, clock: Clock) -> Iterator[OpenStore]:

@@ -1,4 +1,4 @@
-"""Stores with something to transfer in them, and all that they tell of it."""
+"""Stores that contain something to transfer, and everything that they report about it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USERS = [f"CD{n:04}" for n in range(4)]
 
 
 def filled(store: TokenStorage, clock: Clock) -> TokenStorage:
-    """Tokens that live, were replaced, were revoked, are dead; uses; logins that failed."""
+    """Fill the store: tokens that are active, replaced, revoked and expired, use counts, and failed logins."""
     for user_id in USERS:
         for _ in range(3):
             store.store_token(user_id)
@@ -39,7 +39,7 @@ def token_of(store: TokenStorage, user_id: str) -> str:
 
 
 def told(store: TokenStorage) -> Any:
-    """All that a store tells of its users, but for the ids of its rows."""
+    """Return everything that a store reports about its users, except the ids of its rows."""
     shown = [
         (
             store.get_user_statistics(user_id),
@@ -59,7 +59,7 @@ def told(store: TokenStorage) -> Any:
 
 
 def as_it_was(store: TokenStorage) -> Any:
-    """As `told`, without reading, which counts."""
+    """Return the same as `told`, but without a read, because reads are counted."""
     return [
         (store.backend.read_tokens(user_id), [entry._replace(position=None) for entry in read_entries(store, user_id)])
         for user_id in store.backend.list_users()
@@ -67,7 +67,7 @@ def as_it_was(store: TokenStorage) -> Any:
 
 
 def to_be_compared(store: TokenStorage) -> Any:
-    """All that two stores should have in common, down to the letters of the tokens that live."""
+    """Return everything that two stores should have in common, including the text of the active tokens."""
     now = store.backend.context.now()
     return {
         user_id: (

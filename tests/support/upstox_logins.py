@@ -1,4 +1,4 @@
-"""Logins at the local Upstox, with the bare SDK and one request at a time."""
+"""Logins at the local Upstox, with the bare SDK or one request at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE_CALL = "/api/v2/totp-login/authorization/token"
 
 
 def answer_to_login(upstox: LocalUpstox, account: Account, timeout: float = 10, /, **changed: str) -> Any:
-    """Whatever the SDK returns for these credentials, or for changed ones."""
+    """Return whatever the SDK returns for these credentials, with any changes to them."""
     with UpstoxTOTP(**(account.credentials() | changed)) as client:  # type: ignore[arg-type]
         client.base_domain = upstox.base_domain
         client.config.sleep_time = 0
@@ -35,7 +35,7 @@ def answer_to_login(upstox: LocalUpstox, account: Account, timeout: float = 10, 
 
 
 def for_the_sdk(upstox: LocalUpstox) -> LocalUpstox:
-    """This server with complete token answers: the bare SDK cannot read the answers of real accounts."""
+    """Make this server send complete token answers, because the bare SDK cannot read those of real accounts."""
     upstox.shape_answers()
     return upstox
 
@@ -48,7 +48,7 @@ def log_in(upstox: LocalUpstox, account: Account, **changed: str) -> AccessToken
 
 
 def refusal(upstox: LocalUpstox, account: Account, **changed: str) -> str:
-    """The code with which a login is refused."""
+    """Return the code with which a login is refused."""
     with pytest.raises(UpstoxError) as caught:
         answer_to_login(upstox, account, **changed)
     return code_in(caught.value.details or {})
@@ -71,7 +71,7 @@ def ask(
     whole: object = None,
     headers: Mapping[str, str] | None = None,
 ) -> tuple[int, dict[str, Any], Any]:
-    """Status, JSON and headers of one request made without the SDK; `whole` is JSON that has no `data`."""
+    """Send one request without the SDK, and return status, JSON and headers. `whole` is JSON without a `data` key."""
     whole = {"data": data} if data is not None else whole
     body = json.dumps(whole).encode() if whole is not None else None
     if form is not None:
@@ -98,7 +98,7 @@ def claims(token: str) -> dict[str, Any]:
 
 
 class ByHand:
-    """A login of one's own, one request at a time, to leave something out."""
+    """A login that a test makes one request at a time, so that the test can leave a step out."""
 
     def __init__(self, upstox: LocalUpstox, account: Account) -> None:
         self.upstox, self.account = upstox, account
@@ -163,6 +163,6 @@ def until(true: Callable[[], bool]) -> None:
 
 
 def leave_a_second_of_this_totp() -> None:
-    """Wait for the next TOTP where this one is about to end, so that maker and checker are in one step."""
+    """Wait for the next TOTP if this one is about to end, so that both sides use the same one."""
     if 30 - time.time() % 30 < 1:
         time.sleep(1)
