@@ -1,4 +1,4 @@
-"""What a store owes to the life cycle and to the transfers, asked of it directly: see backend.py."""
+"""What a backend promises to the life cycle and to the transfers, tested directly. See backend.py of the package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def made_up(store: TokenStorage, user_id: str, generation: int = 1, account: str
 
 
 class BackendContract(OnAStore):
-    """The methods of a backend, asked directly."""
+    """Direct calls to the methods of a backend."""
 
     def test_a_second_token_of_a_generation_is_refused(self, store: TokenStorage) -> None:
         store.backend.insert(made_up(store, USER))
@@ -37,7 +37,7 @@ class BackendContract(OnAStore):
         (kept,) = store.backend.read_tokens(USER)
         assert kept.ciphertext not in ("", again.ciphertext)
         actions = [entry["action"] for entry in store.get_audit_trail(USER)]
-        assert actions == ["created"], "what is refused leaves no entry"
+        assert actions == ["created"], "a refused token leaves no audit entry"
 
     def test_the_end_of_a_token_is_audited_with_its_reason(self, store: TokenStorage, clock: Clock) -> None:
         for generation in (1, 2):
@@ -90,7 +90,7 @@ class BackendContract(OnAStore):
         ended = store.backend.find_newest(USER)
         assert ended is not None
         assert (ended.generation, ended.issued_at, ended.ciphertext) == (2, issued, "")
-        assert store.get_user_statistics(USER)["total_usage"] == 0, "looking is not using"
+        assert store.get_user_statistics(USER)["total_usage"] == 0, "finding a token does not count as a use"
 
     def test_a_token_can_be_called_adopted(self, store: TokenStorage) -> None:
         store.backend.insert(made_up(store, USER), "adopted", {"fields_missing": ["poa"]})
@@ -107,18 +107,18 @@ class BackendContract(OnAStore):
         assert store.backend.find_in_doubt(USER) is None
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {"process": "p"})
-            assert self.found(other), "the login is under way"
-            assert not self.found(store, locked=True), "the caller holds the lock, so no other login is under way"
+            assert self.found(other), "the login is still running"
+            assert not self.found(store, locked=True), "the caller holds the lock, so no other login is running"
             assert other.backend.find_newest(USER).in_doubt  # type: ignore[union-attr]
-        assert not self.found(other), "the login has ended, nobody knows how"
+        assert not self.found(other), "the login has ended, and nobody knows how"
         assert not self.found(store)
         with store.backend.lock(USER):
             doubtful = store.backend.find_in_doubt(USER)
             assert doubtful is not None
-            assert not self.found(other), "whoever holds the lock now is not that login"
+            assert not self.found(other), "the process that holds the lock now is not that login"
             assert store.cipher.decrypt(doubtful).reveal() == f"a token of {USER}, number 1"
             store.backend.clear_doubt(replace(doubtful, generation=7))
-            assert not self.found(store, locked=True), "it was another token that lives"
+            assert not self.found(store, locked=True), "the proof was about another token"
             store.backend.clear_doubt(doubtful)
             assert self.found(store, locked=True)
             assert store.backend.find_in_doubt(USER) is None
@@ -146,14 +146,14 @@ class BackendContract(OnAStore):
         assert not self.found(store)
         with store.backend.lock(USER):
             store.backend.insert(made_up(store, USER, 2))
-        assert self.found(store), "a new token is in no doubt"
+        assert self.found(store), "a new token is not in doubt"
 
     def test_a_login_that_may_have_made_a_token_leaves_its_mark_for_good(self, store: TokenStorage) -> None:
         store.backend.insert(made_up(store, USER))
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             store.backend.end_login(USER, in_doubt=True)
-            assert not self.found(store), "whoever holds the lock"
+            assert not self.found(store), "the login is over, although its lock is still held"
         assert not self.found(store)
 
     def test_a_login_without_a_user_id_marks_everybody(
@@ -166,7 +166,7 @@ class BackendContract(OnAStore):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             with store.backend.lock("-account-x"):
                 store.backend.begin_login(None, "-account-x", store.backend.context.now(), {})
-            assert self.found(other), "this one's own login is under way"
+            assert self.found(other), "its own login is still running"
             assert not any(self.found(other, user_id) for user_id in OTHERS)
             store.backend.end_login("-account-x", in_doubt=True, user_id=OTHERS[0])
             store.backend.end_login("-account-x", in_doubt=False)
@@ -187,13 +187,13 @@ class BackendContract(OnAStore):
             if first != "the named":
                 store.backend.begin_login(USER, USER, now, {})
             assert store.backend.insert(made_up(store, USER)).in_doubt
-            assert self.found(store), "the other login is under way"
+            assert self.found(store), "the other login is still running"
             if ends:
                 nameless.backend.end_login("-account-x", in_doubt=False)
-        assert self.found(store) == ends, "if it was killed, it may have replaced this token at Upstox"
+        assert self.found(store) == ends, "if that login was killed, it may have replaced this token at Upstox"
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, now, {})
-            assert not store.backend.insert(made_up(store, USER, 2)).in_doubt, "it was over before this login began"
+            assert not store.backend.insert(made_up(store, USER, 2)).in_doubt, "the other login ended before this one"
             assert not store.backend.insert(made_up(store, USER, 3), "adopted").in_doubt
         assert self.found(store)
 
@@ -206,9 +206,9 @@ class BackendContract(OnAStore):
             store.backend.begin_login(USER, USER, now, {})
             nameless.backend.begin_login(None, "-account-x", now, {})
             store.backend.end_login(USER, in_doubt=False)
-            assert self.found(store), "the other login is under way"
+            assert self.found(store), "the other login is still running"
             store.backend.clear_doubt(store.backend.find_in_doubt(USER))  # type: ignore[arg-type]
-            assert store.backend.find_in_doubt(USER), "and may still replace the token"
+            assert store.backend.find_in_doubt(USER), "the other login may still replace the token"
         assert not self.found(store)
 
     def test_a_login_without_a_user_id_that_ends_leaves_the_mark_of_a_named_one(
@@ -286,7 +286,7 @@ class BackendContract(OnAStore):
     def test_notes_are_timed_by_the_database(self, store: TokenStorage) -> None:
         before = time.time()
         told = store.backend.read_notes([])[0]
-        assert before - 2 <= told <= time.time() + 2, "not by the store's own clock, which the tests set"
+        assert before - 2 <= told <= time.time() + 2, "the database must time notes, not the store's clock"
 
     def test_logins_of_other_processes_are_told(self, store: TokenStorage, clock: Clock) -> None:
         begin = store.backend.context.now()

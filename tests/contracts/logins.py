@@ -1,4 +1,4 @@
-"""What every store promises of logins: no minted token is lost, and no dead one is handed out."""
+"""What every store promises about logins: no new token is lost, and no dead one is handed out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .backend import made_up
 
 
 class LoginContract(OnAStore):
-    """No minted token is lost, and no dead one is handed out."""
+    """No new token is lost, and no dead token is handed out."""
 
     # Answers
 
@@ -70,7 +70,7 @@ class LoginContract(OnAStore):
         with pytest.raises(LoginRefused, match=rf"was for {USER} but logged CD0001 in"):
             store.store_token(USER)
         assert held(store, "CD0001") == "eyJ0eXAi" + "c" * 60
-        assert held(store) == f"a token of {USER}, number 1", "that one was not replaced"
+        assert held(store) == f"a token of {USER}, number 1", "that token was not replaced"
 
     # Doubt
 
@@ -80,7 +80,7 @@ class LoginContract(OnAStore):
         with pytest.raises(LoginInterrupted) as caught:
             store.store_token(USER)
         assert caught.value.token_may_exist
-        assert held(store) is None, "Upstox has killed it"
+        assert held(store) is None, "Upstox has killed this token"
         new = store.get_or_create_token(USER)["token"]
         assert upstox.is_living(new)
         assert upstox.logins() == 3
@@ -89,7 +89,7 @@ class LoginContract(OnAStore):
         self, store: TokenStorage, upstox: LocalUpstox
     ) -> None:
         first = store.store_token(USER)["token"]
-        upstox.fail("drop", step=6)  # The request did nothing, which nobody here can know.
+        upstox.fail("drop", step=6)  # The request did nothing, but nobody here can know that.
         with pytest.raises(LoginInterrupted):
             store.store_token(USER)
         assert held(store) is None
@@ -137,7 +137,7 @@ class LoginContract(OnAStore):
             with pytest.raises(TokenNotStored) as caught:
                 store.store_token(USER)
         assert upstox.is_living(caught.value.token.reveal())
-        wait_until(lambda: held(store) is None)  # A lease is not over in the same moment.
+        wait_until(lambda: held(store) is None)  # A lease takes a moment to end.
         saved = store.save_token(response(USER, caught.value.token.reveal()))
         assert upstox.is_living(saved["token"])
         assert held(store) == saved["token"]
@@ -192,7 +192,7 @@ class LoginContract(OnAStore):
         assert held(store)
 
     def test_a_login_inside_a_login_does_not_speak_for_the_outer_one(self, open_store: OpenStore) -> None:
-        """The inner one has no token yet and lets Ctrl-C through; the outer one may have minted its own."""
+        """The inner login has no token yet and lets Ctrl-C through, but the outer one may have made a token already."""
 
         def inner(user_id: str | None) -> Any:
             raise_pending()

@@ -1,4 +1,4 @@
-"""What every store promises of callers that want a token at once, and of logins that fail."""
+"""What every store promises to callers that want a token at the same time, and about logins that fail."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..support.stores import OnAStore, OpenStore, living
 
 
 class OneLoginContract(OnAStore):
-    """One login at a time, and what a failed one leaves."""
+    """Only one login runs at a time, and a failed login leaves the right things behind."""
 
     # One login at a time
 
@@ -157,13 +157,13 @@ class OneLoginContract(OnAStore):
         def slow_and_overtaken(_: str | None) -> AccessTokenData:
             minted = token_data(USER, jwt(USER, clock.now))
             clock.advance(seconds=3)
-            overtaking.append(other.store_token(USER)["token"])  # This kills the token that the slow login gives.
+            overtaking.append(other.store_token(USER)["token"])  # This kills the token of the slow login.
             return minted
 
         overtaking: list[str] = []
         with pytest.raises(LoginSuperseded) as caught:
             open_store(login=slow_and_overtaken).store_token()
-        assert caught.value.token is not None, "it is in the error"
+        assert caught.value.token is not None, "the token must be in the error"
         assert [living(other)["token"]] == overtaking
 
     @pytest.mark.parametrize("step", ["find_newest", "encrypt", "insert"])

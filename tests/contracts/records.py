@@ -1,4 +1,4 @@
-"""What every store promises of history, statistics, the audit trail, cleanup and status."""
+"""What every store promises about history, statistics, the audit trail, cleanup and status."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..support.stores import OnAStore, OpenStore, living
 
 
 class RecordContract(OnAStore):
-    """Uses, changes and ends are counted and kept."""
+    """The store counts uses, and keeps a record of changes and of ended tokens."""
 
     # History, statistics, audit, cleanup
 
@@ -97,7 +97,7 @@ class RecordContract(OnAStore):
         assert counting.cleanup_old_audit_entries() == 0
         clock.advance(days=2)
         counting.store_token()
-        assert counting.cleanup_old_audit_entries() == 5, "login, created and three uses"
+        assert counting.cleanup_old_audit_entries() == 5, "one login entry, one created entry and three uses"
         assert counting.cleanup_old_audit_entries() == 0
         assert counting.get_user_statistics(USER)["total_usage"] == 3
         assert [entry["action"] for entry in counting.get_audit_trail(USER)] == ["created", "deactivated", "login"]
@@ -122,7 +122,7 @@ class RecordContract(OnAStore):
             return int(batch(*arguments))
 
         monkeypatch.setattr(cleaning.backend, step, others_turn_and_batch)
-        assert getattr(cleaning, cleanup)() == (7 if step == "expire" else 14), "and what is in use stays"
+        assert getattr(cleaning, cleanup)() == (7 if step == "expire" else 14), "a cleanup must keep what is in use"
         assert len(turns) >= 4
 
     @pytest.mark.parametrize("days", [-1, 1.5, "90", None, True, 10**6])

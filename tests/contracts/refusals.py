@@ -1,4 +1,4 @@
-"""What every store promises of accounts: whose token a caller gets, and that a refusal stops all programs."""
+"""What every store promises about accounts: each caller gets the right token, and a refusal stops all programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .backend import made_up
 
 
 class RefusalContract(OnAStore):
-    """Each account gets its own token, and is not asked again after a refusal."""
+    """Each account gets its own token, and does not log in again after a refusal."""
 
     # Whose token
 
@@ -61,7 +61,7 @@ class RefusalContract(OnAStore):
     def test_a_user_in_two_spellings_has_one_token(
         self, open_store: OpenStore, clock: Clock, named: str | None
     ) -> None:
-        """A login may name its user as the caller did; the token under the other spelling would be a dead one."""
+        """A login may spell the user as the caller did. Then the token under the other spelling would be a dead one."""
         answers = [response("ab1234", "eyJ0eXAi" + "a" * 60), response("AB1234", jwt("AB1234", clock.now))]
         asked: list[str | None] = []
 
@@ -75,7 +75,7 @@ class RefusalContract(OnAStore):
             store.save_token(answers[1])
         else:
             store.store_token(named)
-            assert asked == ["ab1234", named], "a login is asked as the caller asked"
+            assert asked == ["ab1234", named], "the login gets the user id that the caller gave"
         assert held(store) == held(store, "ab1234") == answers[1]["access_token"]
         assert [token.generation for token in store.backend.read_tokens(USER)] == [1, 2]
         assert store.backend.read_tokens("ab1234") == []
@@ -87,7 +87,7 @@ class RefusalContract(OnAStore):
         mine = store.store_token()["token"]
         clock.advance(seconds=1)
         account = store.login.account  # type: ignore[attr-defined]
-        forged = replace(made_up(store, "CD5678"), account=account)  # its ciphertext is bound to no account
+        forged = replace(made_up(store, "CD5678"), account=account)  # its ciphertext is not bound to an account
         store.backend.insert(forged)
         with caplog.at_level(logging.WARNING):
             assert open_store().get_or_create_token()["token"] == mine
@@ -126,13 +126,13 @@ class RefusalContract(OnAStore):
         assert not result["success"]
         with pytest.raises(LoginRefused):
             programs[1].store_token(USER)
-        assert upstox.attempts() == 3, "the deliberate way past it"
-        assert open_store(login=of()).get_or_create_token(USER), "changed credentials are other ones"
+        assert upstox.attempts() == 3, "store_token logs in deliberately, despite the refusal"
+        assert open_store(login=of()).get_or_create_token(USER), "changed credentials count as different credentials"
         open_store().revoke_token(USER)
         upstox.unlock(USER)
         with pytest.raises(LoginRefused):
             programs[2].get_or_create_token(USER)
-        assert upstox.attempts() == 5, "and a success is the end of the refusal"
+        assert upstox.attempts() == 5, "a successful login ends the refusal"
 
     def test_each_account_is_refused_for_itself(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
         tables = {user_id: upstox.add_account(user_id).credentials() for user_id in ("CD0001", "CD0002")}

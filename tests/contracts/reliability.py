@@ -1,4 +1,4 @@
-"""Promises that are tested by crowds and by kill -9, and counted. Each is also shown to fail on a naive store."""
+"""Promises that are tested with crowds and kill -9, and counted. A naive store is shown to fail each of them."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from ..support.stores import Counts
 
 
 class ReliabilityContract:
-    """These promises, for a store's tests to subclass.
+    """Promises for a store's test class to inherit.
 
-    The subclass has two fixtures: `address`, an empty store for other processes to open, and `count`, a function that
-    counts what lies there by the bare driver.
+    The test class has two fixtures: `address`, an empty store that other processes can open, and `count`, a function
+    that counts the rows in it with the bare driver.
     """
 
     takeover: float = 1
-    """Seconds after which a login is not waited for whose process was killed."""
+    """Seconds after which other processes stop waiting for a login whose process was killed."""
     seconds_of_crowding: float = 20
-    """For how long eight processes want the lock; less for a store whose lock is another one's."""
+    """How long eight processes compete for the lock. A store that uses another store's lock needs less."""
     killed_within: float = 0.1
-    """Seconds in which a writer is killed; more where it first waits for the lock of the one before."""
+    """Seconds within which a writer is killed. A writer that first waits for the previous lock needs more."""
     in_a_crowd: dict[str, Any] = {}
-    """Options of a store that a thousand callers use at once, on a machine that has other things to do."""
+    """Options for a store that a thousand callers use at once, on a busy machine."""
 
     @pytest.fixture
     def clock(self) -> Clock:
-        return Clock(datetime.now(UTC))  # as the other processes have it
+        return Clock(datetime.now(UTC))  # the real time, as in the other processes
 
     def test_of_32_processes_one_logs_in(self, address: Address, upstox: LocalUpstox, account: Account) -> None:
         upstox.login_seconds = 0.3
@@ -64,7 +64,7 @@ class ReliabilityContract:
         begin = time.monotonic()
         assert waiting.poll(10), "the dead process still holds the lock"
         assert upstox.is_living(waiting.recv())
-        assert time.monotonic() - begin < self.takeover + 1.5, "the rest is for a slow machine"
+        assert time.monotonic() - begin < self.takeover + 1.5, "the takeover was late, even for a slow machine"
         process.join()
 
     def test_a_holder_woken_late_makes_no_second_token(self, address: Address) -> None:
@@ -73,7 +73,8 @@ class ReliabilityContract:
         assert slow.pid is not None
         os.kill(slow.pid, signal.SIGSTOP)
         with address.open(login=processes.made_up_login, login_wait=4) as store:
-            try:  # Where the holder has a lock this waits in vain; where it has a lease that ends, this one logs in.
+            # If the holder has a lock, this waits in vain. If it has a lease that ends, this process logs in.
+            try:
                 other = store.get_or_create_token(processes.USER)["token"]
             except StorageError as error:
                 other = repr(error)
@@ -83,7 +84,7 @@ class ReliabilityContract:
             believed = [answer for answer in (from_slow.recv(), other) if answer.startswith("eyJ0eXAi")]
             read = store.get_valid_token(processes.USER)
             assert read
-            assert believed == [read["token"]], "two tokens are believed to live, and one of them is dead"
+            assert believed == [read["token"]], "two tokens look active, and one of them is dead"
         slow.join()
 
     def test_a_forked_child_uses_connections_of_its_own(self, address: Address) -> None:
@@ -104,7 +105,7 @@ class ReliabilityContract:
         upstox.login_seconds = 0.3
         job = (processes.renew_in_threads, address, upstox.base_domain, account.credentials(), refused, 32, options)
         outcomes: Counter[str] = sum(processes.run_all(32, *job, seconds=250), Counter())
-        assert upstox.logins() == 2, "one before them, and one for all of them"
+        assert upstox.logins() == 2, "there was one login before them, and one for all of them"
         assert {upstox.is_living(token): count for token, count in outcomes.items()} == {True: 1024}, outcomes
 
     @pytest.mark.slow
@@ -122,12 +123,12 @@ class ReliabilityContract:
                 while not stop.is_set():
                     user_id = dice.choice(list(tokens))
                     read = store.get_valid_token(user_id) or {}
-                    assert read.get("token") == tokens[user_id], "a token was not there while keys were rotated"
+                    assert read.get("token") == tokens[user_id], "a token was missing while keys were rotated"
                     reads += 1
             return reads
 
         def keep_storing() -> dict[str, str]:
-            """As a program with the new key behind the old one does: so there is always something to rotate."""
+            """Store tokens with the new key behind the old one, so that a rotation always has something to do."""
             stored: dict[str, str] = {}
             with address.open(login=processes.made_up_login, keys=KeyRing(old, new)) as store:
                 for user_id in itertools.cycle(f"CW{number:04}" for number in range(20)):
@@ -168,7 +169,7 @@ class ReliabilityContract:
         acknowledged, writes = None, 0
         dice = random.Random(1)
         faults = {"two active": 0, "none active": 0, "acknowledged lost": 0, "orphans": 0}
-        # On a busy machine a write takes longer. A writer that is always killed before its first one proves nothing.
+        # On a busy machine a write takes longer, and killing each writer before its first write would prove nothing.
         process, connection = processes.start(processes.store_on_and_on, address)
         begin = [connection.recv(), time.monotonic()]
         acknowledged = [connection.recv() for _ in range(5)][-1]
@@ -192,7 +193,7 @@ class ReliabilityContract:
             lost = acknowledged is not None and found.generations.get(acknowledged, 10**9) > newest
             faults["acknowledged lost"] += lost
             faults["orphans"] += found.orphans > 0
-        assert writes > kills / 5, "the writers hardly came to write"
+        assert writes > kills / 5, "the writers were killed before they could write much"
         assert not any(faults.values()), faults
 
     @pytest.mark.slow
@@ -201,4 +202,4 @@ class ReliabilityContract:
         results = processes.run_all(8, processes.enter_and_leave, address, str(tmp_path), seconds, seconds=seconds + 60)
         entries, overlaps = (sum(column) for column in zip(*results, strict=True))
         assert entries > 100
-        assert overlaps == 0, f"{overlaps} of {entries}"
+        assert overlaps == 0, f"{overlaps} of {entries} entries overlapped"

@@ -1,4 +1,4 @@
-"""What every store promises of save_token and renew_token: the newer token stays, and a crowd makes one login."""
+"""What every store promises about save_token and renew_token: the newer token stays, and a crowd logs in once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..support.stores import OnAStore, OpenStore, held
 
 
 class RenewalContract(OnAStore):
-    """A token of another login is kept, and a refused one is renewed once."""
+    """A store keeps a token from another login, and renews a refused token only once."""
 
     # save_token
 
@@ -44,7 +44,7 @@ class RenewalContract(OnAStore):
         for _ in range(2):
             assert store.save_token(newer)["token"] == newer["access_token"]
             assert store.save_token(older)["token"] == newer["access_token"]
-        assert len(store.get_token_history(USER)) == 2, "what loses, and what is there, changes nothing"
+        assert len(store.get_token_history(USER)) == 2, "an older token, or one that is stored already, changes nothing"
         store.revoke_token(USER)
         for late in (older, newer):
             with pytest.raises(LoginSuperseded):
@@ -85,7 +85,7 @@ class RenewalContract(OnAStore):
         upstox.notify(account.user_id)
         with pytest.raises(InvalidInput, match="does not accept this"):
             store.save_token(payload, verify=True)
-        assert store.save_token(payload), "the caller vouches for it"
+        assert store.save_token(payload), "without verify, the caller vouches for the token"
 
     # renew_token
 
@@ -94,7 +94,7 @@ class RenewalContract(OnAStore):
         upstox.kill_token(USER)
         renewed = store.renew_token(USER, refused)
         assert upstox.is_living(renewed["token"])
-        assert store.renew_token(USER, refused["token"])["token"] == renewed["token"], "a newer one is stored"
+        assert store.renew_token(USER, refused["token"])["token"] == renewed["token"], "a newer token is already stored"
         assert upstox.logins() == 2
 
     def test_a_token_that_is_refused_again_at_once_starts_no_other_login(
@@ -114,7 +114,7 @@ class RenewalContract(OnAStore):
         assert other.renew_token(USER, first)["token"] != first["token"]
         with pytest.raises(LoginLimited):
             other.renew_token(USER, str(held(other)))
-        assert store.store_token(USER), "a deliberate login goes past that"
+        assert store.store_token(USER), "a deliberate login ignores that limit"
 
     def test_without_a_token_there_is_nothing_to_renew_but_a_login_to_make(
         self, store: TokenStorage, upstox: LocalUpstox

@@ -1,4 +1,4 @@
-"""What every store promises of secrets: what lies in the database, under which key, and what is shown."""
+"""What every store promises about secrets: what is in the database, under which key, and what is shown."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from ..support.stores import OnAStore, OpenStore, living
 
 
 class SecretContract(OnAStore):
-    """A token lies encrypted, in its place only, and out of sight."""
+    """A token is stored encrypted, only in its own place, and is never shown."""
 
-    # What lies in the database
+    # What is in the database
 
     def test_the_row_holds_ciphertext_and_nothing_of_the_token(self, store: TokenStorage, keys: KeyRing) -> None:
         stored = store.store_token()
@@ -172,7 +172,7 @@ class SecretContract(OnAStore):
         assert open_store(keys=KeyRing(*vault)).rotate_keys() == 1
         assert living(long_running)
 
-    # Out of sight
+    # What is shown
 
     def test_nothing_that_is_printed_or_logged_shows_a_secret(
         self, store: TokenStorage, account: Account, caplog: pytest.LogCaptureFixture
@@ -185,10 +185,10 @@ class SecretContract(OnAStore):
         finally:
             logging.getLogger("upstox-totp").setLevel(logging.INFO)
         text = f"{caplog.text} {result} {read!r} {store!r} {vars(store)!r}"
-        assert caplog.text, "the store's own events are logged"
+        assert caplog.text, "the store logs its own events"
         for secret in (result["token"], account.totp_secret, account.client_secret):
             assert secret[:20] not in text
-        # Six digits may stand in a random number as well.
+        # The same six digits may also appear inside a random number.
         assert not re.search(rf"(?<![0-9A-Za-z]){account.pin}(?![0-9A-Za-z])", text)
 
     def test_a_closed_store_says_so_and_closes_twice(self, store: TokenStorage) -> None:

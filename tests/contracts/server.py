@@ -1,4 +1,4 @@
-"""What a store promises of a server that fails: on one of our own, which can be stopped, killed and stalled."""
+"""What a store promises when its server fails. The test has its own server, which it can stop, kill and stall."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ..support.stores import CountsLogins, OpenStore, living, opening
 
 @pytest.mark.usefixtures("own_servers")
 class ServerContract(CountsLogins, ABC):
-    """These promises, for a store's tests to subclass.
+    """Promises for a store's test class to inherit.
 
     Attributes:
-        kind: the server.
-        name: what the status calls it.
+        kind: the class of the server.
+        name: the name of the server in the status.
     """
 
     kind: type[Server]
@@ -37,7 +37,7 @@ class ServerContract(CountsLogins, ABC):
 
     @abstractmethod
     def connect(self, url: str, **options: Any) -> TokenStorage:
-        """A store on the server."""
+        """Open a store on the server."""
 
     @pytest.fixture
     def server(self) -> Iterator[Server]:
@@ -81,12 +81,12 @@ class ServerContract(CountsLogins, ABC):
     def test_that_stalls_is_given_up_in_time_and_costs_no_login(self, server: Server, store: TokenStorage) -> None:
         token = store.store_token(USER)["token"]
         server.pause()
-        # The last one has a new connection; the one before has that of the last lock, where there is such a thing.
+        # The last call has a new connection. The one before has the connection of the last lock, if the store has one.
         for call in (store.get_valid_token, store.store_token, store.store_token):
             begin = time.monotonic()
             with pytest.raises(StoreUnavailable, match="no answer for 1 s"):
                 call(USER)
-            assert time.monotonic() - begin < 2, "the rest is for a slow machine"
+            assert time.monotonic() - begin < 2, "the call took too long, even for a slow machine"
         assert self.logins == 1
         server.resume()
         wait_until(lambda: store.get_storage_status()[self.name] == "healthy")
@@ -152,7 +152,7 @@ class ServerContract(CountsLogins, ABC):
             reads = [threads.submit(living, store) for _ in range(800)]
             time.sleep(0.05)
             server.pause()
-            assert not all(read.done() for read in reads), "there was nothing left to be stalled"
+            assert not all(read.done() for read in reads), "all reads were done before the server stalled"
             time.sleep(2.5)
             server.resume()
             counts = sorted(read.result()["usage_count"] for read in reads)

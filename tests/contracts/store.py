@@ -1,4 +1,4 @@
-"""What every store promises, whatever its database. A store's tests inherit it, and a class that opens their store."""
+"""What every store promises, whatever its database. A test class inherits this, and a class that opens the store."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ class StoreContract(
     RecordContract,
     BackendContract,
 ):
-    """All promises that need no crowd, no kill and no server that fails."""
+    """All promises that can be tested without a crowd, a kill or a failing server."""

@@ -1,4 +1,4 @@
-"""What every store promises of a token: it is read back whole, and handed out until it dies."""
+"""What every store promises about a token: it is read back whole, and handed out until it expires."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..support.stores import OnAStore, OpenStore, living
 
 
 class TokenContract(OnAStore):
-    """What is stored is read back, until it dies."""
+    """A stored token is read back until it expires."""
 
     # Storing and reading
 
@@ -88,16 +88,16 @@ class TokenContract(OnAStore):
         assert upstox.is_living(second["token"])
         assert store.get_or_create_token("CD0001")["token"] == first["token"]
 
-    # The time of death
+    # Expiry
 
     def test_a_token_is_handed_out_until_it_dies_and_never_after(self, store: TokenStorage, clock: Clock) -> None:
         store.store_token()
         clock.set(7, 2, 30)
-        assert store.get_valid_token(USER), "the guide's hour of margin would refuse it"
+        assert store.get_valid_token(USER), "the guide's margin of an hour would refuse this token"
         clock.set(7, 3, 28, 59)
         assert store.get_valid_token(USER)
         clock.set(7, 3, 29, 30)
-        assert store.get_valid_token(USER) is None, "inside the margin of a minute"
+        assert store.get_valid_token(USER) is None, "the token is inside the margin of one minute"
         clock.set(7, 3, 30)
         assert store.get_valid_token(USER) is None
 
@@ -130,7 +130,8 @@ class TokenContract(OnAStore):
     def test_at_any_time_what_is_handed_out_is_alive_and_a_living_token_is_kept(
         self, store: TokenStorage, clock: Clock, upstox: LocalUpstox
     ) -> None:
-        # Inside the test, for hypothesis takes a method that several classes inherit for several tests.
+        # This function is inside the test because hypothesis takes a method that several classes inherit for several
+        # tests.
         @settings(max_examples=10, deadline=None)
         @given(steps=st.lists(st.integers(1, 40_000), min_size=1, max_size=12))
         def holds(steps: list[int]) -> None:
