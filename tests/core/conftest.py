@@ -1,4 +1,4 @@
-"""Fixtures that several tests of core/ share."""
+"""Fixtures that several tests in core/ share."""
 
 from __future__ import annotations
 

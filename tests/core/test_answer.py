@@ -1,4 +1,4 @@
-"""What a login may return, and what is read from it."""
+"""What a login may return, and what the package reads from it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class BrokenProperty:
 
 
 def refused(answer: object) -> LoginError:
-    """The error for this answer, after a look at everything that a traceback with locals would show of it."""
+    """Return the error for this answer, and check that a traceback with locals shows no token."""
     with pytest.raises(LoginError) as caught:
         read_answer(answer)
     assert "eyJ" not in shown_with_locals(caught.value)

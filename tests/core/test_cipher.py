@@ -1,4 +1,4 @@
-"""Encryption at rest: what is refused, and how the key comes to be."""
+"""Encryption at rest: what is refused, and where the key comes from."""
 
 from __future__ import annotations
 

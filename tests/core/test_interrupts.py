@@ -1,4 +1,4 @@
-"""Signals that wait for a login: whose handlers are there afterwards, and what a forked child does with them."""
+"""Signals that wait for a login: which handlers are set afterwards, and what a forked child does with them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_outer_login_alone_puts_signals_off() -> None:
 
 
 def fork_in_a_login(connection: Connection) -> None:
-    """Fork in a login of the main thread, there and in another thread; sends what Ctrl-C did to each child."""
+    """Fork during a login, in the main thread and in another one. Send what Ctrl-C did in each child."""
     results = []
 
     def fork() -> None:
@@ -53,7 +53,7 @@ def fork_in_a_login(connection: Connection) -> None:
                 signal.raise_signal(signal.SIGINT)
                 os.write(writing, b"it waited")
             except KeyboardInterrupt:
-                with PutOff():  # The child's own login is protected as any other.
+                with PutOff():  # The child's own login is protected like any other.
                     os.write(writing, b"it came at once" if signal.getsignal(signal.SIGINT) else b"")
             finally:
                 os._exit(0)

@@ -1,4 +1,4 @@
-"""Logging in with the real SDK at the local Upstox: one account, or several."""
+"""Logins with the real SDK at the local Upstox: with one account, and with several."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class TestAccounts:
         accounts = Accounts.from_file(file, base_domain=upstox.base_domain)
         assert accounts.user_ids == [USER]
         assert accounts(USER).user_id == USER
-        assert accounts().user_id == USER, "the only account needs no name"
+        assert accounts().user_id == USER, "a single account needs no name"
 
     @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644])
     def test_in_a_file_that_others_can_read_are_refused(self, file: Path, mode: int) -> None:

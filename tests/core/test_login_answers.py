@@ -1,4 +1,4 @@
-"""What the login makes of an answer: complete, odd, or without a token."""
+"""What the login does with an answer that is complete, odd or without a token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..support.processes import USER
 
 
 class OddUpstox(LocalUpstox):
-    """Changes the answer that has the token, and the page that tells whose credentials these are."""
+    """An Upstox that changes the answer with the token, and the page that says whose credentials these are."""
 
     change: Callable[[dict[str, Any]], Answer] = Answer
 
@@ -45,7 +45,7 @@ def odd(clock: Any) -> Iterator[OddUpstox]:
 
 @pytest.fixture(params=["sdk", "totp"])
 def odd_login(request: pytest.FixtureRequest, odd: OddUpstox) -> SdkLogin | TotpLogin:
-    """Either login at this server: both read an answer in the same way."""
+    """Return each login at this server in turn. Both read an answer in the same way."""
     made = odd.add_account(USER).credentials()
     if request.param == "sdk":
         return SdkLogin(made, base_domain=odd.base_domain)

@@ -1,4 +1,4 @@
-"""A login that fails at a step, is interrupted, or logs another user in."""
+"""Logins that fail at a step, are interrupted, or log another user in."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class TestAFailure:
     def test_at_any_step_becomes_an_error_that_says_what_to_do_and_shows_nothing(
         self, login: SdkLogin, upstox: LocalUpstox, account: Account, failure: Failure, step: int
     ) -> None:
-        if failure is Failure.STALL:  # Only here: on a busy machine, any request may take this long.
+        if failure is Failure.STALL:  # Only here, because any request may take this long on a busy machine.
             login = SdkLogin(account.credentials(), base_domain=upstox.base_domain, timeout=0.3)
         upstox.fail(failure, step=step)
         with pytest.raises(LoginLimited if failure is Failure.RATE_LIMIT else LoginInterrupted) as caught:
             login()
         assert_shows_nothing(caught.value, account)
-        if failure is not Failure.STALL:  # a request that was given up is still being answered
+        if failure is not Failure.STALL:  # the server may still be answering the abandoned request
             assert login().user_id == USER
 
     @pytest.mark.parametrize(("step", "may_exist"), [(step, step == 6) for step in range(1, 7)])
@@ -67,8 +67,8 @@ class TestAFailure:
         def without_a_byte(handler: Any) -> None:
             handler.close_connection = True
 
-        # On a kept connection curl takes this for a connection that was closed long ago, and repeats the request.
-        # The code is used up by then, and a definite refusal would hide the token that was made.
+        # On a reused connection curl believes that the server closed it long ago, and repeats the request. By then the
+        # code is used up, and a definite refusal would hide the token that was made.
         monkeypatch.setattr(web.Handler, "hang_up", without_a_byte)
         upstox.fail(Failure.LOST, step=6)
         with pytest.raises(LoginInterrupted, match="broke off") as caught:

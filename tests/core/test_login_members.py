@@ -1,4 +1,4 @@
-"""What stores ask of a login beside logging in: its account, its credentials, and who a token belongs to."""
+"""What stores need from a login besides the login itself: its account, its credentials, and the owner of a token."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TestAccounts:
         assert (accounts.account_of("CD0000"), accounts.credentials_digest("CD0000")) == (None, None)
         accounts.check("CD0000")
         living = SdkLogin(account.credentials(), base_domain=upstox.base_domain)().access_token
-        assert accounts.owner_of(Secret(living)) == USER, "it asks where that login's Upstox is"
+        assert accounts.owner_of(Secret(living)) == USER, "it asks the Upstox of that login"
 
     @pytest.mark.parametrize("value", ["text", 7, None, SdkLogin])
     def test_of_no_known_kind_are_refused(self, value: Any) -> None:

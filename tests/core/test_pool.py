@@ -1,4 +1,4 @@
-"""What the pool promises, on SQLite files. The stores that use it are tested in stores/."""
+"""What the pool promises, tested on SQLite files. The stores that use it are tested in stores/."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def all_lent(pool: Pool[Connection]) -> Iterator[None]:
         yield
 
 
-# How many
+# How many connections
 
 
 def test_nothing_is_opened_before_it_is_needed_and_the_last_used_is_lent_first(opener: Opener) -> None:
@@ -61,7 +61,7 @@ def test_a_crowd_never_has_more_open_than_agreed_whatever_happens_to_them(opener
     with ThreadPoolExecutor(CROWD) as threads:
         list(threads.map(use, range(2000)))
     assert opener.most == 3
-    assert opener.opened > 200, "many were replaced"
+    assert opener.opened > 200, "many connections must have been replaced"
     assert pool.counts() == (0, opener.open_now)
     pool.close()
     assert opener.open_now == 0
@@ -100,7 +100,7 @@ def test_those_who_wait_are_served_in_the_order_in_which_they_came(opener: Opene
 
 
 class BargingPool:
-    """A pool as one writes it in a hurry: whoever comes first after a return has it, whoever has waited."""
+    """A pool as somebody in a hurry would write it: a newcomer can get a connection before threads that wait."""
 
     def __init__(self, opener: Opener, size: int) -> None:
         self.size, self._idle = size, [opener.open() for _ in range(size)]
@@ -125,7 +125,7 @@ class BargingPool:
 
 
 def turns(pool: Any, total: int, waiting: Callable[[], int]) -> list[int]:
-    """How often each thread of a crowd had its turn: all wait before the first one is served."""
+    """Count the turns of each thread in a crowd. All threads wait before the first one is served."""
     counts, ticket = [0] * CROWD, itertools.count()
 
     def use(number: int) -> None:
@@ -200,7 +200,7 @@ def test_an_idle_connection_that_cannot_be_used_any_more_is_closed_and_replaced(
 def test_an_open_that_fails_gives_its_place_to_the_next(opener: Opener) -> None:
     pool = opener.pool()
     with ThreadPoolExecutor(2) as threads:
-        # The connection of the first one breaks, so the second one has to open another, and the third one after it.
+        # The first connection breaks, so the second thread has to open a new one, and the third thread after it.
         with contextlib.suppress(ZeroDivisionError), pool.borrow():
             second = threads.submit(pool.borrow().__enter__)
             wait_for(pool, 1)
@@ -218,7 +218,7 @@ def test_an_open_that_fails_gives_its_place_to_the_next(opener: Opener) -> None:
     pool.close()
 
 
-# The end
+# Closing
 
 
 def test_close_closes_the_idle_ones_now_and_the_others_when_they_come_back(opener: Opener) -> None:

@@ -1,4 +1,4 @@
-"""A pool in a child that was forked."""
+"""A pool in a forked child."""
 
 from __future__ import annotations
 

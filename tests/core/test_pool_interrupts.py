@@ -43,9 +43,9 @@ def test_ctrl_c_while_waiting_leaves_the_queue(opener: Opener) -> None:
 
 
 class InterruptAt:
-    """Ctrl-C at the n-th point in the pool's code at which CPython would run a signal's handler.
+    """Ctrl-C at the n-th point in the pool's code at which CPython would run a signal handler.
 
-    These are the start of a function, the end of a call, and a jump back.
+    These points are the start of a function, the end of a call, and a jump back.
     """
 
     def __init__(self, point: int) -> None:
@@ -54,7 +54,7 @@ class InterruptAt:
 
     def trace(self, frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename != pool_module.__file__ or frame.f_code.co_name == "__del__":
-            return None  # Python itself swallows what is raised in a `__del__`.
+            return None  # Python itself ignores an exception in a `__del__`.
         frame.f_trace_opcodes = True
         if event == "call" or (event == "opcode" and frame is self._after_a_call):
             self._left -= 1
@@ -101,11 +101,11 @@ USES = {
 
 
 def at_each_point(use: Callable[[], None], begin: Callable[[], None], check: Callable[[], None]) -> int:
-    """Do it again and again, interrupted a point later each time. Returns how many points there were."""
+    """Repeat the use, each time interrupted one point later. Return the number of points."""
     for point in itertools.count(1):
         begin()
         interrupt = InterruptAt(point)
-        # (What the exception refers to is gone after this statement, and so is the loan.)
+        # After this statement nothing refers to the exception any more, so the loan is gone as well.
         with contextlib.suppress(KeyboardInterrupt), interrupt.traced():
             use()
         check()

@@ -1,4 +1,4 @@
-"""When a token dies, and how it stays out of sight."""
+"""When a token expires, and how it stays out of sight."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestATokenDiesAtTheNextHalfPastThreeInIndia:
     def test_whenever_it_was_made(self, made: datetime, dies: datetime) -> None:
         assert POLICY.next_death(made) == dies
         assert POLICY.next_death(made.astimezone(UTC)) == dies
-        assert POLICY.next_death(made.astimezone()) == dies  # the machine's own zone
+        assert POLICY.next_death(made.astimezone()) == dies  # the machine's own time zone
         assert POLICY.next_death(made).tzinfo is UTC
 
     def test_which_is_22_00_utc_to_the_second(self) -> None:
@@ -77,7 +77,7 @@ def test_a_token_lives_for_a_day_at_most_and_always_dies_at_the_same_time_of_day
 def test_a_token_that_is_worth_keeping_is_alive_and_any_other_dies_sooner_than_a_new_one(now: datetime) -> None:
     threshold = POLICY.worth_keeping(now)
     new_dies = POLICY.next_death(now)
-    assert new_dies > threshold, "a token made a moment ago is always kept"
+    assert new_dies > threshold, "a new token is always worth keeping"
     assert threshold >= min(now, new_dies - timedelta(seconds=1))
 
 

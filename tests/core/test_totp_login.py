@@ -1,4 +1,4 @@
-"""Upstox's login in one call."""
+"""Upstox's login in a single call."""
 
 from __future__ import annotations
 
