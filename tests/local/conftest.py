@@ -1,4 +1,4 @@
-"""Fixtures that several tests of local/ share."""
+"""Fixtures that several tests in local/ share."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..support.upstox_logins import ByHand, for_the_sdk
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where this test's servers make their temporary folders; other tests on this machine make theirs elsewhere."""
+    """Return the folder in which this test's servers make their temporary folders. Other tests use other folders."""
     with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)  # The server is nobody where we are root, and has to get in.
+        Path(name).chmod(0o755)  # If we run as root, the server runs as nobody and needs access.
         monkeypatch.setattr(tempfile, "tempdir", name)
         yield Path(name)
 

@@ -1,4 +1,4 @@
-"""The local Upstox, driven by the bare SDK: what it lets in, its clock and its server."""
+"""The local Upstox, driven by the bare SDK: its login, its clock and its server."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TestLogin:
         assert not upstox.is_living(data.extended_token)
 
     def test_it_takes_milliseconds(self, upstox: LocalUpstox, account: Account) -> None:
-        log_in(upstox, account)  # loads what has to be loaded
+        log_in(upstox, account)  # the first login loads some modules
         start = time.perf_counter()
         log_in(upstox, account)
         assert time.perf_counter() - start < 0.2  # Nagle's algorithm alone would take 6 x 40 ms
@@ -250,7 +250,7 @@ class TestServer:
         port = int(upstox.base_domain.split(":")[2].split("/")[0])
         for _ in range(3):
             with socket.create_connection(("127.0.0.1", port)) as connection:
-                # Closed with a reset, so that the server's write fails.
+                # Close the connection with a reset, so that the server's write fails.
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                 connection.sendall(f"POST {OTP} HTTP/1.1\r\nContent-Length: 0\r\n\r\n".encode())
                 until(lambda: bool(upstox.attempts()))

@@ -1,4 +1,4 @@
-"""What the answer with a token looks like, tokens that come or die without a login of ours, and hooks at each step."""
+"""The answer that carries a token, tokens that appear or die without a login by the test, and hooks at each step."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class TestOtherTokens:
 
 
 class Receiver(BaseHTTPRequestHandler):
-    """A notifier URL that keeps what it gets, and answers with the status that its path says."""
+    """A notifier URL that records what it receives. The path says which status it answers with."""
 
     got: list[tuple[dict[str, str], Any]]
 
@@ -248,5 +248,6 @@ class TestOnStep:
             answer_to_login(upstox, account)
         assert upstox.logins() == made
         upstox.close()
-        # Once: at step 3 the connection is in use already, and curl would repeat the request on a new one.
+        # The error appears once. At step 3 the connection is already in use, and curl would repeat the request on a new
+        # one.
         assert capfd.readouterr().err.count("RuntimeError: stopped by the test") == 1

@@ -91,7 +91,7 @@ class TestFailures:
         upstox.fail(Failure.LOST)
         with pytest.raises(RequestException):
             answer_to_login(upstox, account)
-        assert upstox.logins() == 2, "once more, and not twice: curl has not sent the request again"
+        assert upstox.logins() == 2, "curl must not send the request again, so there is only one more login"
         assert not upstox.is_living(earlier)
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The official login in one call at the local Upstox: what it gives, what it refuses, its limits and its failures."""
+"""The official one-call login at the local Upstox: what it returns, what it refuses, its limits and its failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def upstox() -> Iterator[LocalUpstox]:
 
 
 def one_call(upstox: LocalUpstox, account: Account, *, headers: dict[str, str] | None = None, **changed: object) -> Any:
-    """Status and JSON of a one-call login."""
+    """Log in with one call, and return status and JSON."""
     body = {"totp": pyotp.TOTP(account.totp_secret).now(), "pin": account.pin, **changed}
     return ask(upstox, "POST", ONE_CALL, whole=body, headers=headers or {"x-api-key": account.client_id})[:2]
 
@@ -181,7 +181,7 @@ class TestLimits:
             account, other = upstox.add_account("AB1234"), upstox.add_account("CD5678")
             assert one_call(upstox, account)[0] == 200
             assert refusal(upstox, account) == (429, "UDAPI10005")
-            assert one_call(upstox, other)[0] == 200, "each app has its own"
+            assert one_call(upstox, other)[0] == 200, "each app has its own limit"
             assert (upstox.logins("AB1234"), upstox.attempts("AB1234")) == (1, 2)
 
     def test_leave_the_six_steps_alone(self, limited: LocalUpstox) -> None:

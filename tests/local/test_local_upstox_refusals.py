@@ -65,7 +65,7 @@ class TestRefusals:
                 answer_to_login(upstox, account, pin_code="000000")
 
     def test_a_pin_that_is_encoded_twice_is_wrong(self, upstox: LocalUpstox, account: Account) -> None:
-        twice = base64.b64encode(account.pin.encode()).decode()  # as the SDK's from_env_file does it
+        twice = base64.b64encode(account.pin.encode()).decode()  # as the SDK's from_env_file does
         assert refusal(upstox, account, pin_code=twice) == "1017106"
 
     def test_five_wrong_pins_lock_the_account_until_it_is_unlocked(self, upstox: LocalUpstox, account: Account) -> None:
@@ -95,7 +95,7 @@ class TestRefusals:
         with for_the_sdk(LocalUpstox()) as upstox:
             account = upstox.add_account("AB1234")
             codes = []
-            for _ in range(3):  # of three, at least two fall into one step of 30 s
+            for _ in range(3):  # at least two of three fall into the same step of 30 s
                 try:
                     log_in(upstox, account)
                 except UpstoxError as error:

@@ -1,4 +1,4 @@
-"""The servers from wheels: they start, fail on demand, and never outlive who started them."""
+"""The servers from wheels: they start, fail on demand, and never outlive the process that started them."""
 
 from __future__ import annotations
 
@@ -152,8 +152,8 @@ def test_it_ends_while_a_forked_child_lives_on() -> None:
 
 
 def test_a_process_that_got_the_stopped_servers_id_is_left_alone() -> None:
-    # The system gives an id a second time after thousands of processes. Here the watchdog is told that the server
-    # was this innocent process, and then the server is reaped as after any stop.
+    # The system reuses a process id only after thousands of processes. So this test tells the watchdog that the server
+    # was this innocent process. Then the server is reaped as after any stop.
     with RedisServer() as server, subprocess.Popen(["sleep", "60"]) as innocent:
         server.tell_watchdog(innocent.pid)
         server.stop()
@@ -186,7 +186,8 @@ def test_it_ends_and_leaves_nothing_behind(temporary: Path) -> None:
 
 def test_a_kept_folder_keeps_its_data_and_its_password() -> None:
     with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)  # pytest's own folders let nobody in, and the server is nobody where we are root
+        # pytest's own folders are closed to other users, and the server runs as nobody if we run as root.
+        Path(name).chmod(0o755)
         folder = Path(name) / "kept"
         with postgresql(folder) as url:
             ask(url, "CREATE TABLE kept (); ")
@@ -208,7 +209,7 @@ def test_it_stops_and_starts_again_on_the_same_port_with_the_same_data(server: P
 
 @pytest.mark.slow
 def test_nothing_of_it_is_left_when_it_was_killed_amid_writing(server: PostgreSQLServer) -> None:
-    """A process dies only when its write to the disk is done, and PostgreSQL does not start beside one."""
+    """A process dies only when its write to the disk is done, and PostgreSQL does not start next to a live one."""
     assert server.process
     ask(server.url, "CREATE TABLE written (x text)")
     stop = threading.Event()
@@ -241,7 +242,7 @@ def test_it_can_be_stalled_and_woken(server: PostgreSQLServer) -> None:
     answers: list[object] = []
     asking = threading.Thread(target=lambda: answers.append(ask(server.url, "SELECT pg_sleep(0.5)")))
     asking.start()
-    time.sleep(0.2)  # Its session is open, and stands still with the others.
+    time.sleep(0.2)  # Its session is open, and is paused with the others.
     server.pause()
     with pytest.raises(psycopg2.OperationalError, match="timeout"):
         psycopg2.connect(server.url, connect_timeout=2)

