@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they promise. How fast anything is, is not tested."""
+"""The benchmarks run and report what they promise. Speed itself is not tested."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..support.project import ROOT
 
 USER = "AB1234"
 NO_READ = ("Pooled", "read")  # The guide's pool has no method for it.
-# A cold read there is only where a cache stands in front, and py-key-value has nothing behind its own.
+# Only a store with a cache in front has a cold read, and py-key-value has nothing behind its cache.
 ASKED = [
     (store, operation) for store in STORES for operation in OPERATIONS if operation != "cold read" or store == "Hybrid"
 ]
@@ -39,7 +39,7 @@ def is_missing(side: str, store: str, operation: str) -> bool:
 
 
 def table(text: str, heading: str) -> list[dict[str, str]]:
-    """The rows of the first table below this heading."""
+    """Return the rows of the first table below this heading."""
     lines = text.partition(f"## {heading}\n")[2].splitlines()
     lines = lines[next(number for number, line in enumerate(lines) if line.startswith("|")) :]
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
@@ -48,7 +48,7 @@ def table(text: str, heading: str) -> list[dict[str, str]]:
 
 
 def has_the_shape(text: str, tokens: tuple[int, ...]) -> None:
-    """All questions are answered, each ratio is a number, and each target has its verdict."""
+    """Check that every question has an answer, that each ratio is a number, and that each target has a verdict."""
     cases = list(itertools.product(("1", str(CROWD)), (f"{count:,}" for count in tokens)))
     questions = [(*asked, *case) for asked in ASKED for case in cases]
     for heading in ("Ratios", "Times"):
@@ -83,7 +83,7 @@ def is_a_picture(file: Path) -> None:
     assert ElementTree.parse(file).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
-@pytest.mark.usefixtures("own_servers")  # Its PostgreSQL takes a hundred connections and more.
+@pytest.mark.usefixtures("own_servers")  # Its PostgreSQL accepts more than a hundred connections.
 def test_the_smallest_run_writes_the_table_and_the_picture(
     tmp_path: Path, mongo_server: str, redis_server: str
 ) -> None:
@@ -104,7 +104,7 @@ def test_the_smallest_run_writes_the_table_and_the_picture(
     has_the_shape(text, (20,))
     is_a_picture(tmp_path / "out" / "benchmarks.svg")
     assert all(url not in done.stdout + text for url in servers.values())
-    assert keys(redis_server) == before, "nothing is left on a server that is not ours"
+    assert keys(redis_server) == before, "the benchmark left something on a server that belongs to somebody else"
 
 
 def test_the_committed_table_has_the_shape_that_the_command_writes() -> None:
@@ -127,7 +127,7 @@ LoggedIn = tuple[list[str], Callable[[str | None], AccessTokenData]]
 
 @pytest.fixture
 def logged_in() -> LoggedIn:
-    """The tokens that a made-up login gave, and the login."""
+    """Return a made-up login together with the tokens that it has returned."""
     tokens: list[str] = []
 
     def remembered(user_id: str | None) -> AccessTokenData:

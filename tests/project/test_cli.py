@@ -1,4 +1,4 @@
-"""`upstox-db`, run as a process, as cron runs it."""
+"""`upstox-db`, run as a process in the way that cron runs it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def upstox() -> Iterator[LocalUpstox]:
-    with LocalUpstox(totp_once=False) as server:  # by the real clock, as the command goes
+    with LocalUpstox(totp_once=False) as server:  # with the real clock, like the command
         yield server
 
 
 @pytest.fixture
 def execute(tmp_path: Path, upstox: LocalUpstox, account: Account) -> Run:
-    """Runs any command as one with this account, and with keys, does."""
+    """Return a function that runs any command with this account's environment and with keys."""
     KeyRing.from_file(tmp_path / "keys")
 
     def execute_one(*command: str, stdin: str = "", **environment: str) -> Done:
@@ -171,7 +171,7 @@ def test_a_backup_is_not_replaced_by_one_without_tokens(run: Run, tmp_path: Path
     good(run("backup", "good.export"))
     kept = (tmp_path / "good.export").read_bytes()
     SQLiteUpstoxStorage(tmp_path / "new.db").close()
-    # A failed login is a user and an audit entry, and yet nothing that one would want back.
+    # A failed login leaves a user and an audit entry, but nothing that anybody would want to restore.
     assert run("--store", "failed.db", "token", UPSTOX_PIN_CODE="000000").returncode == 3
     for store in ("new.db", "failed.db"):
         done = run("--store", store, "backup", "good.export")
@@ -206,12 +206,12 @@ def test_what_cannot_be_read_ends_with_3_and_stays(run: Run, tmp_path: Path, ups
 
 
 def run_on_a_store_that_breaks(run: Run, store: Path, upstox: LocalUpstox, *command: str) -> Done:
-    """Run it; its table is away from the moment that the token is made. `rename_table` brings it back."""
+    """Run the command, and rename the store's table once the token is made. `rename_table` brings it back."""
     SQLiteUpstoxStorage(store).close()
     upstox.login_seconds = 1
 
     def break_the_store() -> None:
-        while not upstox.logins():  # It is made, and its answer waits.
+        while not upstox.logins():  # Upstox has made the token then, and its answer is still waiting.
             time.sleep(0.01)
         rename_table(store, "upstox_tokens", "away")
 
@@ -249,7 +249,7 @@ def test_a_token_that_login_could_not_store_is_in_an_encrypted_file_and_can_be_s
         assert "eyJ" not in text
     other_keys = run("save", str(file), UPSTOX_DB_KEY_FILE=str(tmp_path / "other keys"))
     assert (other_keys.returncode, other_keys.stdout, file.exists()) == (3, "", True)
-    assert run("save", str(file)).returncode == 3, "it is still broken"
+    assert run("save", str(file)).returncode == 3, "the store is still broken"
     assert file.exists()
     rename_table(tmp_path / "upstox.db", "away", "upstox_tokens")
     saved = good(run("save", str(file)))
@@ -274,7 +274,7 @@ def test_save_takes_no_other_file_and_no_dead_token(run: Run, tmp_path: Path, up
 
 
 def unsaved_file(folder: Path, token: str) -> Path:
-    """A file as `upstox-db login` leaves it, beside the keys in this folder."""
+    """Write a file as `upstox-db login` leaves it, encrypted with the keys in this folder, and return its path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UPSTOX_DB_KEY_FILE", str(folder / "keys"))
         return write_token_file(Secret(token), USER, KeyRing.from_file(folder / "keys"))
@@ -293,7 +293,7 @@ def test_without_credentials_no_database_and_no_key_is_left(execute: Run, tmp_pa
 def test_renew_gives_another_token_than_the_refused_one(run: Run, upstox: LocalUpstox) -> None:
     refused = good(run("token"))
     upstox.kill_token(USER)
-    assert good(run("token")) == refused, "nobody has told the store"
+    assert good(run("token")) == refused, "nobody has told the store yet"
     renewed = good(run("renew", USER, stdin=refused))
     assert upstox.is_living(renewed.removesuffix("\n"))
     assert good(run("renew", USER, stdin=refused)) == renewed == good(run("token"))
@@ -315,8 +315,8 @@ def test_a_refusal_holds_for_all_runs_until_a_person_logs_in(run: Run, upstox: L
     assert run("login", "--keep", UPSTOX_PIN_CODE="000000").returncode == 3
     assert upstox.attempts(USER) == 1
     assert run("login", UPSTOX_PIN_CODE="000000").returncode == 3
-    assert upstox.attempts(USER) == 2, "a person has asked for it"
-    assert upstox.is_living(good(run("token")).removesuffix("\n")), "other credentials are another attempt"
+    assert upstox.attempts(USER) == 2, "a person asked for this login"
+    assert upstox.is_living(good(run("token")).removesuffix("\n")), "the refusal does not cover other credentials"
 
 
 def test_logout_ends_the_token_at_upstox_and_here(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
@@ -356,7 +356,7 @@ def test_init_makes_the_tables_and_can_be_repeated(run: Run, postgres_url: str) 
 
 @pytest.fixture
 def runtime_role(postgres_url: str) -> Iterator[str]:
-    """The role of the examples. It belongs to the whole server, so it is not made where there is one."""
+    """Return the role that the examples use. It belongs to the whole server, so create it only if it is missing."""
     role = "upstox_app"
     with closing(psycopg2.connect(postgres_url)) as conn, conn.cursor() as cursor:
         conn.autocommit = True
@@ -375,7 +375,7 @@ def test_a_wrong_command_ends_with_2_and_help_has_examples(run: Run) -> None:
     told = good(run("--help"))
     for expected in ("TOKEN=$(upstox-db token)", "UPSTOX_DB_STORE", "postgresql://", "45 8 * * 1-5"):
         assert expected in told
-    assert "..." not in told.partition("Commands:")[2].partition("STORE is one of")[0], "a line that was cut off"
+    assert "..." not in told.partition("Commands:")[2].partition("STORE is one of")[0], "the help cuts a line off"
 
 
 @pytest.mark.parametrize("name", list(main.commands))
@@ -446,7 +446,7 @@ def test_what_is_old_can_be_cleaned_up_and_one_is_not_told_as_many(run: Run, tmp
         conn.execute("UPDATE upstox_tokens SET expires_at = 0")
         conn.execute("UPDATE upstox_token_audit SET performed_at = 0 WHERE action = 'login'")
     assert good(run("cleanup")) == "Erased 1 dead token.\n"
-    assert "login" in good(run("audit", USER)), "a trail is not cut without a word"
+    assert "login" in good(run("audit", USER)), "a cleanup must not cut the audit trail unless asked"
     assert good(run("cleanup", "--audit-days", "365")) == "Erased 0 dead tokens.\nDeleted 1 audit entry.\n"
     left = [entry["action"] for entry in json.loads(good(run("audit", USER, "--json")))]
     assert left == ["expired", "created"]

@@ -1,4 +1,4 @@
-"""`upstox-db copy`: a pattern as a package of the reader's own. test_clean_environments.py runs such packages."""
+"""`upstox-db copy` makes a package of the user's own from a pattern. test_clean_environments.py runs such packages."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path: P
 
 
 def test_a_copy_that_breaks_off_leaves_nothing_and_can_be_run_again(tmp_path: Path) -> None:
-    command = f"ulimit -f 16; exec '{sys.executable}' -B -m upstox_db_examples copy sqlite deep/mine"  # blocks of 512
+    command = f"ulimit -f 16; exec '{sys.executable}' -B -m upstox_db_examples copy sqlite deep/mine"  # 512-byte blocks
     done = subprocess.run(["sh", "-c", command], text=True, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.endswith(" cannot be read or written: File too large. Nothing was copied.\n")
@@ -192,7 +192,7 @@ def test_without_a_folder_or_with_an_unknown_pattern_it_is_a_wrong_command(tmp_p
 def test_each_class_is_its_folders_and_each_driver_is_named(pattern: str) -> None:
     assert PATTERNS[pattern].store in importlib.import_module(f"upstox_db_examples.{pattern}").__all__
     needed, optional = packages(collect(pattern))
-    assert not any(each.startswith("click") for each in needed + optional), "only the command needs it"
+    assert not any(each.startswith("click") for each in needed + optional), "only the command needs click"
     assert any(each.startswith("tqdm") for each in optional) == (pattern == "pooled")
 
 

@@ -1,4 +1,4 @@
-"""The guide's five usage blocks run as they stand, but for host, port and URL."""
+"""The guide's five usage blocks run unchanged, except for host, port and URL."""
 
 from __future__ import annotations
 
@@ -114,12 +114,12 @@ def test_the_guides_usage_of_the_pool_runs_as_it_stands(tmp_path: Path) -> None:
         usage = "from upstox_db_examples import PooledUpstoxStorage\n" + GUIDE_USAGE_POOLED
         unknown = run(usage, tmp_path, **one_account)
         assert unknown.stdout.count("'success': False") == 3
-        assert upstox.attempts() == 0, "one account's credentials are not tried on three users"
+        assert upstox.attempts() == 0, "one account's credentials must not be tried for three users"
         named = run(usage, tmp_path, **one_account, UPSTOX_USER_ID="user1")
         assert upstox.attempts() == upstox.logins("user1") == 1
     for done in (unknown, named):
         assert done.returncode == 0
-        assert re.fullmatch(r"(\r|Accounts: .*|\n)*", done.stderr), "nothing but the progress bar"
+        assert re.fullmatch(r"(\r|Accounts: .*|\n)*", done.stderr), "stderr has only the progress bar"
     assert re.fullmatch(
         r"Batch results: \[\{'user_id': 'user1', 'token_id': 1, 'success': True, .*\}, "
         r"\{'user_id': 'user2', 'success': False, .*\}, \{'user_id': 'user3', 'success': False, .*\}\]\n",

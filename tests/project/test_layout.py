@@ -1,4 +1,4 @@
-"""Helpers and tests lie apart: no test module is imported, and no test lies among the helpers."""
+"""Helpers and tests are kept apart: nothing imports a test module, and the helpers contain no tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CODE = {file.relative_to(ROOT / "tests"): file.read_text() for file in (ROOT / "
 
 
 def imported(code: str) -> Iterator[str]:
-    """Give each part of each imported name."""
+    """Yield each part of each imported name."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None) or ""
@@ -30,7 +30,7 @@ def defined_tests(code: str) -> list[str]:
 
 
 def test_no_module_imports_a_test_module() -> None:
-    """What two test modules share lies in support/ or contracts/."""
+    """Code that two test modules share belongs in support/ or contracts/."""
     assert len(CODE) > 50
     assert {str(file): names for file, code in CODE.items() if (names := modules_of_tests(code))} == {}
 

@@ -1,4 +1,4 @@
-"""What nbval does not look at: that every notebook was run, is quiet, and is one that people can read."""
+"""What nbval does not check: every notebook was run, has clean output, and is easy to read."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def has_quiet_outputs(notebook: Notebook) -> None:
 
 
 def has_outputs_as_wide_as_a_page(notebook: Notebook) -> None:
-    # A wider one scrolls sideways in JupyterLab, and its end is not read.
+    # A wider line has to be scrolled in JupyterLab, and nobody reads its end.
     assert [line for text in outputs(notebook) for line in text.splitlines() if len(line) > 100] == []
 
 
 def has_outputs_in_one_piece(notebook: Notebook) -> None:
-    # What is printed at two moments is kept in two pieces, with a gap between them where no JavaScript runs.
+    # Output that is printed at two moments is stored in two pieces, with a gap between them where no JavaScript runs.
     names = [[o.name for o in cell.outputs if o.output_type == "stream"] for cell in code_cells(notebook)]
     assert [each for each in names if len(each) > len(set(each))] == []
 
@@ -74,7 +74,7 @@ def has_short_cells(notebook: Notebook) -> None:
 
 
 def hides_nothing_by_a_semicolon(notebook: Notebook) -> None:
-    # JupyterLab then shows no value and nbval does: whatever it is would lie in the committed file.
+    # JupyterLab then hides the value but nbval stores it, so anything could end up in the committed file.
     assert [cell.source for cell in code_cells(notebook) if cell.source.rstrip().endswith(";")] == []
 
 

@@ -1,4 +1,4 @@
-"""The files around the package say the same as the package."""
+"""The files around the package agree with the package."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_sqlite_needs_no_driver(tmp_path: Path) -> None:
 
 
 def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
-    # `make check` fails here if one of them is Any to mypy; editors complete what mypy sees.
+    # `make check` fails here if mypy sees one of them as Any. Editors complete what mypy sees.
     lazy = (
         assert_type(upstox_db_examples.PostgreSQLUpstoxStorage, type[PostgreSQLUpstoxStorage]),
         assert_type(upstox_db_examples.MongoUpstoxStorage, type[MongoUpstoxStorage]),
@@ -67,7 +67,7 @@ def test_type_checkers_see_the_classes_that_are_imported_on_first_use() -> None:
     ("name", "missing", "package", "extra"),
     [
         ("PostgreSQLUpstoxStorage", ["psycopg2"], "psycopg2-binary", "postgresql"),
-        ("MongoUpstoxStorage", ["pymongo", "bson", "gridfs"], "pymongo", "mongodb"),  # all that is in its wheel
+        ("MongoUpstoxStorage", ["pymongo", "bson", "gridfs"], "pymongo", "mongodb"),  # everything in its wheel
         ("MongoUpstoxStorage", ["pymongo"], "pymongo", "mongodb"),
         ("HybridUpstoxStorage", ["redis"], "redis", "hybrid"),
         ("HybridUpstoxStorage", ["psycopg2"], "psycopg2-binary", "hybrid"),
@@ -111,7 +111,7 @@ def test_the_readme_names_the_credentials_and_the_images_that_the_tests_use() ->
 
 
 def make_with(tmp_path: Path, *interpreters: str) -> subprocess.CompletedProcess[str]:
-    """`make`, where these are the only interpreters: each of them says its name and can do whatever it is asked."""
+    """Run `make` with only these interpreters. Each of them prints its name and accepts any command."""
     for name in ("Makefile", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     tools = tmp_path / "tools"
@@ -179,7 +179,7 @@ def test_no_code_in_the_readme_is_wider_than_githubs_page() -> None:
 
 
 def places(document: Path) -> set[str]:
-    """Where in it a link can lead: its headings, spelt as Jupyter does in a notebook, and as GitHub does elsewhere."""
+    """Return the anchors for links in this document: its headings, spelled as Jupyter or GitHub spells them."""
     text = document.read_text()
     if document.suffix == ".ipynb":
         text = "\n".join(
@@ -199,7 +199,7 @@ def test_each_line_of_the_guides_lists_leads_to_a_cell_and_tests_and_names_what_
     for row in rows:
         _, line, method, cell, tests, _ = row.split("|")
         names = re.findall(r"`([a-z_]+|[A-Z]\w+)", method)
-        outside = ("make", "pg_dump")  # Not ours; the tests in the row's last column run them.
+        outside = ("make", "pg_dump")  # These are not ours. The tests in the row's last column run them.
         assert [name for name in names if not re.search(rf"\b{name}\b", code) and name not in outside] == [], line
         assert "ipynb#" in cell, line
         for group in tests.split(";"):

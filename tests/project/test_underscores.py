@@ -1,4 +1,4 @@
-"""No module reads the underscored names of another one."""
+"""No module reads the underscored names of another module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Python documents these for everybody: the methods of a named tuple, os._exit and sys._getframe.
+# Python documents these as public: the methods of a named tuple, os._exit and sys._getframe.
 PUBLIC_ALL_THE_SAME = {"_replace", "_asdict", "_fields", "_make", "_exit", "_getframe"}
 
 
@@ -16,7 +16,7 @@ def is_private(name: str) -> bool:
 
 
 def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Each underscored name that this module reads and does not define itself."""
+    """Yield each underscored name that this module reads and does not define itself."""
     own = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_self(node.value)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -32,7 +32,7 @@ def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def is_self(value: ast.expr) -> bool:
-    """`self`, `cls`, or `super()`: a class may use what it inherits."""
+    """Return whether this is `self`, `cls` or `super()`, because a class may use what it inherits."""
     if isinstance(value, ast.Call):
         return isinstance(value.func, ast.Name) and value.func.id == "super"
     return isinstance(value, ast.Name) and value.id in ("self", "cls")
