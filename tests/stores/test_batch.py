@@ -1,4 +1,4 @@
-"""A batch of logins: each account for itself, at the agreed pace, on every store."""
+"""Batches of logins on every store: each account is independent, and the pace is kept."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def store(tmp_path: Path, accounts: Accounts, clock: Clock) -> Iterator[TokenSto
 
 
 def made_accounts(upstox: LocalUpstox, user_ids: list[str], **wrong: str) -> Accounts:
-    """Accounts at this Upstox, one with a wrong PIN where `wrong` says `user_id=PIN`."""
+    """Create these accounts at this Upstox. An account in `wrong`, given as `user_id=PIN`, gets that wrong PIN."""
     credentials = {user_id: upstox.add_account(user_id).credentials() for user_id in user_ids}
     for user_id, pin in wrong.items():
         credentials[user_id]["pin_code"] = pin
@@ -71,7 +71,7 @@ def batch(store: TokenStorage, user_ids: list[str], **options: Any) -> list[Any]
     return list(store.store_token_batch(user_ids, **{"progress": False, "pace": AT_ONCE, **options}))
 
 
-# On every store
+# Every store
 
 
 def test_a_hundred_accounts_are_a_hundred_logins_and_again_none(
@@ -97,7 +97,8 @@ def test_readers_are_answered_while_a_batch_writes(
 
     def read_on_and_on(store: TokenStorage) -> int:
         reads = 0
-        while not done.wait(0.02):  # 32 threads that never rest would leave the batch no turn at the interpreter
+        # 32 threads without a pause would never let the batch run.
+        while not done.wait(0.02):
             assert store.get_valid_token(IDS[reads % 5])
             reads += 1
         return reads
@@ -109,7 +110,7 @@ def test_readers_are_answered_while_a_batch_writes(
             results = batch(store, IDS)
         finally:
             done.set()
-        assert all(reader.result() >= 5 for reader in reading), "no error, and nobody was left out"
+        assert all(reader.result() >= 5 for reader in reading), "every reader must get its turns, without an error"
     assert all(result["success"] for result in results)
     assert upstox.logins() == 100
 
@@ -117,7 +118,7 @@ def test_readers_are_answered_while_a_batch_writes(
 def test_a_batch_that_was_killed_goes_on_where_it_was(
     address: Address, accounts: Accounts, upstox: LocalUpstox
 ) -> None:
-    now = datetime.now(UTC)  # as the other process has it
+    now = datetime.now(UTC)  # the real time, as in the other process
     upstox.clock = lambda: now
     credentials = {user_id: upstox.add_account(user_id).credentials() for user_id in IDS[:40]}
     process, _ = processes.start(processes.store_batch, address, upstox.base_domain, credentials)
@@ -129,11 +130,11 @@ def test_a_batch_that_was_killed_goes_on_where_it_was(
         results = batch(store, IDS[:40])
         kept = sum(result["kept"] for result in results)
         assert all(result["success"] for result in results)
-        assert before - 1 <= kept <= before, "all but the login it was killed in"
+        assert before - 1 <= kept <= before, "every login is kept except the one during which it was killed"
         assert upstox.logins() == before + 40 - kept
 
 
-# What goes wrong with one account
+# Errors of one account
 
 
 def test_a_wrong_pin_in_the_middle_stops_nobody_and_is_tried_once(
@@ -150,9 +151,9 @@ def test_a_wrong_pin_in_the_middle_stops_nobody_and_is_tried_once(
         assert isinstance(failed.exception, LoginRefused)
         assert (upstox.attempts(IDS[2]), upstox.logins()) == (1, 4)
         again = batch(store, IDS[:5])
-        assert (upstox.attempts(IDS[2]), upstox.logins()) == (1, 4), "the refusal is known in this store"
+        assert (upstox.attempts(IDS[2]), upstox.logins()) == (1, 4), "the store remembers the refusal"
         batch(store, IDS[2:3], replace=True)
-        assert upstox.attempts(IDS[2]) == 1, "nor does a batch that replaces all tokens go past it"
+        assert upstox.attempts(IDS[2]) == 1, "even a batch that replaces all tokens respects the refusal"
         assert [result["success"] for result in again] == [True, True, False, True, True]
 
 
@@ -244,7 +245,7 @@ def fake() -> FakeTime:
 
 
 def follow(fake: FakeTime, store: TokenStorage) -> None:
-    """Let the database's clock run on with this time: limits that other programs have to know are timed by it."""
+    """Move the database's clock along with this time, because it times the limits that all programs share."""
     told = store.backend.read_notes
 
     def notes(names: Sequence[str]) -> tuple[float, dict[str, str]]:
@@ -261,7 +262,7 @@ def test_logins_keep_to_upstoxs_limits(fake: FakeTime) -> None:
             begun.append(fake.now)
     for count, seconds in ((1, 1), (10, 60), (60, 1800)):
         assert all(later - earlier >= seconds for earlier, later in zip(begun, begun[count:], strict=False))
-    assert begun[:11] == [*range(10), 60], "and no slower than they say"
+    assert begun[:11] == [*range(10), 60], "the pace must not be slower than the limits"
     assert begun[60] == 1800
 
 
@@ -285,7 +286,7 @@ def test_after_a_limit_nobody_logs_in_until_it_is_over(
     results = batch(store, IDS[:3], pace=fake.pace())
     assert [result["success"] for result in results] == [True] * 3
     assert upstox.logins() == 3
-    assert fake.slept == [60.0], "once, and not for each account"
+    assert fake.slept == [60.0], "the batch must wait once, and not for each account"
 
 
 def test_who_waits_already_waits_for_a_limit_that_comes_meanwhile(fake: FakeTime) -> None:
@@ -366,7 +367,7 @@ def test_the_others_get_their_turn_while_one_waits_for_his_next_code(
     assert all(result["success"] for result in results)
     assert order == [*IDS[:3], IDS[0]]
     assert len(fake.slept) == 1
-    assert 0 < fake.slept[0] <= 30, "until the next one-time password"
+    assert 0 < fake.slept[0] <= 30, "it must wait for the next one-time password"
 
 
 def test_an_account_that_may_have_a_token_is_not_logged_in_again(
@@ -377,7 +378,7 @@ def test_an_account_that_may_have_a_token_is_not_logged_in_again(
     assert [result["success"] for result in results] == [False, True]
     assert results[0].exception.token_may_exist
     assert upstox.logins(IDS[0]) == 1
-    assert batch(store, IDS[:1], pace=fake.pace())[0]["success"], "nobody has that token: the next call logs in"
+    assert batch(store, IDS[:1], pace=fake.pace())[0]["success"], "nobody has that token, so the next call logs in"
 
 
 def test_the_logins_of_other_programs_count(tmp_path: Path, fake: FakeTime, clock: Clock) -> None:
@@ -399,7 +400,7 @@ def test_the_logins_of_other_programs_count(tmp_path: Path, fake: FakeTime, cloc
 
         pace = Pace(LIMITS, clock=fake.clock, sleep=sleep)
         assert batch(store, IDS[:1], pace=pace)[0]["success"]
-        assert fake.now - begun == 40, "ten a minute, whoever begins them"
+        assert fake.now - begun == 40, "ten logins a minute are allowed, counting those of other programs"
 
 
 def test_a_token_that_was_not_stored_counts_as_a_login(fake: FakeTime) -> None:
@@ -411,21 +412,21 @@ def test_a_token_that_was_not_stored_counts_as_a_login(fake: FakeTime) -> None:
     with contextlib.suppress(StoreUnavailable), pace.turn("CD0002"):
         raise StoreUnavailable("down")
     with pace.turn("CD0003"):
-        assert fake.now == 120, "no login was begun"
+        assert fake.now == 120, "no login had begun"
 
 
 def test_a_one_time_password_is_used_once(tmp_path: Path, keys: KeyRing) -> None:
-    with LocalUpstox() as strict:  # as at Upstox, each code serves once
+    with LocalUpstox() as strict:  # like Upstox, it accepts each code only once
         accounts = made_accounts(strict, IDS[:2])
         with PooledUpstoxStorage(tmp_path / "upstox.db", login=accounts, keys=keys) as store:
             pace = Pace(limits=())
             for _ in range(2):
                 results = batch(store, IDS[:2], replace=True, pace=pace)
                 assert all(result["success"] for result in results)
-            assert strict.attempts() == strict.logins() == 4, "none was refused and tried again"
+            assert strict.attempts() == strict.logins() == 4, "no login may be refused and repeated"
 
 
-# The bar, and Ctrl-C
+# The progress bar, and Ctrl-C
 
 
 def test_a_bar_is_shown_unless_it_is_not_wanted(store: TokenStorage, capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,7 +450,7 @@ def test_ctrl_c_keeps_what_was_done_and_leaves_no_lock(tmp_path: Path, upstox: L
     upstox.login_seconds = 0.3
     accounts = made_accounts(upstox, IDS[:30])
     code = (
-        # A shell that runs the tests in the background leaves SIGINT ignored for all below it.
+        # A shell that runs the tests in the background leaves SIGINT ignored in all its child processes.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from upstox_db_examples import *; from tests.support.clocks import AT_ONCE\n"
         f"login = Accounts({ {user_id: upstox.add_account(user_id).credentials() for user_id in IDS[:30]} }, "

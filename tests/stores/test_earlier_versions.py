@@ -1,8 +1,8 @@
-"""What an earlier version has written opens, reads and goes on as before: databases and an export of version 1.
+"""Data from an earlier version opens, reads and works as before: databases and an export of version 1.
 
-fixtures/version_1 was written by that version itself, under the key of tests.support.processes. A login of nobody
-named gave AB1234 a token, and an hour later one of AB1234 gave the next one, which was read once. CD5678 was revoked at
-once. ef9012 logged in by a login that tells no account, and names its user in lower case.
+Version 1 itself wrote fixtures/version_1, with the key of tests.support.processes. A login without a user name gave
+AB1234 a token. An hour later a login of AB1234 gave the next token, which was read once. CD5678 was revoked at once.
+The login of ef9012 reported no account, and spelled its user in lower case.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..support.postgresql import bare
 from ..support.processes import KEY, USER, Address, made_up_login
 from ..support.project import VERSION_1
 
-OLD_KEY = b"the same key for all processes.."  # KEY holds it, and does not give it back
+OLD_KEY = b"the same key for all processes.."  # KEY contains this, but does not return it
 ACCOUNT = "0123456789abcdef"
 FIRST, LATER, DEATH = (f"2099-01-06T{time}:00+00:00" for time in ("03:15", "04:15", "22:00"))
 TOKENS = {USER: f"eyJ0eXAi-fixture-{2:044}", "ef9012": "eyJ0eXAi-fixture-lower" + "0" * 40}
@@ -101,7 +101,7 @@ OF_VERSION_1 = {
 
 
 class Account1:
-    """A login of the account by which version 1 has logged in; it counts its logins."""
+    """A login for the account with which version 1 logged in. It counts its logins."""
 
     account = ACCOUNT
 
@@ -114,7 +114,7 @@ class Account1:
 
 
 def restore(address: Address) -> None:
-    """Bring back what version 1 wrote, by the bare driver."""
+    """Restore what version 1 wrote, with the bare driver."""
     name = address.kind.partition(":")[2]
     if name == "MongoUpstoxStorage":
         restore_version_1(MongoDatabase(*address.arguments))
@@ -134,7 +134,7 @@ def token_of(store: TokenStorage, user_id: str) -> str | None:
 
 
 def ciphertexts(store: TokenStorage) -> dict[str | None, list[str]]:
-    """The version of each living ciphertext."""
+    """Return the versions of each user's remaining ciphertexts."""
     return {
         user_id: [
             token.ciphertext.partition(".")[0] for token in store.backend.read_tokens(user_id) if token.ciphertext
@@ -144,7 +144,7 @@ def ciphertexts(store: TokenStorage) -> dict[str | None, list[str]]:
 
 
 def assert_as_it_was(store: TokenStorage) -> None:
-    """All that version 1 kept is told as it told it. Not by reading a token, which counts as a use."""
+    """Check that the store reports everything as version 1 did. Read no token, because a read counts as a use."""
     for user_id in TOKENS | STATISTICS:
         assert tuple(store.get_user_statistics(user_id).values()) == STATISTICS[user_id], user_id
         history = store.get_token_history(user_id)
@@ -199,7 +199,7 @@ class TestADatabaseOfVersion1:
             "deactivated",
             "login",
         ]
-        assert token_of(store, "ef9012") == TOKENS["ef9012"], "that one was not replaced"
+        assert token_of(store, "ef9012") == TOKENS["ef9012"], "that token was not replaced"
 
     def test_the_keys_are_rotated(self, each_address: Address, opened: Opened) -> None:
         new = KeyRing.new_key()
@@ -221,7 +221,7 @@ class TestADatabaseOfVersion1:
         assert new["token"] != TOKENS[USER]
         again = opened(each_address, login=login, keys=KeyRing(new_key))
         assert again.get_or_create_token()["token"] == new["token"]
-        assert login.asked == [None], "by the row of the new login it is"
+        assert login.asked == [None], "the row of the new login proves whose account it is"
 
     def test_it_moves_to_a_store_of_any_kind(
         self, each_address: Address, another: Address, opened: Opened, sqlite: Address, tmp_path: Path
@@ -236,12 +236,12 @@ class TestADatabaseOfVersion1:
             assert {user_id: token_of(there, user_id) for user_id in TOKENS} == TOKENS
         login = Account1()
         assert opened(another, login=login).get_or_create_token()["token"] not in TOKENS.values()
-        assert login.asked == [None], "what is moved proves no more than it did"
+        assert login.asked == [None], "a moved row proves no more than it did before"
 
     def test_one_user_in_two_spellings_has_one_token(self, each_address: Address, opened: Opened) -> None:
         store = opened(each_address)
         new = store.store_token("EF9012")
-        assert (new["user_id"], token_of(store, "ef9012")) == ("ef9012", new["token"]), "the earlier one is dead"
+        assert (new["user_id"], token_of(store, "ef9012")) == ("ef9012", new["token"]), "the earlier token is dead"
         assert [token.generation for token in store.backend.read_tokens("ef9012")] == [1, 2]
         assert store.backend.read_tokens("EF9012") == []
 
@@ -261,7 +261,7 @@ class TestADatabaseOfVersion1:
 def test_the_earlier_programs_of_these_tests_open_what_version_1_wrote(
     each_address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the test above could pass for another reason."""
+    """Check that the test above cannot pass for another reason."""
     restore(each_address)
     name = each_address.kind.partition(":")[2]
     monkeypatch.setattr(mongodb_schema, "SCHEMA_VERSION", 1)

@@ -1,9 +1,9 @@
-"""A fault at every step of a login, one login a step: no token is lost, and no dead one is handed out.
+"""A fault at every step of a login, one login per step: no token is lost, and no dead one is handed out.
 
-Of each login two things are asked once it is over, by another process on the same database:
+When a login is over, another process on the same database checks two promises:
 
-1. A token whose answer had arrived is in the store, or in the error that was raised. (Not of one that was killed.)
-2. No call hands out a token that Upstox refuses, and `get_or_create_token` gives a living one.
+1. A token that had arrived at the client is in the store or in the error, unless the process was killed.
+2. No call hands out a token that Upstox refuses, and `get_or_create_token` returns one that works.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _told() -> Iterator[None]:
 
 @pytest.fixture
 def quick(each_address: Address) -> Address:
-    """A store that does not keep anybody waiting for long after a kill or an outage."""
+    """Return the address of a store that nobody has to wait for long after a kill or an outage."""
     shorter = {
         "MongoUpstoxStorage": {"lease": 2.0, "timeout": 2.0},
         "HybridUpstoxStorage": {"believed": 0.5},
@@ -44,7 +44,7 @@ def quick(each_address: Address) -> Address:
 
 
 def promises_hold(address: Address, kind: str, way: Way = PLAIN, workers: int = WORKERS) -> int:
-    """How many logins were hit."""
+    """Check the promises at every moment, and return the number of logins that were hit."""
     count, faults = broken_at_every_step(address, kind, way, workers)
     assert not faults, f"{len(faults)} faults in {count} runs:\n" + "\n".join(faults)
     return count
@@ -62,7 +62,8 @@ def test_a_fault_at_every_step_of_a_login(quick: Address, kind: str) -> None:
 
 
 def test_a_kill_where_nobody_is_named_and_all_tokens_are_marked(quick: Address) -> None:
-    # One at a time: such a login puts the tokens of all others in doubt, which would hide what is looked for.
+    # Use one worker, because such a login puts the tokens of all others in doubt. That would hide what the test looks
+    # for.
     counted(quick, KILL, Way(named=False), workers=1)
 
 

@@ -1,4 +1,4 @@
-"""The hybrid store: the contract, who answers, what lies in Redis, and the configuration."""
+"""The hybrid store: the contract, which server answers, what is in Redis, and the configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from ..support.stores import OpenStore, living
 
 
 class TestHybrid(OnHybrid, StoreContract):
-    # Who answers
+    # Which server answers
 
     def test_a_hot_read_with_its_count_and_audit_is_one_message_to_redis(
         self, store: HybridUpstoxStorage, monkeypatch: pytest.MonkeyPatch
@@ -72,14 +72,14 @@ class TestHybrid(OnHybrid, StoreContract):
         self.redis.script_flush()
         assert living(store)["source"] == "redis"
 
-    # What lies in Redis
+    # What is in Redis
 
     def test_redis_holds_ciphertext_and_nothing_of_the_token(self, store: HybridUpstoxStorage) -> None:
         stored = store.store_token()
         living(store)
         everything = json.dumps(list(self._everything()))
         assert "v2." in everything
-        assert USER in everything, "what is searched for would be found"
+        assert USER in everything, "the search would find a secret"
         token = stored["token"]
         assert all(token[at : at + 16] not in everything for at in range(len(token) - 15))
 
@@ -137,7 +137,7 @@ class TestHybrid(OnHybrid, StoreContract):
                 again.init_postgres()
                 assert again.get_valid_token(USER)["token"] == token  # type: ignore[index]
                 assert again.get_valid_token(USER)["source"] == "redis"  # type: ignore[index]
-        assert self.redis.ping(), "who made the client closes it"
+        assert self.redis.ping(), "whoever made the client has to close it"
 
     @pytest.mark.parametrize(
         "bad", [{"hist": "x", "password": "hunter2hunter2"}, "hunter2hunter2@host", None, 7, {"port": "x"}]
@@ -176,7 +176,7 @@ class TestHybrid(OnHybrid, StoreContract):
                     with pytest.raises(ResponseError, match=r"(?i)permission"):
                         thief.execute_command(*forbidden)
                 script = thief.script_load("return redis.call('GET', 'another')")
-                # Redis 7.0 says it in other words than 8.
+                # Redis 7.0 words this differently from Redis 8.
                 with pytest.raises(ResponseError, match=r"(?i)permission|can't access"):
                     thief.evalsha(script, 0)
         finally:

@@ -1,4 +1,4 @@
-"""Redis or PostgreSQL of a HybridUpstoxStorage is killed, stalled or filled: the other goes on, nothing is stale."""
+"""HybridUpstoxStorage when Redis or PostgreSQL is killed, stalled or full: the other goes on, nothing is stale."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OpenHybrid = Callable[..., HybridUpstoxStorage]
 
 @pytest.mark.usefixtures("own_servers")
 class TestServersThatFail(CountsLogins):
-    """On servers of our own, which can be stopped, killed, stalled and filled."""
+    """Tests on servers of their own, which they can stop, kill, stall and fill."""
 
     @pytest.fixture
     def postgresql(self) -> Iterator[PostgreSQLServer]:
@@ -69,10 +69,10 @@ class TestServersThatFail(CountsLogins):
         getattr(redis, fault)()
         begin = time.monotonic()
         assert living(store)["source"] == "postgresql"
-        assert time.monotonic() - begin < 0.25 * 1.2 + 0.1, "0.1 s is for PostgreSQL on a slow machine"
+        assert time.monotonic() - begin < 0.25 * 1.2 + 0.1, "0.1 s of this is for PostgreSQL on a slow machine"
         asked = count_messages_to_redis(monkeypatch)
         assert [living(store)["source"] for _ in range(20)] == ["postgresql"] * 20
-        assert len(asked) <= 1, "not every read tries again"
+        assert len(asked) <= 1, "only one read may try Redis again"
         assert store.get_storage_status()["redis"].startswith("error: Redis gave no answer")
         redis.start() if fault == "kill" else redis.resume()
         time.sleep(0.6)
@@ -139,17 +139,17 @@ class TestServersThatFail(CountsLogins):
 
     @pytest.mark.parametrize("change", ["store_token", "revoke_token"])
     def test_without_the_replicas_that_were_asked_for_it_waits(self, open_store: OpenHybrid, change: str) -> None:
-        store = open_store(replicas=1)  # This Redis has none.
+        store = open_store(replicas=1)  # This Redis has no replicas.
         store.store_token(USER)
         begin = time.monotonic()
         getattr(store, change)(USER)
-        assert time.monotonic() - begin >= 0.5, "until nobody believes a copy that a replica may bring back"
+        assert time.monotonic() - begin >= 0.5, "it must wait until a copy that a replica may bring back has expired"
 
     def test_a_full_redis_is_no_redis(self, redis: RedisServer, store: HybridUpstoxStorage) -> None:
         with Redis.from_url(redis.url) as bare_redis:
             bare_redis.config_set("maxmemory", 1)
             assert living(store)["source"] == "postgresql"
-            assert not store.backend.redis.bury([USER], 1).certain, "a copy that comes late may find room again"
+            assert not store.backend.redis.bury([USER], 1).certain, "Redis may have room again when a late copy arrives"
             token = store.store_token(USER)["token"]
             assert living(store)["token"] == token
             assert "Redis does not accept writes (OutOfMemoryError)" in store.get_storage_status()["redis"]
@@ -180,11 +180,11 @@ class TestServersThatFail(CountsLogins):
         self, postgresql: PostgreSQLServer, store: HybridUpstoxStorage, fault: str
     ) -> None:
         getattr(postgresql, fault)()
-        time.sleep(0.6)  # Nobody would believe this copy any more.
+        time.sleep(0.6)  # Normally this copy would have expired by now.
         assert store.get_or_create_token(USER)["source"] == "redis"
         begin = time.monotonic()
         assert {living(store)["source"] for _ in range(50)} == {"redis"}
-        assert time.monotonic() - begin < 10, "PostgreSQL is not waited for each time, for one second"
+        assert time.monotonic() - begin < 10, "it may wait for PostgreSQL once, for one second, but not for every read"
         assert one_waits_of_four(store)
         with pytest.raises(StoreUnavailable):
             store.store_token(USER)
@@ -253,7 +253,7 @@ class TestServersThatFail(CountsLogins):
     ) -> None:
         sources = [living(store)["source"] for _ in range(99)]
         assert sources.count("redis") > 50, (
-            "on a busy machine one may take too long, and PostgreSQL answers in its place"
+            "on a busy machine a read from Redis may take too long, and PostgreSQL answers instead"
         )
         redis.kill()
         redis.start()
@@ -282,7 +282,7 @@ class TestServersThatFail(CountsLogins):
 
 
 def one_waits_of_four(store: HybridUpstoxStorage) -> bool:
-    """While PostgreSQL gives no answer, at most one of several readers finds out whether it is back."""
+    """Return whether, while PostgreSQL does not answer, just one of several readers asks if it is back."""
     asked, ask = [], store.backend.postgres.find_and_record
 
     def counted(*values: Any) -> Any:
@@ -297,7 +297,7 @@ def one_waits_of_four(store: HybridUpstoxStorage) -> bool:
 
 
 def bare_uses(store: HybridUpstoxStorage) -> list[str]:
-    """The ids of the uses in the audit trail."""
+    """Return the ids of the uses in the audit trail."""
     return [entry["metadata"]["use"] for entry in store.get_audit_trail(USER, 9999) if entry["action"] == "used"]
 
 
@@ -307,7 +307,7 @@ def password(url: str) -> str:
 
 @contextmanager
 def tls_in_front_of(server: RedisServer, folder: Path) -> Iterator[tuple[int, Path]]:
-    """TLS as stunnel does it, for the Redis of the wheel has none: the port, and the authority that vouches for it."""
+    """Run a TLS proxy like stunnel, because the wheel's Redis has no TLS. Yield its port and certificate authority."""
     authority, certificate, key = make_certificates(folder)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)

@@ -1,4 +1,4 @@
-"""Sentinel, a Redis Cluster, a PostgreSQL primary with its standby: real processes, a steady load, and kill -9."""
+"""Sentinel, a Redis Cluster and a PostgreSQL primary with its standby: real processes, a steady load, and kill -9."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ QUICK: dict[str, Any] = {"socket_timeout": 0.25, "socket_connect_timeout": 0.25,
 
 
 class Load:
-    """Stores, revokes and reads, on and on, by two stores; and what came of it."""
+    """A steady load of stores, revocations and reads on two stores, and a record of the results."""
 
     def __init__(self) -> None:
         self.numbers = itertools.count(1)
         self.least = dict.fromkeys([*KEPT, REVOKED], 0)
-        """The number of the oldest token that a read may give which begins now."""
+        """The number of the oldest token that a read may return if it begins now."""
         self.acknowledged: dict[str, int] = {}
         self.ids: list[int] = []
-        """Of all tokens that were acknowledged."""
+        """The ids of all acknowledged tokens."""
         self.dead = self.missing = self.errors = self.reads = 0
         self.longest = {"read": 0.0, "write": 0.0}
         self.sources: list[tuple[float, str]] = []
         self._stop = threading.Event()
-        self.doubt_from = math.inf  # from when a token may be in doubt
+        self.doubt_from = math.inf  # from this time on a token may be in doubt
 
     def login(self, user_id: str | None) -> AccessTokenData:
         return token_data(user_id or "", f"eyJ0eXAi{next(self.numbers):060}")
@@ -119,7 +119,7 @@ class Load:
         )
 
     def lost(self, url: str) -> int:
-        """How many acknowledged tokens there is no record of."""
+        """Count the acknowledged tokens that have no record."""
         assert len(self.ids) > 20
         return len(set(self.ids) - {row["id"] for row in bare(url, "SELECT id FROM upstox_tokens")})
 
@@ -129,7 +129,7 @@ def number(result: Any) -> int:
 
 
 class Node(RedisServer):
-    """One of several that share a password."""
+    """One of several nodes that share a password."""
 
     def _password(self) -> str:
         return PASSWORD
@@ -163,7 +163,7 @@ class Primary(PostgreSQLServer):
 
 
 class Standby(Primary):
-    """A copy of this primary, which it follows."""
+    """A standby that follows this primary."""
 
     def __init__(self, primary: Primary) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def test_a_sentinel_failover_hands_out_nothing_dead(postgres_url: str, keys: Key
             failed_over = time.monotonic()
             wait_until(lambda: load.sources[-1][0] > failed_over and load.sources[-1][1] == "redis")
             time.sleep(2)
-        # Before a second is over no sentinel looks for another master.
+        # Within the first second no sentinel looks for another master.
         assert {source for at, source in load.sources if killed + 0.5 < at < killed + 0.9} == {"postgresql"}
         load.is_as_promised(postgres_url, "Redis's master killed")
         assert load.longest["read"] < 2
@@ -242,7 +242,8 @@ def test_a_promoted_standby_has_every_acknowledged_token(keys: KeyRing, redis_se
         writer, reader = (stack.enter_context(HybridUpstoxStorage(redis_server, url, **options)) for _ in range(2))
         with load.on(writer, reader):
             time.sleep(2)
-            load.doubt_from = time.monotonic()  # A login under way cannot store its token, and the earlier one is dead.
+            # A login that is running cannot store its token now, and the earlier token is dead.
+            load.doubt_from = time.monotonic()
             primary.kill()
             killed, before = time.monotonic(), dict(load.acknowledged)
             time.sleep(1)
@@ -272,7 +273,7 @@ def test_without_a_synchronous_standby_some_would_be_lost(keys: KeyRing, redis_s
         )
         with load.on(writer, reader):
             time.sleep(1)
-            standby.do("ALTER SYSTEM SET primary_conninfo = ''")  # It does not hear of what comes next.
+            standby.do("ALTER SYSTEM SET primary_conninfo = ''")  # From now on it does not receive any changes.
             standby.do("SELECT pg_reload_conf()")
             time.sleep(1)
             primary.kill()
@@ -320,4 +321,4 @@ def test_a_redis_cluster_holds_the_copies(postgres_url: str, keys: KeyRing) -> N
         assert status["redis"].startswith("error: Redis gave no answer")
         assert store.revoke_token(KEPT[1])
         assert store.get_valid_token(KEPT[1]) is None
-        assert store.store_token(KEPT[1]), "no login is lost"
+        assert store.store_token(KEPT[1]), "the login must not be lost"

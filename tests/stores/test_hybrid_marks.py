@@ -1,4 +1,4 @@
-"""The hybrid store: no copy lies in Redis while a token is marked."""
+"""The hybrid store: Redis has no copy of a token while the token is marked."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class TestHybrid(OnHybrid):
         store.backend.buried_for = 0.2
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
-            assert self.redis.get(self.key()).startswith("tombstone"), "the login begins when nothing is left there"
+            assert self.redis.get(self.key()).startswith("tombstone"), "the login begins only once the copy is gone"
             time.sleep(0.25)
             assert self.redis.get(self.key()) is None
             assert [living(other)["source"] for _ in range(2)] == ["postgresql"] * 2
-            assert self.redis.get(self.key()) is None, "nobody puts a copy of a marked token there"
+            assert self.redis.get(self.key()) is None, "nobody may put a copy of a marked token there"
             store.backend.end_login(USER, in_doubt=False)
         assert [living(other)["source"] for _ in range(2)] == ["postgresql", "redis"]
 
@@ -96,7 +96,7 @@ class TestHybrid(OnHybrid):
 
         with monkeypatch.context() as patch:
             patch.setattr(reader.backend.postgres, "find_and_record", and_then_a_login_dies)
-            assert living(reader), "it was in no doubt when the read began"
+            assert living(reader), "the token was not in doubt when the read began"
         assert self.redis.get(self.key()).startswith("tombstone")
         assert reader.get_valid_token(USER) is None
 
@@ -144,7 +144,7 @@ class TestHybrid(OnHybrid):
         copy = self.redis.get(self.key())
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
-        self.redis.set(self.key(), copy)  # as when Redis could not be told and the login was killed at once
+        self.redis.set(self.key(), copy)  # as if Redis could not be reached and the login was killed at once
         with store.backend.lock(USER):
             assert (
                 store.backend.find(USER, store.backend.context.now(), store.backend.context.now(), locked=True) is None
@@ -158,7 +158,7 @@ class TestHybrid(OnHybrid):
         fields = json.loads(text)
         del fields["account"]
         self.redis.set(self.key(), " ".join([*header, json.dumps(fields)]))
-        assert [living(store)["source"] for _ in range(2)] == ["postgresql", "redis"], "a good copy took its place"
+        assert [living(store)["source"] for _ in range(2)] == ["postgresql", "redis"], "a good copy must replace it"
         assert store.get_user_statistics(USER)["total_usage"] == 2
         fields["ciphertext"] = "v1.key.text"
         self.redis.set(self.key(), " ".join([*header, json.dumps(fields)]))

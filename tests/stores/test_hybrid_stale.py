@@ -1,4 +1,4 @@
-"""The hybrid store: no copy in Redis outlives what PostgreSQL knows, whoever comes late."""
+"""The hybrid store: no copy in Redis outlives a change in PostgreSQL, even if a reader comes late."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..support.stores import OpenStore, living
 
 
 class TestHybrid(OnHybrid):
-    # Nothing stale
+    # Stale copies
 
     @pytest.mark.parametrize("change", ["store_token", "revoke_token", "rotate_keys"])
     def test_a_reader_that_comes_late_brings_nothing_old_back(self, open_store: OpenStore, change: str) -> None:
@@ -38,7 +38,7 @@ class TestHybrid(OnHybrid):
         self.redis.delete(self.key())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reader.backend.postgres, "find_and_record", and_then_something_changes)
-            assert reader.get_valid_token(USER), "it was alive when the read began"
+            assert reader.get_valid_token(USER), "the token was active when the read began"
         (row,) = (row for row in self.raw_rows() if row["is_active"] or change == "revoke_token")
         for store in (reader, writer, open_store(keys=KeyRing(new))):
             read = store.get_valid_token(USER)
@@ -55,7 +55,7 @@ class TestHybrid(OnHybrid):
         def ended_by_another_before(token: StoredToken, *rest: Any, **options: Any) -> int | None:
             if change == "revoke_token":
                 assert other.revoke_token(USER)
-            else:  # as after a login of an account that named nobody
+            else:  # as after a login that named no user
                 other.backend.insert(replace(token, token_id=None, generation=token.generation + 1))
             return put(token, *rest, **options)
 
@@ -90,10 +90,10 @@ class TestHybrid(OnHybrid):
         store.store_token()
         old = self.redis.get(self.key())
         store.revoke_token(USER)
-        self.redis.set(self.key(), old)  # as a Redis does that was away while the token was revoked
+        self.redis.set(self.key(), old)  # as after a revocation that Redis missed
         time.sleep(0.25)
         assert store.get_valid_token(USER) is None
-        assert self.redis.get(self.key()) is None, "else it would be handed out when PostgreSQL is away"
+        assert self.redis.get(self.key()) is None, "otherwise it would be handed out while PostgreSQL is unreachable"
 
     def test_a_copy_is_warmed_only_by_what_was_just_read(self, open_store: OpenStore) -> None:
         store = open_store(believed=0.2)
@@ -114,14 +114,14 @@ class TestHybrid(OnHybrid):
         clock, _ = self.redis.time()
         living(store)
         fresh_until = int(self.redis.get(self.key()).partition(" ")[0])
-        assert fresh_until - clock * 1000 < 2000, "believed since PostgreSQL was asked"
+        assert fresh_until - clock * 1000 < 2000, "the copy's lifetime must begin when PostgreSQL was asked"
 
     def test_a_copy_that_comes_back_from_the_past_is_not_believed_for_long(self, open_store: OpenStore) -> None:
         store = open_store(believed=0.3)
         store.store_token()
         old = self.redis.get(self.key())
         new = store.store_token()["token"]
-        self.redis.set(self.key(), old)  # as an old snapshot or a failover that lost writes does
+        self.redis.set(self.key(), old)  # like an old snapshot or a failover that lost writes
         time.sleep(0.35)
         assert living(store)["token"] == new
 

@@ -1,4 +1,4 @@
-"""The hybrid store: each use is counted once, whoever folds and whoever is killed."""
+"""The hybrid store: each use is counted once, whichever process folds it and whichever is killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..support.stores import Counts, OpenStore, living
 
 
 class TestHybrid(OnHybrid):
-    # What is counted
+    # Counting uses
 
     def test_a_use_whose_answer_was_lost_and_that_was_folded_already_is_counted_once(
         self, store: HybridUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
@@ -98,12 +98,12 @@ class TestHybrid(OnHybrid):
 class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     kind = "upstox_db_examples:HybridUpstoxStorage"
     seconds_of_crowding = 5
-    # 32 processes with a connection of the pool and one for a lock each: a server takes a hundred of them.
+    # Each of 32 processes has a connection of its pool and one for a lock. A server accepts a hundred of them.
     in_a_crowd = {"pool_size": 1, "timeout": 60.0}
 
     @pytest.fixture
     def address(self, postgres_url: str, redis_server: str, redis_prefix: str) -> Address:
-        # A Redis that is only slow, on a busy machine, is not the fault that is tested here.
+        # A Redis that is only slow, on a busy machine, is not the fault that this class tests.
         options = {"redis_prefix": redis_prefix, "redis_timeout": 5}
         address = Address(self.kind, (redis_server, postgres_url), options)
         address.open().close()
@@ -111,7 +111,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.fixture
     def count(self, postgres_url: str, address: Address) -> Iterator[Callable[[], Counts]]:
-        """What lies in PostgreSQL, where a reader that warms Redis all the time gets nothing older."""
+        """Yield a function that counts the rows in PostgreSQL. Reads that refill Redis must return nothing older."""
         stop = threading.Event()
 
         def counted() -> Counts:
@@ -122,7 +122,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
             elif found.active:
                 newest = store.backend.find_newest(USER)  # A login that was killed may have replaced it.
                 assert newest is not None
-                assert newest.in_doubt, "a token was not there"
+                assert newest.in_doubt, "a token was missing"
             return found
 
         def keep_reading() -> int:
@@ -165,7 +165,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
                 processes.kill(process)
                 connection.close()
             assert reads > 100
-            assert store.get_user_statistics(USER)["total_usage"] == reads, "some were counted more than once"
+            assert store.get_user_statistics(USER)["total_usage"] == reads, "some uses were counted more than once"
             used = [entry for entry in store.get_audit_trail(USER, limit=reads + 9) if entry["action"] == "used"]
             assert len(used) == reads
 

@@ -1,4 +1,4 @@
-"""After a full run through success and failure, no secret lies anywhere: looked for in bytes, not by eye."""
+"""After a full run of successes and failures, no secret can be found anywhere. The search looks at the bytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PASSWORD = "the-password-of-this-account"
 
 
 class PlainMongoDB(MongoDBServer):
-    """Its files are not compressed, or nothing could be found in them."""
+    """A MongoDB with uncompressed files, because a search finds nothing in compressed ones."""
 
     def _command(self) -> list[str]:
         none = ["--wiredTigerCollectionBlockCompressor", "none", "--wiredTigerJournalCompressor", "none"]
@@ -50,7 +50,7 @@ class PlainMongoDB(MongoDBServer):
 
 
 class Surroundings(NamedTuple):
-    """A store, the servers behind it, where its data lies, and which modules of its own log something."""
+    """A store, its servers, the folders with its data, and the names of its own loggers."""
 
     open: Callable[..., TokenStorage]
     servers: list[Any]
@@ -63,7 +63,7 @@ EVERY_STORE = {
     *("transfer.transfer", "sqlite.backend", "sqlite.connections"),
 }
 POSTGRESQL = {"postgresql.backend", "postgresql.connections"}
-# Each command in the slow log, and nothing compressed in the snapshot.
+# The slow log keeps each command, and nothing in the snapshot is compressed.
 SHOWS_ALL = {"slowlog-log-slower-than": "0", "slowlog-max-len": "10000", "rdbcompression": "no"}
 
 
@@ -115,7 +115,7 @@ def surroundings(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sur
 def full_run(
     surroundings: Surroundings, upstox: LocalUpstox, account: Account, keys: list[bytes], clock: Clock, folder: Path
 ) -> tuple[list[str], str]:
-    """All that a store can do and that can go wrong; the tokens that there were, and all that was shown."""
+    """Run everything that a store can do and that can go wrong. Return the tokens, and everything that was shown."""
     tokens: list[str] = []
     shown: list[str] = []
 
@@ -188,11 +188,11 @@ def full_run(
 
 
 def forget_failures(store: TokenStorage) -> None:
-    """Let the next login ask Upstox: what an earlier failure has left would stop it."""
+    """Let the next login reach Upstox: the notes of an earlier failure would stop it."""
     who = applicant_of(store.login, USER).who
     for name in ("limit", f"limit {who}", f"refusal {who}"):
         store.backend.erase_note(name)
-    store.revoke_token("ZZ9999")  # whom Failure.OTHER_USER names
+    store.revoke_token("ZZ9999")  # the user in Failure.OTHER_USER
 
 
 def wrong_statement(store: SQLiteUpstoxStorage) -> None:
@@ -244,7 +244,7 @@ def test_no_secret_lies_anywhere(
     assert len(tokens) == 8
     assert len(texts) > 10_000
     assert USER in texts
-    assert not leaks.find([*secrets, *passwords, account.pin], texts.encode()), "in what was shown or logged"
+    assert not leaks.find([*secrets, *passwords, account.pin], texts.encode()), "a secret was shown or logged"
     assert leaks.files_with(secrets, tmp_path) == []
     for server in surroundings.servers:
         with contextlib.suppress(AttributeError):
@@ -260,8 +260,8 @@ def test_no_secret_lies_anywhere(
             assert not leaks.find(secrets, asked)
         server.stop()
     for folder in surroundings.folders:
-        assert leaks.files_with(USER, folder), f"{folder.name} holds nothing that could be found"
-        # Not the copy of the server's own files, nor those that hold its password on purpose.
+        assert leaks.files_with(USER, folder), f"{folder.name} should contain the user's name"
+        # Leave out the copy of the server's own files, and the files that hold its password on purpose.
         data = [each for each in folder.iterdir() if each.is_dir() and each.name != "install"]
         assert [found for each in data for found in leaks.files_with(secrets, each)] == []
         log = folder / "server.log"

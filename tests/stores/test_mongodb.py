@@ -51,7 +51,7 @@ class TestMongoDB(OnMongoDB, StoreContract):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
             with sent(caplog) as commands:
                 living(store)
-        assert commands == ["find", "find", "findAndModify"], "the lease of the login that is under way"
+        assert commands == ["find", "find", "findAndModify"], "the second find is for the lease of the running login"
 
     def test_notes_and_the_clock_are_two_round_trips(
         self, store: MongoUpstoxStorage, caplog: pytest.LogCaptureFixture
@@ -91,7 +91,8 @@ class TestMongoDB(OnMongoDB, StoreContract):
         living(store)
         with self.mongo.bare() as db:
             (record,) = db.tokens.find()
-            db.token_audit.insert_many(record["audit"])  # moved, and killed before they were taken out of the record
+            # This is how it looks if a process copied them and was killed before it removed them from the record.
+            db.token_audit.insert_many(record["audit"])
         assert [e["action"] for e in store.get_audit_trail(USER)] == ["used", "created", "login"]
         store.revoke_token(USER)
         assert [e["action"] for e in store.get_audit_trail(USER)] == ["revoked", "used", "created", "login"]

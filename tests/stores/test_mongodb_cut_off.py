@@ -21,7 +21,7 @@ from ..support.stores import OpenStore, living
 
 
 class TestMongoDB(OnMongoDB):
-    # What is cut off in the middle
+    # Changes that are cut off in the middle
 
     def test_the_dashboard_shows_the_token_that_is_handed_out_while_another_is_stored(
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
@@ -38,7 +38,7 @@ class TestMongoDB(OnMongoDB):
     ) -> None:
         for _ in range(3):
             store.store_token(USER)
-        with self.mongo.bare() as db:  # as after a restore that was not of one moment
+        with self.mongo.bare() as db:  # as after a restore that mixes two moments
             db.tokens.delete_many({"generation": {"$gt": 1}})
         with pytest.raises(StoreUnavailable, match="Store a new token"):
             store.get_valid_token(USER)
@@ -69,18 +69,18 @@ class TestMongoDB(OnMongoDB):
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, clock: Clock
     ) -> None:
         first = store.store_token(USER)["token"]
-        clock.advance(seconds=1)  # so that the second one is issued later
+        clock.advance(seconds=1)  # so that the second token is issued later
         with pytest.raises(TokenNotStored) as caught, cut_off_before(monkeypatch, "find_one_and_replace"):
             store.store_token(USER)
         with self.mongo.bare() as db:
             assert db.active_tokens.find_one({"_id": USER})["generation"] == 1
-            assert db.tokens.count_documents({}) == 2, "both attempts have one record"
+            assert db.tokens.count_documents({}) == 2, "both attempts share one record"
         newest = store.backend.find_newest(USER)
         assert newest is not None
-        assert store.cipher.decrypt(newest).reveal() == first, "the token that never became active hides no other"
+        assert store.cipher.decrypt(newest).reveal() == first, "a token that never became active must not hide others"
         assert newest.in_doubt
         assert [row["is_active"] for row in store.get_token_history(USER)] == [False, True]
-        # Upstox has killed the first one, and nobody waits for the lease to end by itself.
+        # Upstox has killed the first token. The store gives its lease back, so nobody waits for the lease to end.
         wait_until(lambda: store.get_valid_token(USER) is None, seconds=3)
         assert store.save_token(token_data(USER, caught.value.token.reveal()))["token"] == living(store)["token"]
         assert store.backend.read_tokens(USER)[-1].generation == 2
@@ -111,7 +111,7 @@ class TestMongoDB(OnMongoDB):
                 living(store)
             else:
                 store.backend.merge(USER, [token], [])
-        with self.mongo.bare() as db:  # as after a restore that was not of one moment, or a migration that was killed
+        with self.mongo.bare() as db:  # as after a restore that mixes two moments, or a migration that was killed
             db.active_tokens.replace_one({}, before)
         newest = store.backend.find_newest(USER)
         assert newest is not None

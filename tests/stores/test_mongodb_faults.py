@@ -41,7 +41,7 @@ class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
 
     @pytest.mark.slow
     def test_a_writer_can_be_killed_200_times(self, address: Address, count: Callable[[], Counts]) -> None:
-        # Each killed writer leaves a lease to wait for, so this one is short.
+        # Each killed writer leaves a lease that the next one waits for, so make the lease short.
         super().test_a_writer_can_be_killed_200_times(address._replace(options={"lease": 0.1}), count)
 
     @pytest.fixture
@@ -62,7 +62,7 @@ class TestMongoDBUnderCrowdsAndKills(ReliabilityContract):
 
 @pytest.mark.usefixtures("own_servers")
 class TestTheTTL:
-    """On a server whose TTL monitor runs each second; here time is the real one."""
+    """Tests on a server whose TTL monitor runs every second. They use the real time."""
 
     @pytest.fixture
     def server(self) -> Iterator[MongoDBServer]:
@@ -77,7 +77,7 @@ class TestTheTTL:
             with store.backend.lock(USER):
                 store.backend.begin_login(
                     USER, USER, store.backend.context.now(), {}
-                )  # A marked document goes as any other does.
+                )  # A marked document expires like any other.
             with pymongo.MongoClient[Any](server.url) as client:
                 db = client.upstox_db
                 assert db.active_tokens.count_documents({}) == 1
@@ -113,7 +113,7 @@ class TestAServerThatFails(ServerContract):
     kind, name = MongoDBServer, "mongodb"
 
     def connect(self, url: str, **options: Any) -> TokenStorage:
-        # A writer whose server is killed leaves a lease to wait for, so this one is short.
+        # A writer whose server is killed leaves a lease that others wait for, so make the lease short.
         return MongoUpstoxStorage(url, lease=0.3, **options)
 
 

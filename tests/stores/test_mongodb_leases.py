@@ -1,4 +1,4 @@
-"""MongoDB: the lease of a login, the mark on its token, and a caller who has lost it."""
+"""MongoDB: the lease of a login, the mark on its token, and a caller that has lost its lease."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TestMongoDB(OnMongoDB):
                 db.leases.delete_many({})
                 assert not self.found(other)
         assert store.backend.find_in_doubt(USER) is not None
-        assert store.get_user_statistics(USER)["total_usage"] == 2, "what is not found is not counted"
+        assert store.get_user_statistics(USER)["total_usage"] == 2, "a read that finds no token is not counted"
 
     def test_a_login_that_comes_to_its_end_while_its_token_is_read_is_no_doubt(
         self, store: MongoUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
@@ -76,7 +76,7 @@ class TestMongoDB(OnMongoDB):
             store.backend.begin_login(None, "-account-x", store.backend.context.now(), {})
             with store.backend.lock(USER):
                 store.backend.begin_login(USER, USER, store.backend.context.now(), {})
-                store.backend.end_login(ends, in_doubt=False)  # ... and the other one's process dies.
+                store.backend.end_login(ends, in_doubt=False)  # ... and the process of the other login dies.
         assert not self.found(store)
 
     def test_a_caller_who_has_lost_the_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
@@ -140,7 +140,7 @@ class TestMongoDB(OnMongoDB):
             wait_until(
                 lambda: f"Another caller has taken over the lease of {user_id or '-account-default'}" in caplog.text
             )
-            with self.mongo.bare() as db:  # ... who does nothing with it
+            with self.mongo.bare() as db:  # ... and does nothing with it
                 db.leases.delete_many({})
             return token_data(USER)
 
@@ -160,7 +160,7 @@ class TestMongoDB(OnMongoDB):
         assert store.get_valid_token(USER) is None
 
     def test_a_slow_login_keeps_its_lease(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
-        upstox.login_seconds = 1.0  # a request; a login has six
+        upstox.login_seconds = 1.0  # per request, and a login has six
         slow, other = open_store(lease=1), open_store(lease=1)
         with ThreadPoolExecutor(2) as threads:
             results = [threads.submit(store.get_or_create_token, USER) for store in (slow, other)]

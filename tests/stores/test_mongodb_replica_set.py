@@ -24,7 +24,7 @@ ELECTION_SECONDS = 2
 
 
 class Member(MongoDBServer):
-    """One of three: it neither makes a set of its own nor waits to be its primary."""
+    """A member of a set of three. It does not create a set of its own, and does not wait to become its primary."""
 
     def _password(self) -> str:
         return PASSWORD.replace(" ", "")
@@ -104,7 +104,7 @@ def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Memb
             except StorageError:
                 errors += 1
             else:
-                # What is read must be the last token that was acknowledged before, or a later one.
+                # A read must return the last token that was acknowledged before it, or a later one.
                 reads += 1
                 earlier = acknowledged[user_id][: known - 1] if known else []
                 stale += known > 0 and (result is None or result["token_id"] in earlier)

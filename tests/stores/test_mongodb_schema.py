@@ -1,4 +1,4 @@
-"""MongoDB: the collections of other programs and versions, and who may make and change them."""
+"""MongoDB: the collections of other programs and versions, and who may create and change them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TestMongoDB(OnMongoDB):
             db.tokens.create_index([("created_at", -1)])
             db.token_audit.create_index([("user_id", 1), ("performed_at", -1)])
             with pytest.raises(PyMongoError):
-                db.tokens.create_index([("expires_at", 1)], expireAfterSeconds=0)  # code 85: here the guide ends
+                db.tokens.create_index([("expires_at", 1)], expireAfterSeconds=0)  # code 85: the guide's code stops
         assert open_store().store_token()["token"] == living(open_store())["token"]
 
     @pytest.mark.parametrize("options", [{}, {"expireAfterSeconds": 3600}])
@@ -112,11 +112,11 @@ class TestMongoDB(OnMongoDB):
             stores = list(threads.map(lambda _: open_store(), range(8)))
         assert stores[0].store_token()["token"] == living(stores[7])["token"]
 
-    # What version 1 has made
+    # Databases of version 1
 
     @pytest.fixture
     def version_1(self) -> None:
-        """A database as version 1 has left it: three users, one of whom has revoked his token."""
+        """Restore a database of version 1. It has three users, and one of them has revoked a token."""
         restore_version_1(self.mongo)
 
     @pytest.mark.usefixtures("version_1")
@@ -131,7 +131,7 @@ class TestMongoDB(OnMongoDB):
             store, *others = threads.map(lambda _: open_store(keys=KEY, login=made_up_login), range(4))
         with self.mongo.bare() as db:
             assert {name: sorted(map(str, db[name].find())) for name in before} == before
-            assert all(indexes[name] <= set(db[name].index_information()) for name in before), "steps only add"
+            assert all(indexes[name] <= set(db[name].index_information()) for name in before), "steps only add indexes"
             assert db.schema_version.find_one()["version"] == 2
         (active,) = [token for token in store.backend.read_tokens(USER) if token.ciphertext]
         assert active.ciphertext.startswith("v1.")

@@ -1,4 +1,4 @@
-"""The pooled store: the contract, and what is the pool's own."""
+"""The pooled store: the contract, and the features of the pool itself."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class TestPooled(OnASQLiteFile, StoreContract):
             first.execute("BEGIN")
             first.execute("DELETE FROM upstox_token_audit")
         with store.get_connection() as second:
-            assert second is first, "the pool has only this one"
+            assert second is first, "the pool has only this connection"
             assert not second.in_transaction
             assert second.execute("SELECT count(*) FROM upstox_token_audit").fetchone()[0] > 0
 
@@ -159,7 +159,7 @@ class TestPooledUnderCrowdsAndKills(ReliabilityContract):
 
 @contextmanager
 def borrowed(store: PooledUpstoxStorage, count: int) -> Iterator[None]:
-    """This many connections held by as many threads."""
+    """Hold this many connections, each in a thread of its own."""
     have, give_back = threading.Barrier(count + 1), threading.Event()
 
     def hold(_: int) -> None:

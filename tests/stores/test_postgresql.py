@@ -48,7 +48,7 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
         store.store_token()
         assert len([sql for sql in messages if "INSERT INTO upstox_tokens" in sql]) == 1
         commits = "SELECT count(DISTINCT xmin::text) AS commits FROM upstox_token_audit WHERE token_id IS NOT NULL"
-        assert bare(self.url, commits) == [{"commits": 2}], "created; then deactivated and created together"
+        assert bare(self.url, commits) == [{"commits": 2}], "created; then deactivated and created in one commit"
 
     def test_a_read_that_waits_for_a_new_token_gets_it(self, store: PostgreSQLUpstoxStorage) -> None:
         store.store_token()
@@ -144,12 +144,12 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
             store.get_valid_token(USER)
         with pytest.raises(StorageError):
             store.store_token()
-        assert upstox.attempts() == 1, "no login was spent"
+        assert upstox.attempts() == 1, "the store must not waste a login"
         assert store.get_user_statistics(USER)["total_usage"] == 0
 
 
 def fill(url: str, count: int, now: datetime) -> None:
-    """Old tokens of a thousand users, as years of use leave them, and a living one of each."""
+    """Insert the old tokens of a thousand users, as after years of use, and an active one for each user."""
     bare(
         url,
         "INSERT INTO upstox_tokens (user_id, key_id, generation, products, exchanges, is_active, created_at, "

@@ -1,4 +1,4 @@
-"""PostgreSQL: connections that are bounded, lost, refused and encrypted."""
+"""PostgreSQL: connections that are limited, lost, refused and encrypted."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class TestPostgreSQL(OnPostgreSQL):
 
     def test_a_first_host_that_gives_no_answer_is_passed_over(self, open_store: OpenStore) -> None:
         parts = urlsplit(self.url)
-        with socket.create_server(("127.0.0.1", 0)) as silent:  # as a machine that was switched off
+        with socket.create_server(("127.0.0.1", 0)) as silent:  # like a machine that is switched off
             dead, alive = f"127.0.0.1:{silent.getsockname()[1]}", f"{parts.hostname}:{parts.port}"
             user = parts.netloc.rpartition("@")[0]
             self.url = urlunsplit(parts._replace(netloc=f"{user}@{dead},{alive}"))

@@ -21,7 +21,7 @@ from ..support.stores import Counts
 
 
 class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
-    # 32 processes with a connection of the pool and one for a lock each: a server takes a hundred of them.
+    # Each of 32 processes has a connection of its pool and one for a lock. A server accepts a hundred of them.
     in_a_crowd = {"pool_size": 1, "timeout": 60.0}
 
     @pytest.fixture

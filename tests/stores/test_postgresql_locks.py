@@ -1,4 +1,4 @@
-"""PostgreSQL: the lock of a login, the mark on its token, and a caller who has lost it."""
+"""PostgreSQL: the lock of a login, the mark on its token, and a caller that has lost its lock."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TestPostgreSQL(OnPostgreSQL):
     def test_no_lock_is_looked_at_for_a_token_without_a_mark(
         self, store: PostgreSQLUpstoxStorage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        looked = "login_lock / 0"  # fails wherever it is looked at
+        looked = "login_lock / 0"  # fails wherever the column is read
         monkeypatch.setattr(
             postgresql.queries,
             "FIND",

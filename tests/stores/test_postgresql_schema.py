@@ -1,4 +1,4 @@
-"""PostgreSQL: the schema of other programs and versions, and which role may do what."""
+"""PostgreSQL: the schema of other programs and versions, and the rights of each role."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = PostgreSQLBackend.schema_steps
 
 
 def with_steps(*steps: str) -> type[PostgreSQLUpstoxStorage]:
-    """A store of another version, with these schema steps."""
+    """Return a store class of another version, with these schema steps."""
     backend = type("OtherBackend", (PostgreSQLBackend,), {"schema_steps": steps})
     return type("OtherVersion", (PostgreSQLUpstoxStorage,), {"backend_class": backend})
 
@@ -99,7 +99,7 @@ class TestPostgreSQL(OnPostgreSQL):
                 f"SELECT 99, 'x', {columns} FROM upstox_tokens",
             )
 
-    # Who may do what
+    # Rights
 
     def test_the_runtime_role_stores_and_reads_and_cannot_touch_the_audit_trail(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore, clock: Clock

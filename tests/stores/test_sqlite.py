@@ -39,7 +39,8 @@ from ..support.stores import OpenStore, living
 
 
 def others_can_read(file: Path) -> bool:
-    if os.geteuid() != 0:  # Only root can become somebody else. For all others what counts is what they grant.
+    # Only root can become another user. Otherwise look at the permissions of the file.
+    if os.geteuid() != 0:
         return file.is_file() and bool(file.stat().st_mode & 0o077)
     command = ["cat", str(file)]
     done = subprocess.run(command, user=65534, group=65534, extra_groups=[], capture_output=True, check=False)
@@ -54,7 +55,7 @@ STEPS = SQLiteBackend.schema_steps
 
 
 def with_steps(*steps: str) -> type[SQLiteUpstoxStorage]:
-    """A store of another version, with these schema steps."""
+    """Return a store class of another version, with these schema steps."""
     backend = type("OtherBackend", (SQLiteBackend,), {"schema_steps": steps})
     return type("OtherVersion", (SQLiteUpstoxStorage,), {"backend_class": backend})
 
@@ -84,7 +85,7 @@ class TestSQLite(OnSQLite, StoreContract):
         assert all(leaks.files_with(secret, path.parent) == [] for secret in tokens)
 
     def test_nobody_else_can_read_them(self, keys: KeyRing) -> None:
-        # In a folder that others can enter, unlike pytest's.
+        # Use a folder that others can enter, because nobody else can enter pytest's.
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             folder.chmod(0o755)
@@ -106,7 +107,7 @@ class TestSQLite(OnSQLite, StoreContract):
         path.chmod(0o640)
         SQLiteUpstoxStorage(path).close()
         assert f"Others can access {path}" in caplog.text
-        assert path.stat().st_mode & 0o777 == 0o640, "whoever made it so may have a reason"
+        assert path.stat().st_mode & 0o777 == 0o640, "the mode must stay, because somebody may have set it on purpose"
 
     def test_of_two_names_of_one_file_only_one_logs_in(
         self, open_store: OpenStore, path: Path, upstox: LocalUpstox
@@ -129,7 +130,7 @@ class TestSQLite(OnSQLite, StoreContract):
     def test_a_commit_reaches_the_disk_before_it_is_acknowledged(self, store: SQLiteUpstoxStorage) -> None:
         with store.get_connection() as conn:
             assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
-            assert conn.execute("PRAGMA synchronous").fetchone()[0] == 2, "FULL"
+            assert conn.execute("PRAGMA synchronous").fetchone()[0] == 2, "2 means FULL"
             assert conn.execute("PRAGMA foreign_keys").fetchone()[0] == 1
 
     def test_the_database_itself_refuses_a_second_active_token(self, store: SQLiteUpstoxStorage, path: Path) -> None:
@@ -192,7 +193,7 @@ class TestSQLite(OnSQLite, StoreContract):
     def test_a_store_that_another_process_makes_meanwhile_is_opened(
         self, path: Path, monkeypatch: pytest.MonkeyPatch, nth: int
     ) -> None:
-        """Just before each statement of this one, in turn."""
+        """Another program creates the tables just before the nth statement of this one."""
         statements: list[str] = []
         overtaken: list[str] = []
 
@@ -216,7 +217,7 @@ class TestSQLite(OnSQLite, StoreContract):
         monkeypatch.setattr(sqlite_connections, "open_connection", watched)
         with SQLiteUpstoxStorage(path) as store:
             assert store.get_valid_token(USER) is None
-        # From the third on this one has the lock, and makes the tables.
+        # From the third statement on this program has the lock, and creates the tables.
         waited = "Waited 0.05 s for another program to make the tables. Try again, or raise login_wait."
         assert overtaken == ["made" if nth < 3 else waited]
 
@@ -265,7 +266,7 @@ class TestSQLite(OnSQLite, StoreContract):
 
 @contextlib.contextmanager
 def as_an_ordinary_user(folder: Path) -> Iterator[None]:
-    """Root may write anywhere, so the test becomes nobody for a while. The folder goes to nobody, too."""
+    """Run the block as nobody, who also gets the folder, because root may write anywhere."""
     if os.geteuid() != 0:
         yield
         return

@@ -1,4 +1,4 @@
-"""SQLite: a full disk, another writer, crowds and kills; and a naive store, on which these tests fail."""
+"""SQLite: a full disk, another writer, crowds and kills, and a naive store on which these tests fail."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TestSQLite(OnSQLite):
                         store.backend.record(USER, "filler", store.backend.context.now(), {"filler": "x" * size})
             with pytest.raises(StoreUnavailable, match="disk is full"):
                 store.store_token()
-            assert upstox.attempts() == 1, "no second login was begun"
+            assert upstox.attempts() == 1, "no second login may begin"
             assert living(store)["token"] == token
         assert store.store_token()["token"] != token
 
@@ -66,7 +66,7 @@ class TestSQLite(OnSQLite):
                     store.store_token(USER)
                 except StoreUnavailable:
                     outcomes.add("refused")
-                    assert logins == ["login"], f"a login was spent with {spare} bytes to spare"
+                    assert logins == ["login"], f"a login was wasted with {spare} bytes to spare"
                 else:
                     outcomes.add("stored")
                 finally:
@@ -96,7 +96,7 @@ class TestSQLite(OnSQLite):
         token = store.store_token()["token"]
         with bare(path) as other:
             other.execute("BEGIN IMMEDIATE")
-            assert living(store)["token"] == token, "reading goes on"
+            assert living(store)["token"] == token, "reads must go on"
             with pytest.raises(StoreUnavailable, match="locked by another writer"):
                 store.store_token()
             other.execute("ROLLBACK")
@@ -143,7 +143,7 @@ class Promises(ReliabilityContract):
 
 
 class TestANaiveStoreUnderCrowdsAndKills:
-    """The same promises, on a store that cannot keep them: they would notice."""
+    """Show that the reliability tests fail on a store that cannot keep the promises."""
 
     @pytest.fixture
     def clock(self) -> Clock:
@@ -192,7 +192,7 @@ class TestANaiveStoreUnderCrowdsAndKills:
 
 @contextlib.contextmanager
 def full(store: SQLiteUpstoxStorage) -> Iterator[None]:
-    """SQLite itself says that the database cannot grow."""
+    """Make SQLite itself report that the database cannot grow."""
     with store.get_connection() as conn:
         pages = conn.execute("PRAGMA page_count").fetchone()[0]
 

@@ -1,4 +1,4 @@
-"""Each store against one small model of what it promises: any calls, in any order, while time passes 03:30."""
+"""Each store against a small model of its promises: any calls, in any order, while time passes 03:30."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ examples = itertools.count()
 
 
 def next_death(now: datetime) -> datetime:
-    """03:30 in India, told independently of token.py."""
+    """Return the next 03:30 in India, calculated independently of token.py."""
     local = now.astimezone(IST)
     death = local.replace(hour=3, minute=30, second=0, microsecond=0)
     return death if death > local else death + timedelta(days=1)
@@ -34,7 +34,7 @@ def next_death(now: datetime) -> datetime:
 
 @dataclass
 class Known:
-    """What the model knows of a user. The latest token is the last one."""
+    """What the model knows about a user. The latest token is the last one."""
 
     tokens: list[str] = field(default_factory=list)
     dies: datetime | None = None
@@ -44,7 +44,7 @@ class Known:
 
 
 class Model(RuleBasedStateMachine):
-    """Two users who are new in each example, on a store that has seen the examples before."""
+    """A model of two users, new in each example, on a store that has already seen earlier examples."""
 
     stores: list[TokenStorage]
     clock: Clock
@@ -137,7 +137,7 @@ class Model(RuleBasedStateMachine):
 
 
 class Forgets(Model):
-    """The same with a fault, which it has to find."""
+    """The same model with a fault, which hypothesis has to find."""
 
     def stored(self, user: int, token: str) -> None:
         super().stored(user, token)
@@ -146,7 +146,7 @@ class Forgets(Model):
 
 @contextmanager
 def on(address: Address, clock: Clock, kind: type[Model]) -> Iterator[type[Model]]:
-    """The model with two stores on the same database."""
+    """Yield the model class with two stores on the same database."""
     with ExitStack() as stack:
         common = {"login": made_up_login, "clock": clock, **address.counting()}
         rings = (KeyRing(*KEYS), KeyRing(*reversed(KEYS)))
