@@ -1,4 +1,4 @@
-"""SQLite's own backup: whole, or refused, also while others write."""
+"""SQLite's own backup is whole or refused, even while others write."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_backup_opens_as_any_other_database(sqlite: Address, opened: Open, clo
     assert as_it_was(copy) == as_it_was(store)
     assert isinstance(copy, SQLiteUpstoxStorage)
     with copy.get_connection() as conn:
-        assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal", "else a writer locks the readers out"
+        assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "wal", "otherwise a writer locks the readers out"
 
 
 def test_a_backup_never_takes_the_place_of_a_database_in_use(
@@ -129,9 +129,7 @@ def test_a_backup_under_four_writers_holds_every_token_acknowledged_before(tmp_p
             store.backup(copy)
             assert acknowledged <= ids(copy)
             with address._replace(arguments=(str(copy),)).open() as restored:
-                newest = restored.backend.find_newest(
-                    processes.USER
-                )  # in doubt, if a login was under way at that moment
+                newest = restored.backend.find_newest(processes.USER)  # in doubt if a login was running at that moment
                 assert newest is not None
                 assert restored.cipher.decrypt(newest)
     assert len(acknowledged) > 50

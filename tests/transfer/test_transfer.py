@@ -1,4 +1,4 @@
-"""Export, import and migration between the stores: whole, or refused."""
+"""Export, import and migration between the stores are whole or refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_all_moves_between_sqlite_and_every_store(
     assert [len(store.backend.list_users()) for store in (source, target)] == [4, 4]
     before = as_it_was(target)
     assert migrate(source, target, progress=False) == counts._replace(new_tokens=0, new_audit_entries=0)
-    assert as_it_was(target) == before, "done again it changes nothing"
+    assert as_it_was(target) == before, "a second migration must change nothing"
     assert told(target) == told(source)
     target.store_token(USERS[0])
     assert target.get_token_history(USERS[0])[0]["is_active"]
@@ -115,7 +115,7 @@ def test_a_newer_token_of_the_target_stays(
     target.revoke_token(USERS[1])
     import_tokens(target, file, progress=False)
     assert token_of(target, USERS[0]) == newer
-    assert target.get_valid_token(USERS[1]) is None, "a restore does not undo a revocation"
+    assert target.get_valid_token(USERS[1]) is None, "a restore must not undo a revocation"
 
 
 def test_two_histories_are_not_mixed(
@@ -128,7 +128,7 @@ def test_two_histories_are_not_mixed(
     before = as_it_was(target)
     with pytest.raises(InvalidInput, match=f"different histories of {USERS[3]}"):
         migrate(source, target, progress=False)
-    assert as_it_was(target) == before, "also not of the users before"
+    assert as_it_was(target) == before, "the users before that one must not change either"
 
 
 def test_keys_of_the_two_may_differ(
@@ -155,7 +155,7 @@ def test_a_changed_ciphertext_is_not_brought_over(
     export_tokens(source, tmp_path / "export", progress=False)
     with pytest.raises(TokenRefused):
         import_tokens(target, tmp_path / "export", progress=False)
-    assert target.backend.list_users() == [], "also not of the users before"
+    assert target.backend.list_users() == [], "the users before that one must not be imported either"
 
 
 # The file of an export
@@ -193,7 +193,7 @@ def test_an_export_that_is_cut_off_is_refused(exported: Path, empty: TokenStorag
     readable = [
         KEY.decrypt(line, transfer_file.binding_of_line(header, number)) for number, line in enumerate(lines[:-1])
     ]
-    assert len(readable) > 4, "each line is good in itself: who read them one by one would take a part for the whole"
+    assert len(readable) > 4, "each line is valid by itself, so reading line by line would accept a part as the whole"
     exported.write_bytes(whole)
     assert import_tokens(empty, exported, progress=False).users == 4
 

@@ -1,4 +1,4 @@
-"""Transfers that are killed, that others write into meanwhile, and that are large: nothing lost, nothing back again."""
+"""Transfers that are killed, that others write into, or that are large: nothing is lost, and nothing old returns."""
 
 from __future__ import annotations
 
@@ -38,17 +38,18 @@ Open = Callable[..., TokenStorage]
 MANY = 20_000  # audit entries of one user
 
 
-# Killed, and done again
+# Kill and repeat
 
 
 @pytest.mark.slow
 def test_a_migration_can_be_killed_at_any_moment(each_address: Address, sqlite: Address, opened: Open) -> None:
     dice, in_its_midst = random.Random(1), 0
-    if "Mongo" in each_address.kind:  # Each killed migration leaves a lease to wait for, so this one is short.
+    # Each killed migration leaves a lease that the next one waits for, so make the lease short.
+    if "Mongo" in each_address.kind:
         each_address = each_address._replace(options={"lease": 0.1})
     source, target = opened(sqlite), opened(each_address)
     for number in range(21):
-        # So that there is always something left to do: a token more for each, a token fewer, and someone new.
+        # Make sure that something is left to do: one more token for each user, one revoked, and one new user.
         for user in range(8 + number):
             source.store_token(f"CD{user:04}")
             source.get_valid_token(f"CD{user:04}")
@@ -56,22 +57,22 @@ def test_a_migration_can_be_killed_at_any_moment(each_address: Address, sqlite: 
         living, before = living_users(target), to_be_compared(target)
         process, connection = processes.start(processes.migrate_on, sqlite, each_address)
         assert connection.recv() == "ready"
-        # Counted and not timed: a migration is as fast as the machine lets it be. Each user takes two writes.
+        # Count writes, not seconds: a migration's speed depends on the machine. Each user takes two writes.
         for _ in range(dice.randrange(2 * (8 + number))):
             assert connection.recv() == "writing"
         time.sleep(dice.uniform(0, 0.005))
         processes.kill(process)
         connection.close()
         in_its_midst += to_be_compared(target) not in (before, to_be_compared(source))
-        assert living - living_users(target) <= {f"CD{number:04}"}, "who had a token has one, but for the revoked one"
-    assert in_its_midst > 10, "they were hardly ever killed in the midst of writing"
+        assert living - living_users(target) <= {f"CD{number:04}"}, "only the revoked user may be without a token"
+    assert in_its_midst > 10, "few migrations were killed in the middle of writing"
     migrate(source, target, progress=False)
     assert to_be_compared(target) == to_be_compared(source)
     assert migrate(source, target, progress=False)[3:] == (0, 0)
 
 
 def living_users(store: TokenStorage) -> set[str]:
-    """Who has a token that lives. That nobody has two is looked at as well."""
+    """Return the users that have an active token, and check that none has two."""
     living = [
         token.user_id
         for user_id in store.backend.list_users()
@@ -98,7 +99,7 @@ def test_a_migration_killed_between_two_writes_of_mongodb_is_completed(
     assert told(target) == told(source)
 
 
-# Somebody writes meanwhile
+# Concurrent writes
 
 
 def test_what_was_revoked_or_used_meanwhile_stays_so(each_address: Address, opened: Open, clock: Clock) -> None:
@@ -115,7 +116,7 @@ def test_what_was_revoked_or_used_meanwhile_stays_so(each_address: Address, open
     assert target.get_user_statistics(USERS[1])["total_usage"] == 2, "uses were lost"
     assert token_of(target, USERS[1])
     clock.advance(days=2)
-    assert target.cleanup_expired_tokens() == 1, "the revoked one had its end before"
+    assert target.cleanup_expired_tokens() == 1, "the revoked token had ended before"
 
 
 def test_three_migrations_at_once_bring_nothing_over_twice(
@@ -170,7 +171,7 @@ def test_a_migration_waits_for_a_login_at_the_target_and_does_not_touch_its_toke
 
         def slow_login(user_id: str | None) -> AccessTokenData:
             migrations.append(pool.submit(migrate, source, target, progress=False))
-            assert not wait(migrations, timeout=1).done, "it did not wait"
+            assert not wait(migrations, timeout=1).done, "the migration did not wait for the login"
             return made_up_login(user_id)
 
         token = opened(each_address, login=slow_login).store_token(USERS[0])["token"]
@@ -238,7 +239,7 @@ def test_a_target_that_keeps_something_else_is_found_out(
         migrate(source, target, progress=False)
 
 
-# Many
+# Large transfers
 
 
 def test_round_through_all_five_stores(
@@ -300,6 +301,6 @@ def test_however_many_entries_a_user_has_they_go_over_some_hundreds_at_a_time(
         assert migrate(source, target, progress=False).new_audit_entries == 0
         export_tokens(target, tmp_path / "export", progress=False)
     lines = (tmp_path / "export").read_text().splitlines()
-    assert len(lines) == 1 + 1 + 1 + -(-(MANY + 2) // ENTRIES_AT_ONCE), "three lines, and the entries"
+    assert len(lines) == 1 + 1 + 1 + -(-(MANY + 2) // ENTRIES_AT_ONCE), "there must be three lines besides the entries"
     third = opened(sqlite._replace(arguments=(str(tmp_path / "third.db"),)))
     assert import_tokens(third, tmp_path / "export", progress=False).new_audit_entries == MANY + 2
