@@ -1,4 +1,4 @@
-"""`make bench`: all sides on genuine servers, side by side in one run. See benchmarks/README.md."""
+"""`make bench`: measure all sides on genuine servers, side by side in one run. See benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measured(name: str, servers: Servers, options: argparse.Namespace, parts: list[steps.Steps]) -> list[report.Row]:
     rows = []
     with ExitStack() as stack:
-        # The small and the large tables take their turns in the same rounds, for they are compared as well.
+        # The small and the large tables take turns in the same rounds, because they are compared with each other as
+        # well.
         sides = {}
         for tokens in options.tokens:
             print(f"{name}: loading {tokens:,} tokens ...", flush=True)
@@ -79,7 +80,7 @@ def _measured(name: str, servers: Servers, options: argparse.Namespace, parts: l
 
 
 def _fewer(rounds: int) -> int:
-    # A turn of a crowd has many more calls, and goes on until the slowest has ended.
+    # A crowd makes many more calls in a turn, and its turn lasts until the slowest call has ended.
     return (rounds + 1) // 2
 
 
@@ -113,7 +114,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--quick", action="store_true", help="a thousand tokens and few rounds; into build/benchmarks, not here"
     )
     for name, kind in (("--tokens", int), ("--rounds", int), ("--seconds", float), ("--folder", Path)):
-        # For the tests, which need the smallest run there can be.
+        # These options are for the tests, which need the smallest possible run.
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS, nargs="+" if name == "--tokens" else None)
     options = parser.parse_args(arguments)
     usual: dict[str, Any] = {"tokens": [1000, 1_000_000], "rounds": 5, "seconds": 0.25, "folder": HERE}

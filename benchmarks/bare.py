@@ -1,8 +1,8 @@
-"""The bare drivers, on tables that our stores made, doing the same durable work in as few messages.
+"""The bare drivers do the same durable work in as few messages as possible, on tables that our stores created.
 
-A read from SQLite is one indexed SELECT; where our store counts and audits a read, so does this. No encryption,
-no checks, no lock, no login entry: what is left is the least that a program could do. Connections are open already;
-like ours, a call takes the one that was used last.
+A read from SQLite is one indexed SELECT. If our store counts and audits a read, so does the bare driver. There is no
+encryption, no check, no lock and no login entry: this is the minimum that a program could do. Connections are already
+open. As in our stores, a call takes the connection that was used last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ AUDIT = RECORD
 
 
 class Connections[T]:
-    """Open ones, the last used on top."""
+    """Open connections, with the last used on top."""
 
     def __init__(self, connect: Callable[[], T]) -> None:
         self._connect = connect
@@ -105,7 +105,7 @@ class BarePostgreSQL:
             cursor.execute(USE, {"user_id": user_id, "alive_after": now, "now": now, "actor": ACTOR, "metadata": "{}"})
             row = cursor.fetchone()
         self._connections.give_back(conn)
-        return row[-1] if row else None  # The token is its last column.
+        return row[-1] if row else None  # The token is the last column.
 
     def store(self, user_id: str) -> str:
         data, now = self._login(user_id), datetime.now(UTC)
@@ -127,7 +127,7 @@ class BarePostgreSQL:
 
 
 class BareMongo:
-    """Three writes, each in the journal of a majority, as our store's are. There they are no transaction either."""
+    """Three writes, each in the journal of a majority, as in our store. Our store does not use a transaction either."""
 
     def __init__(self, url: str, database: str, login: Login) -> None:
         self._client: MongoClient[dict[str, Any]] = MongoClient(url, tz_aware=True)
@@ -140,7 +140,7 @@ class BareMongo:
         if found:
             used = {"$inc": {"usage_count": 1}, "$set": {"last_used_at": now}, "$push": {"audit": _entry("used", now)}}
             record = self._tokens.find_one_and_update({"_id": found["token_id"]}, used, {"usage_count": 1})
-            if record and record["usage_count"] % 100 == 99:  # our store moves them away then
+            if record and record["usage_count"] % 100 == 99:  # our store moves the entries away at this point
                 self._tokens.update_one({"_id": found["token_id"]}, {"$set": {"audit": []}})
         return found["ciphertext"].removeprefix("v1.bare.") if found else None
 
@@ -153,7 +153,7 @@ class BareMongo:
         record = {"_id": token_id, **{name: getattr(data, name) for name in names}, **times, "is_active": True}
         record |= {"usage_count": 0, "last_used_at": None, "audit": [_entry("created", now)]}
         self._tokens.insert_one(record)
-        # The validator of the collection lets in only what looks like a ciphertext.
+        # The validator of the collection accepts only values that look like a ciphertext.
         active = {"token_id": token_id, "ciphertext": f"v1.bare.{data.access_token}", "key_id": "bare", **times}
         self._active.replace_one({"_id": user_id}, active, upsert=True)
         self._tokens.update_many(
@@ -167,7 +167,7 @@ class BareMongo:
 
 
 class BareHybrid(BarePostgreSQL):
-    """PostgreSQL's transaction, then a copy in Redis; a read is our Lua script alone, while the copy is there."""
+    """PostgreSQL's transaction, then a copy in Redis. A read is only our Lua script while the copy exists."""
 
     def __init__(self, redis_url: str, url: str, prefix: str, login: Login) -> None:
         super().__init__(url, login)
@@ -209,7 +209,7 @@ def _columns(data: Any) -> tuple[object, ...]:
 
 
 def _percent(sql: str) -> str:
-    """The statement as psycopg2 takes it."""
+    """Return the statement in psycopg2's style."""
     return sql.replace("?", "%s")
 
 

@@ -1,9 +1,9 @@
-"""What the SDK's guide to database storage does in SQLite, written anew, with the least repair that makes it run.
+"""The SQLite part of the SDK's guide to database storage, rewritten with as few repairs as it needs to run.
 
-Here and in guide_servers.py the tables, indexes, statements and connections are the guide's: plaintext tokens, a
-connection for each call where the guide opens one, Redis written before PostgreSQL. Each repair is marked by
-"Repaired:". Who logs in is an argument in all five classes, so that no request is made. Faults that do not stop it from
-running were left in.
+Here and in guide_servers.py the tables, indexes, statements and connections are the guide's: tokens are plaintext, each
+call opens a connection where the guide does so, and Redis is written before PostgreSQL. "Repaired:" marks each repair.
+All five classes take the login as an argument, so that no request is made. Faults that do not stop the code from
+running are still there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DAY = timedelta(hours=24)
 
 
 class GuideSQLite:
-    """One file, opened and closed by each call."""
+    """One file, which each call opens and closes."""
 
     def __init__(self, path: str, login: Login) -> None:
         self.path, self.login = path, login
@@ -68,7 +68,8 @@ class GuideSQLite:
                     data.user_type,
                     json.dumps(data.products),
                     json.dumps(data.exchanges),
-                    # Repaired: Python 3.12 warns of a datetime as a parameter. This is the text it would have become.
+                    # Repaired: Python 3.12 warns about a datetime as a parameter. This is the text that it would have
+                    # become.
                     expires_at.isoformat(" "),
                     json.dumps(profile),
                 ),
@@ -89,7 +90,7 @@ class GuideSQLite:
 
 
 class GuidePooled:
-    """A queue of open connections. It stores, and has no method that reads."""
+    """A queue of open connections. It stores tokens, and has no method that reads them."""
 
     def __init__(self, path: str, login: Login, pool_size: int = 5) -> None:
         self.login = login
@@ -120,9 +121,9 @@ class GuidePooled:
         with self.connection() as conn:
             for user_id in user_ids:
                 try:
-                    # Repaired: each user is logged in, not the same account again and again.
+                    # Repaired: each user logs in, instead of the same account again and again.
                     data = self.login(user_id)
-                    # Repaired: datetime is imported, and becomes text before it is a parameter.
+                    # Repaired: datetime is imported, and converted to text before it becomes a parameter.
                     expires_at = (datetime.now() + DAY).isoformat(" ")
                     conn.execute(
                         "UPDATE upstox_tokens SET is_active = FALSE WHERE user_id = ? AND is_active = TRUE",

@@ -1,4 +1,4 @@
-"""What the SDK's guide does in PostgreSQL, MongoDB and Redis; see guide.py."""
+"""The PostgreSQL, MongoDB and Redis parts of the SDK's guide. See guide.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOUR = timedelta(hours=1)
 
 
 class GuidePostgreSQL:
-    """A connection for each call, an audit entry for each token that is stored, ended or read."""
+    """A connection for each call, and an audit entry for each token that is stored, ended or read."""
 
     def __init__(self, url: str, login: Login) -> None:
         self.url, self.login = url, login
@@ -62,7 +62,8 @@ class GuidePostgreSQL:
         profile = {"is_active_user": data.is_active, "generation_method": "upstox_totp_sdk", "sdk_version": "1.0.3"}
         with self.connection() as conn, conn.cursor(cursor_factory=RealDictCursor) as cursor:
             cursor.execute(
-                # Repaired: the whole JSON text is a parameter, for a quoted value inside a quoted literal is no SQL.
+                # Repaired: the whole JSON text is a parameter, because a quoted value inside a quoted literal is not
+                # valid SQL.
                 "UPDATE upstox_tokens SET is_active = FALSE, metadata = metadata || %s::jsonb "
                 "WHERE user_id = %s AND is_active = TRUE RETURNING id",
                 (json.dumps({"deactivated_at": datetime.now().isoformat()}), data.user_id),
@@ -116,14 +117,15 @@ class GuidePostgreSQL:
 
 
 class GuideMongo:
-    """One client for all calls. A read is three operations, a store is three, each by itself."""
+    """One client for all calls. A read is three separate operations, and so is a store."""
 
     def __init__(self, url: str, database: str, login: Login) -> None:
         self.client: MongoClient[dict[str, Any]] = MongoClient(url)
         self.tokens, self.audit = self.client[database].tokens, self.client[database].token_audit
         self.login = login
         self.tokens.create_index([("user_id", ASCENDING), ("is_active", ASCENDING), ("expires_at", DESCENDING)])
-        # Repaired: a plain index on expires_at stood here, and MongoDB refuses a second one on the same key below.
+        # Repaired: the guide has a plain index on expires_at here, and MongoDB refuses a second one on the same key
+        # below.
         self.tokens.create_index([("created_at", DESCENDING)])
         self.audit.create_index([("user_id", ASCENDING), ("performed_at", DESCENDING)])
         self.tokens.create_index([("expires_at", ASCENDING)], expireAfterSeconds=0)
@@ -175,7 +177,7 @@ class GuideMongo:
 
 
 class GuideHybrid:
-    """Redis first, and a connection to PostgreSQL for each call that needs it."""
+    """Redis comes first, and each call that needs PostgreSQL opens a connection to it."""
 
     prefix = "upstox:token:"
 
@@ -196,7 +198,7 @@ class GuideHybrid:
 
     @contextmanager
     def connection(self) -> Iterator[Any]:
-        # Repaired: the connection is closed. psycopg2's own `with` ends the transaction only.
+        # Repaired: the connection is closed. psycopg2's own `with` only ends the transaction.
         with closing(psycopg2.connect(self.postgres)) as conn:
             yield conn
 
@@ -206,7 +208,7 @@ class GuideHybrid:
         token |= {"token": data.access_token, "created_at": now.isoformat(), "expires_at": (now + DAY).isoformat()}
         token["usage_count"] = 0
         names = ("user_name", "email", "broker", "user_type", "products", "exchanges", "is_active")
-        # Repaired, here and below: redis-py warns of setex(). This is its new name.
+        # Repaired, here and below: redis-py warns about setex(). This is its new name.
         self.redis.set(f"{self.prefix}{data.user_id}", json.dumps(token), ex=23 * 3600)
         with self.connection() as conn, conn.cursor() as cursor:
             cursor.execute(
@@ -226,7 +228,7 @@ class GuideHybrid:
         if cached := self.redis.get(key):
             token: dict[str, Any] = json.loads(str(cached))
             expires_at = datetime.fromisoformat(token["expires_at"])
-            # Repaired: a time that came from PostgreSQL has a zone, and cannot be compared with one that has none.
+            # Repaired: a time from PostgreSQL has a zone, and cannot be compared with a time without one.
             now = datetime.now(expires_at.tzinfo)
             if expires_at > now + HOUR:
                 token["usage_count"] += 1
@@ -250,10 +252,10 @@ class GuideHybrid:
         return token
 
     def forget(self, user_id: str) -> None:
-        """Not the guide's: for the benchmark of a cold read."""
+        """Delete the copy in Redis. The guide has no such method: the benchmark of a cold read needs it."""
         self.redis.delete(f"{self.prefix}{user_id}")
 
 
 def _utc() -> datetime:
-    # Repaired: utcnow() is deprecated. This is the same time, without a zone as there.
+    # Repaired: utcnow() is deprecated. This is the same time, also without a zone.
     return datetime.now(UTC).replace(tzinfo=None)

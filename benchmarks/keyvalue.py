@@ -1,7 +1,7 @@
-"""py-key-value, the general library that could take this package's place: a value a user, read by its key.
+"""py-key-value, the general library that could replace this package: one value per user, read by its key.
 
-It is asynchronous, so all its calls run in one event loop. As it comes it encrypts nothing and keeps no history. Its
-`disk` store is SQLite, by diskcache.
+It is asynchronous, so all its calls run in one event loop. By default it encrypts nothing and keeps no history. Its
+`disk` store is SQLite, through diskcache.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["DiskStore", "MongoDBStore", "PostgreSQLStore", "RedisStore", "key_va
 def key_value(
     kind: type[Any], collection: str, login: Login, users: Sequence[str], **where: object
 ) -> Iterator[Asynchronous]:
-    """One of its stores as a side."""
+    """Yield one of its stores as a side."""
     loop = asyncio.new_event_loop()
     try:
 

@@ -1,4 +1,4 @@
-"""How long calls take: turns of a set length, one side after another, round after round."""
+"""Measure how long calls take, in turns of a set length, one side after another, round after round."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ OPERATIONS = ("read", "cold read", "store")
 
 @dataclass
 class Times:
-    """What calls took, in microseconds, and which errors there were instead.
+    """The times of calls, in microseconds, and the errors that some calls raised instead.
 
-    `done` counts the calls within the turn; of one that went on after its end, the part that lay within.
+    `done` counts the calls within the turn. A call that went on after the end counts only in part.
     """
 
     micros: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Times:
 
 
 class Side(Protocol):
-    """One of those that are compared. It does what it can do of `OPERATIONS`, for these users."""
+    """One of the compared sides. It supports some of the `OPERATIONS`, for these users."""
 
     name: str
     users: Sequence[str]
@@ -63,13 +63,13 @@ class Side(Protocol):
 
 
 class Threaded:
-    """A side whose calls block: each of a crowd is a thread.
+    """A side whose calls block. Each caller in a crowd is a thread.
 
     Args:
-        forget: loses the cache's copy of a user's token. With it there is a cold read: the time of a read after that.
+        forget: deletes the cache's copy of a user's token. With it the side can measure a cold read, right after that.
 
     Attributes:
-        storage: what is measured, where more is to be known of it.
+        storage: the measured storage, if its steps are reported as well.
     """
 
     storage: Any = None
@@ -102,7 +102,7 @@ class Threaded:
             _calls_until(time.perf_counter() + seconds, call, self.users, each[0], before)
             return each[0]
         ends: list[float] = []
-        # One end for all: a thread that gets its first chance late has less time, and not time of its own.
+        # All threads share one end, so a thread that starts late has less time instead of extra time.
         ready = threading.Barrier(crowd, action=lambda: ends.append(time.perf_counter() + seconds))
 
         def work(number: int) -> None:
@@ -121,7 +121,7 @@ class Threaded:
 
 
 class Asynchronous:
-    """A side whose calls are awaited: each of a crowd is a task of one event loop."""
+    """A side whose calls are awaited. Each caller in a crowd is a task of one event loop."""
 
     def __init__(
         self, name: str, users: Sequence[str], loop: asyncio.AbstractEventLoop, store: AsyncCall, read: AsyncCall
@@ -166,12 +166,13 @@ def _calls_until(
 ) -> None:
     for user in itertools.cycle(users):
         if before:
-            before(user)  # Not part of the call's time, but of a crowd's turn.
+            before(user)  # This does not count towards the call's time, but it does count towards a crowd's turn.
         if (begin := time.perf_counter()) >= end:
             break
         try:
             token = call(user)
-        except Exception as error:  # A crowd may get errors instead of tokens. They are counted and told.
+        # A crowd may get errors instead of tokens. They are counted and reported.
+        except Exception as error:
             times.errors[type(error).__name__] += 1
         else:
             times.call_ended(begin, end, token)
@@ -181,9 +182,10 @@ def _calls_until(
 class Result:
     """One side's answer to one question.
 
-    `cost` is what is compared, in microseconds. Of one caller it is the median of his calls. Of a crowd it is the
-    median over the rounds of what a call cost all of them together, a turn's time divided by its calls: there a single
-    call's time says little, for with SQLite's writers most calls are quick and a few sleep for a second.
+    `cost` is the number that is compared, in microseconds. For one caller it is the median of the calls. For a crowd it
+    is the median over the rounds of a turn's time divided by its calls, that is, what a call cost all callers together.
+    In a crowd the time of a single call says little, because with SQLite's writers most calls are quick and a few sleep
+    for a second.
     """
 
     cost: float
@@ -196,11 +198,11 @@ class Result:
 def compare[Key](
     sides: Mapping[Key, Side], operation: str, crowd: int, rounds: int, seconds: float
 ) -> dict[Key, Result]:
-    """Each side's result. Who begins changes from round to round, so that nobody always comes after the same one."""
+    """Return each side's result. The first side changes each round, so that no side always follows the same one."""
     able = [(key, side) for key, side in sides.items() if side.can(operation)]
     turns: dict[Key, list[Times]] = {key: [] for key, _ in able}
     for _, side in able:
-        side.turn(operation, crowd, seconds / 5)  # not counted: connections are opened, caches filled
+        side.turn(operation, crowd, seconds / 5)  # not counted: this opens connections and fills caches
     for number in range(rounds):
         first = number % len(able)
         for key, side in able[first:] + able[:first]:

@@ -11,7 +11,7 @@ from benchmarks.measure import Result
 from benchmarks.steps import Steps
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-NONE = "—"  # a side that has no such method
+NONE = "—"  # for a side that has no such method
 SIDES = ("ours", "bare", "guide", "py-key-value")
 RATIOS = (("ours", "bare"), ("guide", "ours"), ("py-key-value", "ours"))
 MORE = {
@@ -30,7 +30,7 @@ MORE = {
 
 
 class Row(NamedTuple):
-    """One question, and each side's answer; a side that has no such method is not there."""
+    """One question, and the answer of each side that has such a method."""
 
     store: str
     operation: str
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A bound on how many times as long `above` takes as `below`."""
+    """An upper limit for the ratio of the time of `above` to the time of `below`."""
 
     store: str
     says: str
@@ -84,11 +84,11 @@ TARGETS = (
     *_targets_of("Hybrid", "read", 1.4, 1.3),
     *_targets_of("Hybrid", "cold read", 1.4, 8),
 )
-GROWTH = 1.2  # a read among the most tokens, against one among the fewest
+GROWTH = 1.2  # a read with the most tokens, compared with the fewest
 
 
 def written(rows: Sequence[Row], parts: Sequence[Steps], versions: dict[str, str], how: str) -> str:
-    """All that stands between the markers."""
+    """Return everything between the markers."""
     most = max(row.tokens for row in rows)
     chapters = [
         f"{how}\n\n" + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
@@ -103,7 +103,7 @@ def written(rows: Sequence[Row], parts: Sequence[Steps], versions: dict[str, str
 
 
 def into(file: Path, text: str) -> None:
-    """Put it between the file's markers; what a person wrote around them stays."""
+    """Put the text between the file's markers. What a person wrote around them stays."""
     before, _, rest = file.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     file.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
@@ -131,7 +131,7 @@ def _targets(rows: Sequence[Row]) -> str:
 
 
 def _verdict(target: Target, ratio: float | None) -> str:
-    # Of the number that is shown, so that nobody reads "3.00, not reached" of 3.
+    # The verdict is about the rounded number, so that nobody reads "3.00, not reached" for a target of 3.
     return "reached" if ratio and target.reached(round(ratio, 2)) else "**not reached**"
 
 
@@ -190,7 +190,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def short(rows: Sequence[Row]) -> str:
-    """One thread and the most tokens only, for the README of the project."""
+    """Return only the ratios for one thread and the most tokens, for the README of the project."""
     most = max(row.tokens for row in rows)
     chosen = [row for row in rows if row.crowd == 1 and row.tokens == most]
     head = ["", *(f"{above} ÷ {below}" for above, below in RATIOS)]
@@ -200,7 +200,7 @@ def short(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Bars for one thread and the most tokens."""
+    """Draw bars for one thread and the most tokens."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -210,7 +210,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     most = max(row.tokens for row in rows)
     chosen = [row for row in rows if row.crowd == 1 and row.tokens == most]
     colors = ("#5b6770", "#d1642e", "#2e6fb7")
-    # White behind all of it, so that it reads the same on a light and on a dark page.
+    # The background is white, so that the picture looks the same on a light and on a dark page.
     figure, axes = plt.subplots(figsize=(8.5, 0.62 * len(chosen) + 1.6), facecolor="white", layout="constrained")
     for place, (pair, color) in enumerate(zip(RATIOS, colors, strict=True)):
         bars = [(y, ratio) for y, row in enumerate(chosen) if (ratio := row.ratio(*pair)) is not None]
@@ -229,5 +229,5 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
     figure.savefig(file, metadata={"Date": None, "Creator": None})
     plt.close(figure)
-    # The renderer leaves blanks at the ends of lines.
+    # The renderer leaves spaces at the ends of lines.
     file.write_text(re.sub(r"[ \t]+$", "", file.read_text(), flags=re.MULTILINE))

@@ -1,6 +1,6 @@
-"""Old, inactive tokens of many users, as many as are asked for. The database multiplies one real row by itself.
+"""Create any number of old, inactive tokens of many users. The database itself multiplies one real row.
 
-Each user has ten of them. No side finds a token faster or slower for who the others are, so all look alike.
+Each user has ten of them. All rows look alike, because other users' data does not change how fast a side finds a token.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import psycopg2
 import redis
 from pymongo import MongoClient
 
-EACH = 10  # tokens a user
+EACH = 10  # tokens per user
 STEP = 20_000  # Redis does nothing else while it runs a script
 
-# Numbers of one length come in the order of the index, which is filled much faster so.
-# The columns of a table, and what stands in each of them in the old rows; all others are as in the row that is there.
+# The numbers all have the same length, so the rows arrive in index order, which fills the index much faster. These are
+# the columns of a table and their values in the old rows. All other columns are copied from the existing row.
 OURS = {
     "user_id": "'OLD' || (1000000 + n.i / 10)",
     "generation": "n.i % 10 + 1",
@@ -36,7 +36,7 @@ def multiply_in_sqlite(path: str, table: str, changes: dict[str, str], count: in
         conn.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -400000;")
         columns = [row[1] for row in conn.execute(f"PRAGMA table_info({table})")]
         numbers = f"WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < {count}) "
-        # diskcache counts its rows by triggers, one row after another. It needs the count only to evict, which is off.
+        # diskcache counts its rows by triggers, row by row. It needs the count only for eviction, which is off.
         triggers = conn.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
             conn.execute(f"DROP TRIGGER {name}")
@@ -68,12 +68,12 @@ def _multiplied(table: str, columns: list[str], changes: dict[str, str], before:
 
 
 def multiply_in_mongodb(url: str, database: str, collection: str, changes: dict[str, Any], count: int) -> None:
-    """All documents of the collection are replaced by copies of one of them; the indexes stay."""
+    """Replace all documents of the collection by copies of one of them. The indexes stay."""
     thousands = max(1, count // 1000)
     number = {"$add": [{"$multiply": ["$a", count // thousands]}, "$b"]}
     with MongoClient[dict[str, Any]](url) as client:
         documents = client[database][collection]
-        # An index that is made at the end is made in a third of the time.
+        # An index that is created at the end takes a third of the time.
         indexes = [dict(index) for index in documents.list_indexes() if index["name"] != "_id_"]
         documents.drop_indexes()
         documents.aggregate(
@@ -92,7 +92,7 @@ def multiply_in_mongodb(url: str, database: str, collection: str, changes: dict[
 
 
 def old(of: int) -> dict[str, Any]:
-    """A name with a number that is the same for `of` documents."""
+    """Return an expression for a name with a number that is the same for `of` documents."""
     number = {"$toLong": {"$floor": {"$divide": ["$i", of]}}}
     return {"$concat": ["OLD", {"$toString": {"$add": [1_000_000, number]}}]}
 
@@ -113,7 +113,7 @@ def multiply_in_redis(url: str, key: str, prefix: str, count: int) -> None:
 
 @contextmanager
 def postgresql_database(url: str, name: str, template: str = "template1") -> Iterator[str]:
-    """A database of this run's own; copied, where another one is named."""
+    """Create a database for this run, as a copy of another one if that is named, and drop it afterwards."""
 
     def run(sql: str) -> None:
         with closing(psycopg2.connect(url)) as conn, conn.cursor() as cursor:
@@ -139,7 +139,7 @@ def mongodb_database(url: str, name: str) -> Iterator[str]:
 
 @contextmanager
 def redis_prefix(url: str, prefix: str) -> Iterator[str]:
-    """All keys that hold this prefix are removed at the end."""
+    """Yield the prefix, and delete all keys that contain it at the end."""
     try:
         yield prefix
     finally:

@@ -1,4 +1,4 @@
-"""Where the time of a call of ours goes: a stopwatch around each step of the life cycle, on one thread."""
+"""Show where the time of one of our calls goes: a stopwatch around each step of the life cycle, on one thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from upstox_db_examples.core.store import TokenStorage
 
-# What a step is called in the table. One that a store has not, such as the room on SQLite's disk, is left out.
+# The name of each step in the table. A step that a store does not have, such as the room on SQLite's disk, is left out.
 READ = {"find": "found in the database", "decrypt": "decrypted"}
 STORE = {
     "lock": "lock taken and given back",
@@ -27,7 +27,7 @@ CALLS = 300
 
 
 class Steps(NamedTuple):
-    """The median time of a call, in microseconds, and the share of each step in all calls together."""
+    """The median time of a call, in microseconds, and each step's share of the time of all calls."""
 
     store: str
     operation: str
@@ -36,7 +36,7 @@ class Steps(NamedTuple):
 
 
 def measured(name: str, storage: TokenStorage, users: Sequence[str]) -> list[Steps]:
-    """A read and a store of this storage, step by step. The storage is of no other use afterwards."""
+    """Measure a read and a store of this storage, step by step. The storage cannot be used afterwards."""
     stopwatch = Stopwatch(storage, READ | STORE)
     return [
         stopwatch.times(name, "read", storage.get_valid_token, users, READ),
@@ -45,7 +45,7 @@ def measured(name: str, storage: TokenStorage, users: Sequence[str]) -> list[Ste
 
 
 class Stopwatch:
-    """Puts itself around these methods of a storage. Of a step within another one only the inner one is counted."""
+    """Wraps these methods of a storage and times them. If one step runs inside another, only the inner one counts."""
 
     def __init__(self, storage: TokenStorage, names: dict[str, str]) -> None:
         self._spent: dict[str, float] = defaultdict(float)

@@ -1,4 +1,4 @@
-"""The five stores, each with all sides open and the old tokens in their tables."""
+"""The five stores. Each has all sides open, and the old tokens in their tables."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from upstox_db_examples.core.store import TokenStorage
 
 STORES = ("SQLite", "PostgreSQL", "MongoDB", "Hybrid", "Pooled")
 CROWD = 32
-SEED = "SEED"  # whose row becomes all the old ones
+SEED = "SEED"  # the user whose row becomes all the old rows
 
 
 def login(user_id: str | None) -> AccessTokenData:
-    """A login's answer, made up at once: the same for all sides, and no part of what is compared."""
+    """Return a made-up login answer at once. It is the same for all sides, and not part of the comparison."""
     return AccessTokenData(
         email="trader@example.com",
         exchanges=["NSE"],
@@ -50,17 +50,17 @@ def login(user_id: str | None) -> AccessTokenData:
         poa=False,
         ddpi=False,
         is_active=True,
-        access_token=f"eyJ0eXAi{random.getrandbits(1600):0400x}",  # as long as a real one
+        access_token=f"eyJ0eXAi{random.getrandbits(1600):0400x}",  # as long as a real token
     )
 
 
 def users(side: str) -> list[str]:
-    """Who is active; no two of a crowd are the same user. In shared tables no two sides have the same ones."""
+    """Return the active users. Each caller in a crowd has a different user, and sides do not share users in a table."""
     return [f"{side}{number:02}" for number in range(CROWD)]
 
 
 def options() -> dict[str, Any]:
-    # A token of this run lives for 23 hours at least, whenever it is made: nothing dies while it is measured.
+    # A token of this run lives for at least 23 hours, whenever it is made, so no token expires during a measurement.
     an_hour_ago = datetime.now(UTC) - timedelta(hours=1)
     policy = ExpiryPolicy(time_of_day=an_hour_ago.time().replace(microsecond=0), zone=UTC)
     return {"login": login, "keys": KeyRing(KeyRing.new_key()), "policy": policy}
@@ -111,7 +111,7 @@ def bare(storage: BareSQLite | BarePostgreSQL | BareMongo) -> Threaded:
 
 
 class Servers:
-    """URLs, and the folder for files; each store has files and databases of its own."""
+    """URLs of the servers, and the folder for files. Each store has its own files and databases."""
 
     def __init__(self, folder: Path, postgresql: str, mongodb: str, redis: str) -> None:
         self.folder, self.postgresql, self.mongodb, self.redis = folder, postgresql, mongodb, redis
@@ -119,7 +119,7 @@ class Servers:
 
 @contextmanager
 def opened(name: str, servers: Servers, count: int) -> Iterator[list[Side]]:
-    """The sides of a store, with `count` old tokens in each one's tables, and a living token for each of its users."""
+    """Yield the sides of a store, each with `count` old tokens in its tables and an active token for each user."""
     run = f"bench_{uuid.uuid4().hex[:12]}"
     with ExitStack() as stack:
         sides = {
@@ -158,7 +158,7 @@ def _in_files(stack: ExitStack, folder: Path, mine: Threaded, theirs: Threaded) 
 
 
 def _files(stack: ExitStack, servers: Servers, count: int, run: str) -> Path:
-    """A copy of files that are filled once and serve both stores in SQLite."""
+    """Copy the files for both SQLite stores. They are filled only once."""
     full, folder = servers.folder / f"{count}", servers.folder / run
     if not full.exists():
         full.mkdir()
@@ -235,7 +235,7 @@ def _hybrid(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Si
 
 
 def keywords(url: str) -> dict[str, Any]:
-    """The URL as the guide takes it: keyword arguments."""
+    """Convert the URL to the keyword arguments that the guide takes."""
     parts = urlsplit(url)
     database = int(parts.path.strip("/") or 0)
     known = {"host": parts.hostname, "port": parts.port, "db": database, "password": parts.password}
