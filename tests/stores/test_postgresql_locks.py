@@ -12,6 +12,7 @@ import pytest
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import (
+    ConfigurationError,
     LoginSuperseded,
     PostgreSQLUpstoxStorage,
     StoreUnavailable,
@@ -95,14 +96,14 @@ class TestPostgreSQL(OnPostgreSQL):
         looked = "login_lock / 0"  # fails wherever it is looked at
         monkeypatch.setattr(
             postgresql.queries,
-            "USE",
+            "FIND",
             postgresql.USE.replace("pg_try_advisory_xact_lock_shared(login_lock)", f"({looked}) = 1"),
         )
         store.backend.insert(made_up(store, USER))
         living(store)
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
-            with pytest.raises(StoreUnavailable):
+            with pytest.raises(ConfigurationError, match="SQLSTATE 22012"):
                 living(store)
 
     def test_upstoxs_word_does_not_take_the_mark_of_a_login_that_is_under_way(

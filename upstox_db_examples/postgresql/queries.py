@@ -53,6 +53,7 @@ CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
 CREATE TABLE upstox_login_notes (name text PRIMARY KEY, sealed text NOT NULL);
 """
 VERSION_TABLE = "CREATE TABLE IF NOT EXISTS upstox_schema (version integer NOT NULL)"
+GRANT_SCHEMA = "GRANT USAGE ON SCHEMA {schema} TO {role};"
 # The rights of a program that stores and reads tokens. It can only add to the audit trail, and cannot drop anything.
 GRANTS = """
 GRANT SELECT ON upstox_schema TO {role};
@@ -99,8 +100,9 @@ ERASE = _ERASE.format(condition="true")
 # A later token stays active, so that the insert that follows is refused.
 ERASE_EARLIER = _ERASE.format(condition="generation < %(generation)s")
 # The marks of logins without a user id that may replace the token which this thread's login makes; see core/backend.py.
-_MARK_OF_RUNNING = """(SELECT CASE count(*) WHEN 0 THEN NULL WHEN 1 THEN max(sealed::bigint) ELSE 0 END
-                FROM upstox_login_notes WHERE starts_with(name, 'running ') AND NOT sealed = ANY (%(harmless)s))"""
+# Of several it takes one. When that one ends, it looks here again (UNMARK) and finds the next.
+_MARK_OF_RUNNING = """(SELECT max(sealed::bigint) FROM upstox_login_notes
+                WHERE starts_with(name, 'running ') AND NOT sealed = ANY (%(harmless)s))"""
 LOGINS_THAT_ARE_OVER = """
 SELECT sealed FROM upstox_login_notes
 WHERE starts_with(name, 'running ') AND pg_try_advisory_xact_lock_shared(sealed::bigint)
@@ -153,7 +155,9 @@ ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed;
 {_MARK.format(whose="true", marked="login_lock IS NULL")}"""
 # The planner drops the half of the user condition that does not apply.
 _MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
+# Under the lock, because another login that ends at the same moment has to see the mark that this one puts in place.
 UNMARK = f"""
+SELECT pg_advisory_xact_lock({_RUNNING_LOCK});
 SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
 DELETE FROM upstox_login_notes WHERE name = %(note)s;
 UPDATE upstox_tokens SET login_lock = coalesce(%(mark)s, {_MARK_OF_RUNNING}) WHERE {_MARKED} RETURNING user_id
