@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import psycopg2
 import pytest
 from upstox_totp.models import AccessTokenData
 
@@ -17,12 +18,14 @@ from upstox_db_examples import (
     ConfigurationError,
     KeyRing,
     PostgreSQLUpstoxStorage,
+    Secret,
     StorageError,
     StoreUnavailable,
 )
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.postgresql.connections import PostgreSQLConnections
 
 from ..support.leaks import shown_with_locals
 from ..support.postgresql import OnPostgreSQL, as_role, bare
@@ -86,9 +89,29 @@ class TestPostgreSQL(OnPostgreSQL):
         with store.get_connection() as conn, conn.cursor() as cursor:
             cursor.execute("CREATE TABLE mine (x int)")
             conn.commit()
-        with pytest.raises(StorageError), store.get_connection() as conn, conn.cursor() as cursor:
-            cursor.execute("SELECT nonsense")
         assert conn.closed
+
+    def test_what_is_raised_inside_the_guides_connection_stays_what_it_is(self, store: PostgreSQLUpstoxStorage) -> None:
+        def nonsense(conn: Any) -> None:
+            conn.cursor().execute("SELECT nonsense")
+
+        def another_database(_: Any) -> None:
+            psycopg2.connect("host=127.0.0.1 port=1 dbname=elsewhere")
+
+        def a_request(_: Any) -> None:
+            raise TimeoutError("of the caller's own request")
+
+        for body, own in (
+            (nonsense, psycopg2.errors.UndefinedColumn),
+            (another_database, psycopg2.OperationalError),
+            (a_request, TimeoutError),
+        ):
+            with pytest.raises(own), store.get_connection() as conn:
+                body(conn)
+            assert conn.closed
+        unreachable = PostgreSQLConnections(Secret("host=127.0.0.1 port=1 dbname=x"), 1, 1.0)
+        with pytest.raises(StoreUnavailable, match="cannot be reached"), unreachable.ordinary():
+            pass
 
     @pytest.mark.parametrize(
         "bad", ["", "postgresql://user:hunter2hunter2@host:port/db", "password=hunter2hunter2 nonsense", None]

@@ -12,6 +12,7 @@ import pytest
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import (
+    ConfigurationError,
     LoginSuperseded,
     PostgreSQLUpstoxStorage,
     StoreUnavailable,
@@ -102,7 +103,7 @@ class TestPostgreSQL(OnPostgreSQL):
         living(store)
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
-            with pytest.raises(StoreUnavailable):
+            with pytest.raises(ConfigurationError, match="SQLSTATE 22012"):
                 living(store)
 
     def test_upstoxs_word_does_not_take_the_mark_of_a_login_that_is_under_way(

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from psycopg2.errors import InsufficientPrivilege
+from psycopg2.errors import InsufficientPrivilege, UndefinedObject
 from psycopg2.extensions import connection
 
 from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins
@@ -21,6 +21,7 @@ from . import queries
 from .connections import PostgreSQLConnections
 from .errors import violated_constraint
 from .rows import format_row, read_token, to_utc
+from .session import DESCRIBE, quote
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +53,19 @@ class PostgreSQLBackend(Backend):
             answer(conn, "BEGIN")
             self._take_forward(conn)
             if runtime_role is not None:
-                quoted = '"' + runtime_role.replace('"', '""') + '"'
-                answer(conn, queries.GRANTS.format(role=quoted))
+                self._let_in(conn, runtime_role)
             answer(conn, "COMMIT")
         runtime = f", and {runtime_role} may store and read tokens" if runtime_role else ""
         logger.info("%s now has schema version %s%s", self.where, len(self.schema_steps), runtime)
 
     def _take_forward(self, conn: connection) -> None:
         answer, there = self.connections.answer, self._version(conn)
+        encoding = conn.info.parameter_status("server_encoding")
+        if not there and encoding not in ("UTF8", "SQL_ASCII"):
+            raise ConfigurationError(
+                f"{self.where} has the encoding {encoding}, which lacks letters of some names. Create a database with "
+                "ENCODING 'UTF8' for the store."
+            )
         try:
             for version in range(there, len(self.schema_steps)):
                 step = f"{queries.VERSION_TABLE}; {self.schema_steps[version]}; DELETE FROM upstox_schema"
@@ -73,6 +79,13 @@ class PostgreSQLBackend(Backend):
                 f"this role may not change the tables. Run this as their owner: upstox-db init --runtime-role "
                 f"{conn.info.user}"
             ) from error
+
+    def _let_in(self, conn: connection, runtime_role: str) -> None:
+        names = {"role": quote(runtime_role), "schema": quote(self.connections.schema or "")}
+        try:
+            self.connections.answer(conn, (queries.GRANT_SCHEMA + queries.GRANTS).format(**names))
+        except UndefinedObject as error:
+            raise ConfigurationError(f"{self.where} does not know that role. Create it first.") from error
 
     def close(self) -> None:
         self.connections.close()
@@ -269,6 +282,12 @@ class PostgreSQLBackend(Backend):
     def check_health(self) -> dict[str, Any]:
         try:
             self.count_keys()
+            (found,) = self._run(DESCRIBE)
         except StorageError as error:
             return {"postgresql": f"error: {error}"}
-        return {"postgresql": "healthy"}
+        details: dict[str, Any] = {"schema": self.connections.schema}
+        if found["overridden"]:  # what others have set and this store does not heed
+            details["overridden"] = found["overridden"]
+        if found["off"]:
+            details["warning"] = f"A power cut can lose tokens, because the server has {', '.join(found['off'])} off."
+        return {"postgresql": "healthy", "details": {"postgresql": details}}

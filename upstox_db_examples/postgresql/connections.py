@@ -27,6 +27,7 @@ from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.token import Secret
 from .errors import translate_error
 from .queries import LOGINS_THAT_ARE_OVER
+from .session import FIND_SCHEMA, settings
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ class PostgreSQLConnections:
         pool_size: the maximum number of connections, and how many more are kept for the holders of locks.
         timeout: seconds for each answer of the server, and for a free connection.
 
+    Attributes:
+        schema: has the tables. `search_path` decides that for the first connection, and all others keep to it.
+
     Raises:
         ConfigurationError: the connection string is invalid.
     """
@@ -62,6 +66,7 @@ class PostgreSQLConnections:
         self._dsn = dsn
         self._timeout = timeout
         self.where = _describe(dsn)
+        self.schema: str | None = None
         self._hosts = _one_by_one(dsn)
         # A returned connection has no transaction to roll back, because each message is its own transaction.
         self._pool: Pool[connection] = Pool(
@@ -115,14 +120,17 @@ class PostgreSQLConnections:
 
     @contextmanager
     def ordinary(self) -> Iterator[connection]:
-        """Open an ordinary psycopg2 connection, outside the pool."""
+        """Open an ordinary psycopg2 connection, outside the pool.
+
+        Errors of the caller's block stay what they are: they may come from anywhere, such as another database.
+        """
         with self._translating():
             seconds = max(2, int(self._timeout))  # libpq's minimum is 2
             conn = self._open(lambda: psycopg2.connect(self._dsn.reveal(), connect_timeout=seconds))
-            try:
-                yield conn
-            finally:
-                conn.close()
+        try:
+            yield conn
+        finally:
+            conn.close()
 
     @contextmanager
     def lock(self, name: str, wait: float) -> Iterator[None]:
@@ -232,7 +240,7 @@ class PostgreSQLConnections:
     def _free(self, conn: connection) -> None:
         """Release the locks and keep the connection, because opening another takes longer than storing a token."""
         try:
-            self.answer(conn, "SELECT pg_advisory_unlock_all(); RESET ALL")
+            self.answer(conn, "SELECT pg_advisory_unlock_all()")
         except (psycopg2.Error, TimeoutError):
             conn.close()
             return
@@ -243,13 +251,9 @@ class PostgreSQLConnections:
 
     def _wait_for_lock(self, conn: connection, name: str, wait: float) -> bool:
         key = _key_of(name)
-        # With keepalives, the server notices within half a minute that the holder's machine is gone.
-        settings = (
-            "SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; "
-            f"SET lock_timeout = {max(1, int(wait * 1000))}"
-        )
+        patience = f"SET lock_timeout = {max(1, int(wait * 1000))}"
         # Try before waiting. Otherwise a stalled server would look like a lock that somebody holds.
-        if self.answer(conn, f"{settings}; SELECT pg_try_advisory_lock(%(key)s) AS held", key=key)[0]["held"]:
+        if self.answer(conn, f"{patience}; SELECT pg_try_advisory_lock(%(key)s) AS held", key=key)[0]["held"]:
             return True
         try:
             with conn.cursor() as cursor:
@@ -272,13 +276,31 @@ class PostgreSQLConnections:
     def _connect_to(self, host: Secret, seconds: float) -> connection:
         rows_as_dicts = psycopg2.extras.RealDictCursor
         conn = self._open(lambda: psycopg2.connect(host.reveal(), async_=True, cursor_factory=rows_as_dicts))
+        deadline = time.monotonic() + seconds
         try:
             _wait(conn, seconds)
+            self._make_ours(conn, deadline)
         except BaseException:
             conn.close()
             raise
         logger.debug("Opened a connection to %s", self.where)
         return conn
+
+    def _make_ours(self, conn: connection, deadline: float) -> None:
+        """Set what our promises need, whatever the role or the database has set.
+
+        Raises:
+            ConfigurationError: this role has no schema for the tables.
+        """
+        if self.schema is None:
+            self.schema = self.answer(conn, FIND_SCHEMA, seconds=deadline - time.monotonic())[0]["schema"]
+        if self.schema is None:
+            raise ConfigurationError(
+                f"No schema in the search_path of this role exists in PostgreSQL at {self.where}, or the role may not "
+                "use it. Create that schema or set another search_path. The owner of the tables can grant the use of "
+                "their schema with init_database(runtime_role=...)."
+            )
+        self.answer(conn, settings(conn.server_version, self.schema), seconds=deadline - time.monotonic())
 
     def _open(self, connect: Callable[[], connection]) -> connection:
         try:
@@ -350,11 +372,12 @@ def _describe(dsn: Secret) -> str:
 
 
 def _one_by_one(dsn: Secret) -> list[Secret]:
-    """Make a connection string for each host. Asynchronous libpq would spend all the time on the first one."""
-    parts = parse_dsn(dsn.reveal())
+    """Make a connection string for each host. Asynchronous libpq would spend all the time on the first one.
+
+    Each names the encoding, because PGCLIENTENCODING or a role may name one that has no Hindi letters.
+    """
+    parts = parse_dsn(dsn.reveal()) | {"client_encoding": "UTF8"}
     lists = {name: parts[name].split(",") for name in ("host", "hostaddr", "port") if name in parts}
     number = max((len(values) for values in lists.values()), default=1)
-    if number == 1:
-        return [dsn]
     each = ({name: values[n if len(values) > 1 else 0] for name, values in lists.items()} for n in range(number))
     return [Secret(make_dsn(**(parts | host))) for host in each]

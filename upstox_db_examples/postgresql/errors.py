@@ -16,6 +16,7 @@ def violated_constraint(error: StorageError) -> str | None:
     return getattr(diagnosis, "constraint_name", None)
 
 
+_TOO_MANY = "has no free connections. Use a smaller pool_size, or a pooler, or wait until other programs close theirs."
 _TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
     errorcodes.INSUFFICIENT_PRIVILEGE: (
         ConfigurationError,
@@ -23,13 +24,58 @@ _TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
     ),
     errorcodes.READ_ONLY_SQL_TRANSACTION: (StoreUnavailable, "is read-only, like a standby. Connect to the primary."),
     errorcodes.DISK_FULL: (StoreUnavailable, "has a full disk. Free some space and try again."),
-    errorcodes.TOO_MANY_CONNECTIONS: (
-        StoreUnavailable,
-        "has no free connections. Use a smaller pool_size, or a pooler.",
-    ),
+    errorcodes.TOO_MANY_CONNECTIONS: (StoreUnavailable, _TOO_MANY),
     errorcodes.UNDEFINED_TABLE: (ConfigurationError, "is missing the store's tables. Run init_database()."),
-    errorcodes.UNDEFINED_OBJECT: (ConfigurationError, "does not know that role. Create it first."),
+    errorcodes.INVALID_SCHEMA_NAME: (ConfigurationError, "is missing the store's schema. Create it first."),
+    errorcodes.UNTRANSLATABLE_CHARACTER: (
+        ConfigurationError,
+        "has a database whose encoding lacks a letter of this text. Move the store to a database with UTF8: upstox-db "
+        "migrate.",
+    ),
 }
+# A refused connection has no SQLSTATE in psycopg2, so only the server's words tell the reason. A server that speaks
+# another language than English gives the general error below, which names no reason that may be wrong.
+_REFUSALS: list[tuple[str, type[StorageError], str]] = [
+    (
+        r'database "[^\n]*" does not exist|no such database',
+        ConfigurationError,
+        "has no database of this name (upper and lower case matter). Create it, or correct the connection string.",
+    ),
+    (
+        r"too many clients|remaining connection slots|too many connections for|no more connections allowed",
+        StoreUnavailable,
+        _TOO_MANY,
+    ),
+    (
+        r"authentication failed|no password supplied|role \"[^\n]*\" does not exist|no such user",
+        ConfigurationError,
+        "refused the role or its password. Check both.",
+    ),
+    (
+        r"not permitted to log in|no pg_hba\.conf entry|pg_hba\.conf rejects|permission denied for database",
+        ConfigurationError,
+        "does not let this role in. It needs LOGIN, CONNECT on the database, and a line in the server's pg_hba.conf.",
+    ),
+    (
+        r"unsupported startup parameter",
+        ConfigurationError,
+        "is behind a pooler that refuses a setting in the connection string. Set it for the role: ALTER ROLE ... SET.",
+    ),
+    # (An unexpected EOF means that the server died.)
+    (
+        r"certificate|not support SSL|SSL error: (?!unexpected eof)",
+        ConfigurationError,
+        "failed the TLS check. Fix its certificate, its host name, or the authority in sslrootcert. Without the check, "
+        "somebody else could be listening.",
+    ),
+]
+# Classes of errors that another attempt repeats: a wrong type, a column or a function that is missing, and so on.
+_NEVER = (
+    "0A",
+    errorcodes.CLASS_DATA_EXCEPTION,
+    errorcodes.CLASS_INVALID_CATALOG_NAME,
+    errorcodes.CLASS_SYNTAX_ERROR_OR_ACCESS_RULE_VIOLATION,
+)
 
 
 def translate_error(error: Exception, where: str, timeout: float) -> StorageError:
@@ -41,22 +87,23 @@ def translate_error(error: Exception, where: str, timeout: float) -> StorageErro
     if isinstance(error, TimeoutError):
         return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
     state, text = getattr(error, "pgcode", None), str(error)
-    # (An unexpected EOF means that the server died.)
-    if state is None and re.search(r"certificate|not support SSL|SSL error: (?!unexpected eof)", text):
-        return ConfigurationError(
-            f"PostgreSQL at {where} failed the TLS check. Fix its certificate, its host name, or the authority in "
-            "sslrootcert. Without the check, somebody else could be listening."
+    if state is None:
+        for pattern, kind, what in _REFUSALS:
+            if re.search(pattern, text):
+                return kind(f"PostgreSQL at {where} {what}")
+        return StoreUnavailable(
+            f"PostgreSQL at {where} cannot be reached, or refused the connection: see error.__cause__ for the reason. "
+            "Try again when it is back."
         )
-    if state is None and "authentication failed" in text:
-        return ConfigurationError(f"PostgreSQL at {where} refused the role or its password. Check both.")
     if state in _TRANSLATIONS:
         kind, what = _TRANSLATIONS[state]
         return kind(f"PostgreSQL at {where} {what}")
-    if state and state.startswith("23"):
+    if state.startswith("23"):
         name = getattr(getattr(error, "diag", None), "constraint_name", None)
         return StoreUnavailable(f"The constraint {name} of PostgreSQL at {where} refused this (SQLSTATE {state}).")
-    if state is None:
-        return StoreUnavailable(
-            f"PostgreSQL at {where} cannot be reached, or refused the role or its password. Check both and try again."
+    if state.startswith(_NEVER):
+        return ConfigurationError(
+            f"PostgreSQL at {where} cannot do this (SQLSTATE {state}). Another attempt would fail, too: see "
+            "error.__cause__ for the reason."
         )
     return StoreUnavailable(f"PostgreSQL at {where} reported an error (SQLSTATE {state}). Try again.")

@@ -53,6 +53,7 @@ CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
 CREATE TABLE upstox_login_notes (name text PRIMARY KEY, sealed text NOT NULL);
 """
 VERSION_TABLE = "CREATE TABLE IF NOT EXISTS upstox_schema (version integer NOT NULL)"
+GRANT_SCHEMA = "GRANT USAGE ON SCHEMA {schema} TO {role};"
 # The rights of a program that stores and reads tokens. It can only add to the audit trail, and cannot drop anything.
 GRANTS = """
 GRANT SELECT ON upstox_schema TO {role};
@@ -153,6 +154,7 @@ ON CONFLICT (name) DO UPDATE SET sealed = excluded.sealed;
 {_MARK.format(whose="true", marked="login_lock IS NULL")}"""
 # The planner drops the half of the user condition that does not apply.
 _MARKED = "is_active AND login_lock = %(key)s AND (%(user_id)s IS NULL OR user_id = %(user_id)s)"
+# Under the lock, because another login that ends at the same moment has to see the mark that this one puts in place.
 UNMARK = f"""
 SELECT pg_advisory_xact_lock({_RUNNING_LOCK});
 SELECT id FROM upstox_tokens WHERE {_MARKED} ORDER BY id FOR NO KEY UPDATE;
