@@ -10,6 +10,7 @@ import click
 
 import upstox_db_examples as package
 
+from .core.environment import read_variable
 from .core.errors import (
     DatabaseMissing,
     LoginInterrupted,
@@ -53,6 +54,21 @@ class Command(click.Group):
         return list(self.commands)
 
 
+class FromEnvironment(click.Parameter):
+    """A parameter whose environment variable is cleaned, as all others are."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:  # noqa: ARG002  # click's signature
+        return read_variable(str(self.envvar), any_character=True) or None
+
+
+class OptionOrVariable(FromEnvironment, click.Option):
+    """An option."""
+
+
+class ArgumentOrVariable(FromEnvironment, click.Argument):
+    """An argument."""
+
+
 @click.group(
     cls=Command,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -72,6 +88,7 @@ if you have to fix something first, such as credentials or a name.""",
 )
 @click.option(
     "--store",
+    cls=OptionOrVariable,
     metavar="STORE",
     envvar="UPSTOX_DB_STORE",
     show_envvar=True,
@@ -87,6 +104,7 @@ if you have to fix something first, such as credentials or a name.""",
 )
 @click.option(
     "--one-call",
+    cls=OptionOrVariable,
     is_flag=True,
     envvar="UPSTOX_DB_ONE_CALL",
     show_envvar=True,

@@ -11,6 +11,7 @@ from .cli import command
 from .cli_upkeep import many
 from .copy_files import write
 from .copy_pattern import Copy, collect, lines_of_use, packages
+from .core.environment import expand_home
 from .patterns import PATTERNS
 
 
@@ -31,6 +32,7 @@ def copy(pattern: str, folder: Path | None, listed: bool) -> None:
     elif folder is None:
         raise click.UsageError("Give a FOLDER, or --list.")
     else:
+        folder = expand_home(folder)
         use, (needed, optional) = lines_of_use(found, folder), packages(found)
         written = write(found.files, folder)
         there = len(found.files) - written

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from .cli import OpenStore, command, describe
+from .core.environment import expand_home
 from .core.errors import DatabaseMissing, InvalidInput, LoginRefused, LoginSuperseded, StorageError, TokenNotStored
 from .core.store import TokenStorage
 from .token_file import read_token_file, write_token_file
@@ -82,7 +83,7 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
 
     Then the file is removed. If the store has a token that Upstox issued later, that one stays.
     """
-    opened = store(new=True)
+    opened, file = store(new=True), expand_home(file)
     click.echo(describe(opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)))
     file.unlink()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import click
 
 import upstox_db_examples as package
 
-from .cli import TRY_AGAIN, OpenStore, command
+from .cli import TRY_AGAIN, ArgumentOrVariable, OpenStore, command
+from .core.environment import expand_home
 from .core.errors import InvalidInput
 
 
@@ -126,7 +126,7 @@ def backup(store: OpenStore, file: str) -> None:
     once the new one is complete, but never by a backup without tokens.
     """
     open_store = store()
-    if Path(file).exists() and not any(map(open_store.backend.read_tokens, open_store.backend.list_users())):
+    if expand_home(file).exists() and not any(map(open_store.backend.read_tokens, open_store.backend.list_users())):
         raise InvalidInput(
             f"{file} already exists, and this store has no token to replace it with. Check --store and "
             "UPSTOX_DB_STORE, or choose another file."
@@ -150,7 +150,7 @@ def restore(store: OpenStore, file: str) -> None:
     "upstox-db --store upstox.db migrate moved.db",
     "UPSTOX_DB_TARGET=postgresql://user:password@host/name upstox-db migrate",
 )
-@click.argument("target", envvar="UPSTOX_DB_TARGET")
+@click.argument("target", cls=ArgumentOrVariable, envvar="UPSTOX_DB_TARGET")
 @click.pass_context
 def migrate(ctx: click.Context, target: str) -> None:
     """Copy everything into another store.

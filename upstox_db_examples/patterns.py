@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple, Unpack
 from urllib.parse import urlsplit, urlunsplit
 
+from .core.addresses import looks_like_no_file, read_text, read_url
 from .core.errors import InvalidInput
 from .core.settings import Options
 from .core.store import TokenStorage
+from .core.token import Secret
 
 # The package to install if a module has another name. PyPI's own `bson` is a different package, and it breaks pymongo.
 INSTALLED_AS = {"bson": "pymongo", "psycopg2": "psycopg2-binary"}
@@ -32,7 +34,11 @@ class Pattern(NamedTuple):
 
 
 def _file(address: str) -> tuple[str, ...]:
-    return (address.partition(":///")[2] if "://" in address else address,)
+    _, separator, path = address.partition("://")
+    if separator and not path.startswith("/"):
+        del path, address
+        raise InvalidInput("The address of a file has three slashes: sqlite:///upstox.db, or four with a full path.")
+    return (path[1:] if separator else address,)
 
 
 def _whole(address: str) -> tuple[str, ...]:
@@ -40,7 +46,10 @@ def _whole(address: str) -> tuple[str, ...]:
 
 
 def _url_and_name(address: str) -> tuple[str, ...]:
-    parts = urlsplit(address)
+    secret = Secret(address)
+    del address  # A traceback that prints local variables must not show its password.
+    url = read_url(secret, ("mongodb", "mongodb+srv"), "The address of MongoDB", "mongodb://user:password@host/#name")
+    parts = urlsplit(url.reveal())
     return urlunsplit(parts._replace(fragment="")), parts.fragment or "upstox_db"
 
 
@@ -82,13 +91,20 @@ def open_store(address: str, **options: Unpack[Options]) -> TokenStorage:
         ModuleNotFoundError: the store's driver is not installed.
         and the errors of the store's class.
     """
-    first, _, second = address.partition(" ")
-    scheme = " ".join(part.partition("://")[0] for part in (first, second.strip()) if "://" in part)
+    text = Secret(address)
+    del address  # A traceback that prints local variables must not show its password.
+    text = read_text(text, "The address of a store")
+    words = text.reveal().split(maxsplit=1) if "://" in text.reveal() else []
+    scheme = " ".join(word.partition("://")[0] for word in words if "://" in word)
+    del words
     for folder, pattern in PATTERNS.items():
         if scheme in pattern.schemes:
-            return import_store(folder)(*pattern.arguments(address), **options)
+            if not scheme and looks_like_no_file(text.reveal()):
+                break
+            return import_store(folder)(*pattern.arguments(text.reveal()), **options)
+    del scheme
     known = ", ".join(f"{scheme}://" for pattern in PATTERNS.values() for scheme in pattern.schemes if scheme)
-    raise InvalidInput(f"There is no store for {scheme}://. There are: {known}.")
+    raise InvalidInput(f"This is neither the path of a file nor the address of a store. There are: {known}.")
 
 
 def import_store(folder: str) -> Callable[..., TokenStorage]:

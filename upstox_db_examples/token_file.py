@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .core.cipher import DEFAULT_KEY_FILE, Binding, KeyRing
-from .core.errors import ConfigurationError, InvalidInput, StoreUnavailable
+from .core.cipher import Binding, KeyRing, key_file
+from .core.environment import expand_home
+from .core.errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
 from .core.token import Secret
 
 FORMAT = "upstox_db_examples token, version 1"
@@ -29,10 +32,9 @@ def write_token_file(token: Secret, user_id: str | None, ring: KeyRing) -> Path:
     response = {"access_token": token.reveal()} | ({"user_id": user_id} if user_id else {})
     sealed = ring.encrypt(Secret(json.dumps(response)), PLACE)
     del response  # A traceback that prints local variables must not show it.
-    keys = Path(os.environ.get("UPSTOX_DB_KEY_FILE") or DEFAULT_KEY_FILE).expanduser().parent
     name = f"unsaved-{user_id or 'token'}-{secrets.token_hex(4)}.token"
-    why = ""
-    for folder in (keys, Path(tempfile.gettempdir())):
+    why = "there is no such folder"
+    for folder in _folders():
         try:
             descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as file:
@@ -46,6 +48,13 @@ def write_token_file(token: Secret, user_id: str | None, ring: KeyRing) -> Path:
     raise StoreUnavailable(f"The token could not be saved in a file beside the keys or in the temporary folder: {why}.")
 
 
+def _folders() -> Iterator[Path]:
+    with contextlib.suppress(StorageError):  # There may be no home folder, if the keys come from elsewhere.
+        yield key_file().parent
+    with contextlib.suppress(OSError):
+        yield Path(tempfile.gettempdir())
+
+
 def read_token_file(path: Path, ring: KeyRing) -> dict[str, Any]:
     """Read a file of `write_token_file` and return a response for `save_token`.
 
@@ -54,10 +63,13 @@ def read_token_file(path: Path, ring: KeyRing) -> dict[str, Any]:
         ConfigurationError: the file cannot be read.
         KeyUnavailable, TokenRefused: the ring lacks the key, or the file was changed.
     """
+    path = expand_home(path)
     try:
-        lines = path.read_bytes()[:100_000].decode("ascii", errors="replace").splitlines()
+        # Reading a FIFO that nobody writes to would block for ever.
+        content = path.read_bytes()[:100_000] if path.is_file() or not path.exists() else b""
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
+    lines = content.decode("ascii", errors="replace").splitlines()
     if len(lines) != 2 or lines[0] != FORMAT:
         raise InvalidInput(f"{path} is not a file that 'upstox-db login' wrote for a token.")
     response: dict[str, Any] = json.loads(ring.decrypt(lines[1], PLACE).reveal())

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import shlex
 import tempfile
 from collections.abc import Callable
 from datetime import datetime
@@ -28,7 +27,9 @@ from typing import NamedTuple, NoReturn
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from .environment import clean, expand_home, read_variable
 from .errors import ConfigurationError, KeyUnavailable, TokenRefused
+from .secret_files import read_secret_file
 from .token import Secret
 
 logger = logging.getLogger(__name__)
@@ -148,26 +149,22 @@ class KeyRing:
         Raises:
             ConfigurationError: others can read the file, or it holds no usable keys.
         """
-        file = Path(path).expanduser()
+        file, failed = expand_home(path), "could not be read or made"
         try:
             if not file.exists():
                 _make_key_file(file)
-            with file.open() as opened:
-                if os.fstat(opened.fileno()).st_mode & 0o077:
-                    raise ConfigurationError(
-                        f"Others can read the key file {file}. Run: chmod 600 {shlex.quote(str(file))}"
-                    )
-                return cls.from_text(opened.read(), f"The key file {file}")
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise ConfigurationError(f"The key file {file} could not be read or made: {reason}.") from error
+            raise ConfigurationError(f"The key file {file} {failed}: {reason}.") from error
+        return cls.from_text(read_secret_file(file, "the key file", failed).reveal(), f"The key file {file}")
 
     @classmethod
     def default(cls) -> KeyRing:
         """Read UPSTOX_DB_KEYS, or otherwise the file UPSTOX_DB_KEY_FILE (~/.config/upstox_db_examples/keys)."""
-        if os.environ.get("UPSTOX_DB_KEYS"):
-            return cls.from_text(os.environ["UPSTOX_DB_KEYS"], "UPSTOX_DB_KEYS")
-        return cls.from_file(os.environ.get("UPSTOX_DB_KEY_FILE") or DEFAULT_KEY_FILE)
+        keys = Secret(read_variable("UPSTOX_DB_KEYS", any_character=True))
+        if keys.reveal():
+            return cls.from_text(keys.reveal(), "UPSTOX_DB_KEYS")
+        return cls.from_file(key_file())
 
     def __repr__(self) -> str:
         return f"KeyRing({', '.join(self._ciphers)})"
@@ -179,9 +176,14 @@ class KeyRing:
 KeySource = KeyRing | Callable[[], KeyRing]
 
 
+def key_file() -> Path:
+    """Return where the key file is: UPSTOX_DB_KEY_FILE, or otherwise the default."""
+    return expand_home(read_variable("UPSTOX_DB_KEY_FILE") or DEFAULT_KEY_FILE)
+
+
 def _decode_keys(text: str) -> list[bytes]:
     words = text.replace("-", "+").replace("_", "/").replace(",", " ").split()
-    return [base64.b64decode(word, validate=True) for word in words]
+    return [base64.b64decode(clean(word), validate=True) for word in words]
 
 
 def _key_id(key: bytes) -> str:

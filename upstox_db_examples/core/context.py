@@ -39,4 +39,4 @@ def _user_and_host() -> str:
         user = getpass.getuser()
     except (OSError, KeyError):  # A container may run as a user id without a name.
         user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
+    return f"{user}@{socket.gethostname()}".encode(errors="replace").decode()

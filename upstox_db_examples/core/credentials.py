@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from typing import ClassVar, Self
+from urllib.parse import urlsplit
 
 from .answer import without_tokens
+from .environment import has_control_characters, read_variable, strip_invisible
 from .errors import LoginRefused
 from .token import Secret
 
@@ -37,13 +38,13 @@ class Credentials:
         if unknown := sorted(set(values) - set(self.fields)):
             raise LoginRefused(f"Unknown credentials: {', '.join(unknown)}. The known ones: {', '.join(self.fields)}.")
         self._values = {name: as_secret(values.get(name, "")) for name in self.fields}
-        if problems := self._problems():
+        if problems := self._missing() or self._unreadable() or self._problems():
             raise LoginRefused(f"The login cannot work, so no request was made: {'; '.join(problems)}.")
 
     @classmethod
     def from_environment(cls) -> Self:
         """Read UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and so on: one variable for each field."""
-        return cls({name: os.environ.get(f"UPSTOX_{name.upper()}", "") for name in cls.fields})
+        return cls({name: read_variable(f"UPSTOX_{name.upper()}", any_character=True) for name in cls.fields})
 
     def __getitem__(self, name: str) -> Secret:
         return self._values[name]
@@ -78,24 +79,26 @@ class Credentials:
         return without_tokens(text)
 
     def _problems(self) -> list[str]:
-        if missing := self._missing():
-            return missing
         plain, problems = self.reveal_all(), self._problems_of_pin_and_totp()
         if not re.fullmatch(r"[0-9]{10}", plain["username"]):
             problems.insert(0, "username is not a mobile number of 10 digits")
-        if not re.match(r"https?:", plain["redirect_uri"], re.IGNORECASE):
+        if not _is_url(plain["redirect_uri"]):
             problems.append("redirect_uri is not a URL")
         # The SDK puts these three into a form without encoding them, so special characters would send a wrong value.
         problems += [
-            f"{name} contains &, + or %, which the SDK does not send correctly"
+            f"{name} contains a space, &, +, % or a character that is not ASCII, which the SDK does not send correctly"
             for name in ("client_id", "client_secret", "redirect_uri")
-            if re.search(r"[&+%]", plain[name])
+            if re.search(r"[^!-~]|[&+%]", plain[name])
         ]
         return problems
 
     def _missing(self) -> list[str]:
         missing = [f"UPSTOX_{name.upper()} ({name})" for name in self.fields if not self._values[name].reveal()]
         return [f"{', '.join(missing)} not set"] if missing else []
+
+    def _unreadable(self) -> list[str]:
+        wrong = [name for name, secret in self._values.items() if has_control_characters(secret.reveal())]
+        return [f"{', '.join(wrong)} holds a line break or another character that cannot be right"] if wrong else []
 
     def _problems_of_pin_and_totp(self) -> list[str]:
         plain, problems = self.reveal_all(), []
@@ -123,8 +126,6 @@ class TotpCredentials(Credentials):
         return "totp-" + hashlib.sha256(self._values["client_id"].reveal().encode()).hexdigest()[:16]
 
     def _problems(self) -> list[str]:
-        if missing := self._missing():
-            return missing
         problems = self._problems_of_pin_and_totp()
         if not re.fullmatch(r"[!-~]+", self._values["client_id"].reveal()):
             problems.append("client_id does not fit into a header: use only ASCII without spaces")
@@ -137,4 +138,12 @@ def wrap_credentials(values: object) -> dict[str, str | Secret]:
 
 
 def as_secret(value: object) -> Secret:
-    return value if isinstance(value, Secret) else Secret(str(value).strip())
+    return value if isinstance(value, Secret) else Secret(strip_invisible(str(value)))
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # An odd host or port. The error would show it.
+        return False

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import inspect
 import os
-import shlex
 import tomllib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from . import upstox_api
 from .answer import LoginAnswer, Minted, read_answer
+from .checks import USER_ID
 from .credentials import FIELDS, SHORTEST_TOTP_SECRET, TOTP_FIELDS, Credentials, TotpCredentials, wrap_credentials
 from .errors import ConfigurationError, LoginRefused
 from .refusals import AGAIN_CODES, FIX_CODES, WAIT_CODES
 from .sdk_login import SdkLogin
+from .secret_files import read_secret_file
 from .token import Secret, subject
 from .totp_login import TotpLogin
 from .upstox_api import log_out, owner_of
@@ -86,6 +86,8 @@ class Accounts:
         }
         if not accounts:
             raise LoginRefused("Accounts needs at least one account.")
+        if not all(isinstance(user_id, str) and USER_ID.fullmatch(user_id) for user_id in accounts):
+            raise LoginRefused("Each account must have a user id as its name, such as AB1234.")
         if unknown := sorted(set(options) - {"base_domain", "pause", "timeout"}):
             raise TypeError(f"Accounts does not take {', '.join(unknown)}.")
         self._base_domain: str | None = options.get("base_domain")
@@ -107,19 +109,12 @@ class Accounts:
             ConfigurationError: the file cannot be read, is readable by others, or is not TOML.
             LoginRefused: the credentials of an account cannot work.
         """
-        file = Path(path).expanduser()
+        text = read_secret_file(path, "the accounts file")
         try:
-            with file.open("rb") as opened:
-                if os.fstat(opened.fileno()).st_mode & 0o077:
-                    raise ConfigurationError(
-                        f"Others can read the accounts in {file}. Run: chmod 600 {shlex.quote(str(file))}"
-                    )
-                return cls(tomllib.load(opened), **options)
-        except OSError as error:
-            raise ConfigurationError(f"The accounts in {file} could not be read: {error.strerror}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+            return cls(tomllib.loads(text.reveal()), **options)
+        except (tomllib.TOMLDecodeError, RecursionError):
             pass  # The parser's frames hold the file's text, so raise below, without a cause that shows it.
-        raise ConfigurationError(f"{file} is not a TOML file with one table for each user id, such as [AB1234].")
+        raise ConfigurationError(f"{path} is not a TOML file with one table for each user id, such as [AB1234].")
 
     @property
     def user_ids(self) -> list[str]:

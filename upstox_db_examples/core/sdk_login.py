@@ -9,7 +9,6 @@ class would break with the next release.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from . import upstox_api
 from .answer import LoginAnswer, fields_of, find_token, read_answer, without_tokens
 from .checks import USER_ID
 from .credentials import Credentials, wrap_credentials
+from .environment import clean, read_variable
 from .errors import LoginError, LoginInterrupted, LoginRefused
 from .interrupts import raise_pending
 from .refusals import Reply, by_code, code_and_message, explain
@@ -58,8 +58,17 @@ class SingleLogin:
 
     @property
     def user_id(self) -> str | None:
-        """The user that this logs in, if it was given one."""
-        return self._user_id or os.environ.get("UPSTOX_USER_ID") or None
+        """The user that this logs in, if it was given one.
+
+        Raises:
+            LoginRefused: this is no user id. A login would be spent, and its token would belong to somebody else.
+        """
+        given = clean(self._user_id or "")
+        user_id = given or read_variable("UPSTOX_USER_ID", any_character=True)
+        if user_id and not USER_ID.fullmatch(user_id):
+            where = "The login's user_id" if given else "UPSTOX_USER_ID"
+            raise LoginRefused(f"{where} is not a user id such as AB1234. No request was made.")
+        return user_id or None
 
     @property
     def account(self) -> str | None:

@@ -7,7 +7,6 @@ and a login that is sent twice kills its own first token.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 from .checks import USER_ID
 from .credentials import as_secret
+from .environment import clean, has_control_characters, read_variable
 from .errors import LoginInterrupted, LoginRefused
 from .refusals import Reply, explain
 from .token import Secret
@@ -35,12 +35,13 @@ def checked_base_domain(base_domain: str | None) -> str:
     Raises:
         LoginRefused: the address lacks {stage}, or is neither https nor on this machine.
     """
-    base_domain = base_domain or os.environ.get("UPSTOX_BASE_DOMAIN") or ""
+    base_domain = clean(base_domain or "") or read_variable("UPSTOX_BASE_DOMAIN", any_character=True)
     if not base_domain:
         return ""
     try:
         is_safe = urlsplit(base_domain).scheme == "https" or is_this_machine(base_domain)
-        fits = "{stage}" in base_domain and bool(base_domain.format(stage="api"))
+        fits = "{stage}" in base_domain and bool(urlsplit(base_domain.format(stage="api")).port != 0)
+        fits = fits and "@" not in base_domain and not has_control_characters(base_domain)
     except (ValueError, LookupError, AttributeError):
         is_safe, fits = True, False
     if not is_safe:

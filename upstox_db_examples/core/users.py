@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from datetime import datetime
+from typing import Any
 
 from .backend import Backend
-from .errors import KeyUnavailable, TokenRefused
+from .checks import USER_ID
+from .errors import KeyUnavailable, LoginRefused, TokenRefused
 from .login import Login
 from .settings import Settings
 from .token import StoredToken
@@ -30,7 +32,9 @@ class Users:
             last: if the login tells no account, take the user it logged in last. A login that tells its account may
                 have changed it since, and a deliberate login is not bound by the past.
         """
-        declared: str | None = getattr(self._settings.login, "user_id", None)
+        declared: Any = getattr(self._settings.login, "user_id", None)
+        if declared and not (isinstance(declared, str) and USER_ID.fullmatch(declared)):
+            raise LoginRefused("The login's user_id is not a user id such as AB1234. No request was made.")
         account = account_of(self._settings.login, None)
         return declared or self.user_of_account(account) or (self._last_user if last and not account else None)
 

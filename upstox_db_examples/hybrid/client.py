@@ -11,6 +11,9 @@ from redis.cluster import RedisCluster
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from ..core.addresses import read_url
+from ..core.token import Secret
+
 Client = redis.Redis | RedisCluster
 Config = Mapping[str, Any] | str | Client
 NO_CONFIGURATION = (
@@ -53,9 +56,15 @@ def client_of(config: Config, timeout: float) -> tuple[Client | None, bool]:
         "health_check_interval": 0,
         "max_connections": 10_000,  # If threads outnumber this, it looks like an outage.
     }
+    if isinstance(config, str):
+        url = Secret(config)
+        del config  # A traceback that prints local variables must not show its password.
+        url = read_url(url, ("redis", "rediss", "unix"), "The address of Redis", "redis://:password@host:6379/0")
+        try:
+            return redis.Redis.from_url(url.reveal(), **options), True
+        except (ValueError, TypeError, RedisError):
+            return None, False
     try:
-        if isinstance(config, str):
-            return redis.Redis.from_url(config, **options), True
         return redis.Redis(**{**options, **config}), True
     except (ValueError, TypeError, RedisError):
         return None, False

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC
 from typing import Any
+from urllib.parse import urlsplit
 
 import pymongo
 from bson.errors import BSONError
@@ -18,6 +19,7 @@ from pymongo.read_preferences import ReadPreference
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
+from ..core.addresses import read_url
 from ..core.errors import ConfigurationError, StorageError, StoreUnavailable
 from ..core.token import Secret
 
@@ -39,7 +41,9 @@ class MongoDBConnection:
     """
 
     def __init__(self, url: Secret, name: str, timeout: float) -> None:
-        self._url = url
+        self._url = url = read_url(
+            url, ("mongodb", "mongodb+srv"), "The address of MongoDB", "mongodb://user:password@host/"
+        )
         self._name = name
         self._timeout = timeout
         self._closed = False
@@ -98,9 +102,7 @@ def _describe(url: Secret, name: str) -> str:
     """Say where the database is, without any password."""
     try:
         if url.reveal().startswith("mongodb+srv://"):  # DNS has the hosts.
-            before, _, after = url.reveal().removeprefix("mongodb+srv://").rpartition("@")
-            # If there is a second @, we cannot tell what belongs to a password.
-            return ("mongodb+srv" if "@" in before else after.partition("/")[0].partition("?")[0]) + f"/{name}"
+            return f"{urlsplit(url.reveal()).hostname}/{name}"
         hosts = parse_uri(url.reveal(), validate=False)["nodelist"]
         return ",".join(f"{host}:{port}" for host, port in hosts) + f"/{name}"
     except (PyMongoError, ValueError, TypeError, AttributeError):

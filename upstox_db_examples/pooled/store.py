@@ -13,7 +13,7 @@ from ..core.checks import require_pool_size, require_positive
 from ..core.errors import StorageError, StoreUnavailable
 from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.settings import Options, Settings
-from ..sqlite.connections import SQLiteConnections, open_connection, resolve_path, translate_error
+from ..sqlite.connections import SQLiteConnections, hide_path, open_connection, resolve_path, translate_error
 from ..sqlite.store import SQLiteUpstoxStorage
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,12 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
         audit_reads: bool = False,
         **options: Unpack[Options],
     ) -> None:
+        place = hide_path(db_path)
+        del db_path
         require_pool_size(pool_size)
         require_positive("timeout", timeout)
         settings = Settings(type(self).__name__, options)
-        connections = PooledConnections(resolve_path(db_path, create=settings.create), pool_size, timeout)
+        connections = PooledConnections(resolve_path(place, create=settings.create), pool_size, timeout)
         self.pool_size, self._pool = pool_size, connections.pool
         self._open(connections, settings, audit_reads)
 

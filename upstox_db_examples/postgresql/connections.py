@@ -21,6 +21,7 @@ import psycopg2
 import psycopg2.extras
 from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_dsn
 
+from ..core.addresses import is_host, read_text, read_url
 from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import ConfigurationError, StoreUnavailable
 from ..core.pool import Pool, PoolClosed, PoolTimeout
@@ -30,6 +31,9 @@ from .queries import LOGINS_THAT_ARE_OVER
 from .session import FIND_SCHEMA, settings
 
 logger = logging.getLogger(__name__)
+
+_WHAT, _EXAMPLE = "The address of PostgreSQL", "postgresql://user:password@host/database"
+_SCHEMES = ("postgresql", "postgres")
 
 
 class _Holding(threading.local):
@@ -63,11 +67,9 @@ class PostgreSQLConnections:
     """
 
     def __init__(self, dsn: Secret, pool_size: int, timeout: float) -> None:
-        self._dsn = dsn
+        self._dsn, self.where, self._hosts = _read_dsn(dsn)
         self._timeout = timeout
-        self.where = _describe(dsn)
         self.schema: str | None = None
-        self._hosts = _one_by_one(dsn)
         # A returned connection has no transaction to roll back, because each message is its own transaction.
         self._pool: Pool[connection] = Pool(
             self._connect, connection.close, size=pool_size, timeout=timeout, healthy=self._still_open
@@ -359,25 +361,40 @@ def _readable(conn: Any) -> bool:
     return bool(poller.poll(0))
 
 
-def _describe(dsn: Secret) -> str:
-    """Say where the database is, without any password."""
+def _read_dsn(dsn: Secret) -> tuple[Secret, str, list[Secret]]:
+    """Return the cleaned connection string, where it leads (without any password), and one string for each host.
+
+    Asynchronous libpq would spend all the time on the first host.
+
+    Raises:
+        ConfigurationError: libpq cannot read it, or its hosts, ports or database cannot be right.
+    """
+    dsn = read_text(dsn, _WHAT)
+    if dsn.reveal().startswith(tuple(f"{scheme}://" for scheme in _SCHEMES)):
+        dsn = read_url(dsn, _SCHEMES, _WHAT, _EXAMPLE)
     try:
-        parts = parse_dsn(dsn.reveal())
-        return f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
-    except (psycopg2.Error, TypeError):
+        # The encoding, because PGCLIENTENCODING or a role may name one that has no Hindi letters.
+        parts: dict[str, str] = parse_dsn(dsn.reveal()) | {"client_encoding": "UTF8"}
+        lists = {name: parts[name].split(",") for name in ("host", "hostaddr", "port") if parts.get(name)}
+        number = max((len(values) for values in lists.values()), default=1)
+        if _can_be_right(lists, number) and "://" not in parts.get("dbname", ""):
+            where = f"{parts.get('host', 'localhost')}:{parts.get('port', 5432)}/{parts.get('dbname', '')}"
+            each = (
+                {name: values[n if len(values) > 1 else 0] for name, values in lists.items()} for n in range(number)
+            )
+            return dsn, where, [Secret(make_dsn(**(parts | host))) for host in each]
+        del parts, lists
+    except psycopg2.Error:
         pass  # This error may hold the password. We raise ours below, so that it has no cause.
     raise ConfigurationError(
-        "PostgreSQL cannot read the connection string. Use one such as postgresql://user:password@host/database."
+        f"PostgreSQL cannot read the connection string. Use one such as {_EXAMPLE}, with as many ports as hosts."
     )
 
 
-def _one_by_one(dsn: Secret) -> list[Secret]:
-    """Make a connection string for each host. Asynchronous libpq would spend all the time on the first one.
-
-    Each names the encoding, because PGCLIENTENCODING or a role may name one that has no Hindi letters.
-    """
-    parts = parse_dsn(dsn.reveal()) | {"client_encoding": "UTF8"}
-    lists = {name: parts[name].split(",") for name in ("host", "hostaddr", "port") if name in parts}
-    number = max((len(values) for values in lists.values()), default=1)
-    each = ({name: values[n if len(values) > 1 else 0] for name, values in lists.items()} for n in range(number))
-    return [Secret(make_dsn(**(parts | host))) for host in each]
+def _can_be_right(lists: dict[str, list[str]], number: int) -> bool:
+    # libpq takes one port for all hosts. Otherwise there must be a value for each.
+    return (
+        all(len(values) == number or (name == "port" and len(values) == 1) for name, values in lists.items())
+        and all(is_host(value) for name in ("host", "hostaddr") for value in lists.get(name, ()))
+        and all(is_host("", value) for value in lists.get("port", ()))
+    )

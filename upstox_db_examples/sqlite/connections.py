@@ -11,7 +11,10 @@ from collections import deque
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from ..core.addresses import looks_like_no_file
+from ..core.environment import expand_home
 from ..core.errors import ConfigurationError, DatabaseMissing, InvalidInput, StorageError, StoreUnavailable
+from ..core.token import Secret
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +129,20 @@ def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
         idle.pop().close()
 
 
-def resolve_path(db_path: str | os.PathLike[str], *, create: bool = True) -> Path:
+_NO_FILE = (
+    "db_path must be the path of a file, without quotes, ? or line breaks around or in it. This one looks like a "
+    "connection string, so no file was made. open_store() and upstox-db take addresses such as sqlite:///upstox.db and "
+    "postgresql://user:password@host/database."
+)
+
+
+def hide_path(db_path: object) -> Secret:
+    """Wrap the path. A connection string given by mistake must not show in a traceback that prints local variables."""
+    text = os.fspath(db_path) if isinstance(db_path, str | os.PathLike) else ""
+    return Secret(text if isinstance(text, str) else "")
+
+
+def resolve_path(db_path: str | os.PathLike[str] | Secret, *, create: bool = True) -> Path:
     """Resolve the path, and make its file with mode 0600 if it is missing. SQLite itself would use the umask.
 
     The WAL and shared memory files take the mode of the database.
@@ -134,12 +150,18 @@ def resolve_path(db_path: str | os.PathLike[str], *, create: bool = True) -> Pat
     Args:
         create: with False, raise `DatabaseMissing` if there is no file.
     """
-    text = os.fspath(db_path)
-    if not isinstance(text, str) or not text or "\0" in text or text.startswith((":memory:", "file:")):
+    given = db_path if isinstance(db_path, Secret) else hide_path(db_path)
+    del db_path
+    text = given.reveal()
+    if not text or "\0" in text or text.startswith((":memory:", "file:")):
         raise InvalidInput("db_path must be the path of a file. A database in memory would end with the process.")
     try:
         # Resolve symbolic links: two names for one file would mean two locks, and so two logins at once.
-        path = Path(text).resolve()
+        path = expand_home(text)
+        if looks_like_no_file(text) and not path.exists():  # An earlier version may have made such a file.
+            del text, path
+            raise InvalidInput(_NO_FILE)
+        path = path.resolve()
         if path.is_dir():
             raise ConfigurationError(f"{path} is a folder. db_path must be the path of a file.")
         if not create and not path.exists():

@@ -9,12 +9,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar, Unpack
 
+from ..core.environment import expand_home
 from ..core.errors import ConfigurationError, InvalidInput
 from ..core.files import write_whole
 from ..core.settings import Options, Settings
 from ..core.store import TokenStorage
 from .backend import SQLiteBackend
-from .connections import SQLiteConnections, resolve_path, translate_error
+from .connections import SQLiteConnections, hide_path, resolve_path, translate_error
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,10 @@ class SQLiteUpstoxStorage(TokenStorage):
     def __init__(
         self, db_path: str | os.PathLike[str] = "upstox.db", *, audit_reads: bool = False, **options: Unpack[Options]
     ) -> None:
+        place = hide_path(db_path)
+        del db_path
         settings = Settings(type(self).__name__, options)
-        self._open(SQLiteConnections(resolve_path(db_path, create=settings.create)), settings, audit_reads)
+        self._open(SQLiteConnections(resolve_path(place, create=settings.create)), settings, audit_reads)
 
     def _open(self, connections: SQLiteConnections, settings: Settings, audit_reads: bool) -> None:
         self.db_path, self._connections = connections.path, connections
@@ -65,6 +68,7 @@ class SQLiteUpstoxStorage(TokenStorage):
             InvalidInput: the path is a database in use, maybe this one.
             StoreUnavailable: the copy cannot be written there.
         """
+        path = expand_home(path)
         # SQLite would apply the log beside a database in use to the copy, and destroy it.
         if Path(f"{path}-wal").exists() or (Path(path).exists() and self.db_path.samefile(path)):
             raise InvalidInput(f"{path} is a database in use. Choose another file for the copy.")

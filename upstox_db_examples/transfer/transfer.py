@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 from ..core.backend import ENTRIES_LOCK, NOBODY_LOCK
 from ..core.batch import progress_bar
+from ..core.environment import expand_home
 from ..core.errors import InvalidInput, StorageError
 from ..core.store import TokenStorage
 from ..core.token import AuditEntry, Secret, StoredToken
@@ -65,7 +65,9 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         StoreUnavailable: the file cannot be written, or the store cannot be read.
     """
     with progress_bar(len(store.backend.list_users()), "user", progress) as advance:
-        counts = write_export(Path(path), store.backend.store_kind, store.cipher.ring, _read_parts(store), advance)
+        counts = write_export(
+            expand_home(path), store.backend.store_kind, store.cipher.ring, _read_parts(store), advance
+        )
     logger.info("Exported %s to %s: %s users, %s tokens, %s audit entries", store, path, *counts[:3])
     return counts
 
@@ -79,7 +81,7 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
             Nothing is imported.
         InvalidInput: see `migrate`.
     """
-    file = Path(path)
+    file = expand_home(path)
     kind = kind_of(file)
 
     def decrypt(token: StoredToken) -> Secret:
