@@ -325,7 +325,7 @@ class TestAnAddress:
 
     def test_with_several_hosts_may_have_one_port(self) -> None:
         connections = PostgreSQLConnections(Secret("host=a,b,/run port=5 user='x y'"), 1, 1.0)
-        assert [parse_dsn(dsn.reveal())["host"] for dsn in connections._hosts] == ["a", "b", "/run"]
+        assert [parse_dsn(dsn.reveal())["host"] for dsn in connections.hosts] == ["a", "b", "/run"]
         assert connections.where == "a,b,/run:5/"
 
     @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class PostgreSQLConnections:
     """
 
     def __init__(self, dsn: Secret, pool_size: int, timeout: float) -> None:
-        self._dsn, self.where, self._hosts = _read_dsn(dsn)
+        self._dsn, self.where, self.hosts = _read_dsn(dsn)
         self._timeout = timeout
         self.schema: str | None = None
         # A returned connection has no transaction to roll back, because each message is its own transaction.
@@ -266,8 +266,8 @@ class PostgreSQLConnections:
         return True
 
     def _connect(self) -> connection:
-        *others, last = self._hosts
-        seconds = self._timeout / len(self._hosts)
+        *others, last = self.hosts
+        seconds = self._timeout / len(self.hosts)
         for host in others:
             try:
                 return self._connect_to(host, seconds)
