@@ -79,6 +79,13 @@ class Pool[C]:
         """How many threads wait for a connection now."""
         return len(self._waiting)
 
+    def close_idle(self) -> None:
+        """Close the idle connections. Their places stay, and each is opened again when it is needed."""
+        while not self._closed and any(conn is not None for conn in self._free):
+            loan = Loan(self)
+            if self._take_free_place(id(loan)):
+                loan.discard()
+
     def close(self) -> None:
         """Close the idle connections. Those in use are closed when they come back; threads that wait get an error."""
         self._closed = True
@@ -175,6 +182,10 @@ class Loan[C]:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         self._pool._give_back(id(self), broken=error is not None)
+
+    def discard(self) -> None:
+        """End the loan and close its connection."""
+        self._pool._give_back(id(self), broken=True)
 
     def __del__(self) -> None:
         # Ctrl-C at the very start of `__exit__` skips the rest of it. It can also come at the start of `__init__`, and

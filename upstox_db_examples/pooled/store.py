@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Unpack
@@ -14,6 +15,7 @@ from ..core.errors import StorageError, StoreUnavailable
 from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.settings import Options, Settings
 from ..sqlite.connections import SQLiteConnections, hide_path, open_connection, resolve_path, translate_error
+from ..sqlite.forks import Connection, is_pending
 from ..sqlite.store import SQLiteUpstoxStorage
 
 logger = logging.getLogger(__name__)
@@ -78,9 +80,9 @@ class PooledConnections(SQLiteConnections):
     def __init__(self, path: Path, size: int, timeout: float) -> None:
         super().__init__(path)
         self._timeout = timeout
-        self.pool = Pool(lambda: open_connection(path), sqlite3.Connection.close, size=size, timeout=timeout)
+        self.pool = Pool(lambda: open_connection(path), Connection.close, size=size, timeout=timeout)
 
-    def lend(self) -> AbstractContextManager[sqlite3.Connection]:
+    def lend(self) -> AbstractContextManager[Connection]:
         """Lend a connection, as `SQLiteConnections.lend` does.
 
         Raises:
@@ -91,6 +93,12 @@ class PooledConnections(SQLiteConnections):
     def close(self) -> None:
         self._closed = True
         self.pool.close()
+
+    def close_idle(self) -> None:
+        self.pool.close_idle()
+
+    def count_idle(self) -> int:
+        return self.pool.counts()[1]
 
     def translate_error(self, error: PoolTimeout | PoolClosed | sqlite3.Error) -> StorageError:
         """Translate this error into one of ours."""
@@ -112,22 +120,31 @@ class _Borrowed:
     def __init__(self, connections: PooledConnections) -> None:
         self._connections, self._loan = connections, connections.pool.borrow()
 
-    def __enter__(self) -> sqlite3.Connection:
+    def __enter__(self) -> Connection:
+        self._connections.refuse_if_closed()
+        self._connections.refuse_another_file()
         try:
             self._conn = self._loan.__enter__()
         except (PoolTimeout, PoolClosed, sqlite3.Error) as error:
             raise self._connections.translate_error(error) from error
+        self._connections.remember_file()
+        self._conn.thread = threading.get_ident()
         return self._conn
 
     def __exit__(self, kind: object, raised: BaseException | None, traceback: object) -> None:
+        if self._conn.inherited:
+            return
         error = raised
         if error is None:
             try:
                 self._conn.rollback()
             except BaseException as of_the_rollback:
                 error = of_the_rollback
-        # After an error the pool closes the connection, which rolls back. It opens another when it needs one.
-        self._loan.__exit__(kind, error, traceback)
+        self._conn.thread = None
+        if error is None and not is_pending():
+            self._loan.__exit__(None, None, None)
+        else:  # Closing it also rolls back. The pool opens another when it needs one.
+            self._loan.discard()
         if error is not None:
             logger.info("Closed a connection to %s after %s", self._connections.path, type(error).__name__)
         if isinstance(error, sqlite3.Error):

@@ -13,13 +13,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins, LocalLocks, lock_timeout
+from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins, LocalLocks
 from ..core.context import Context
 from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
 from ..core.token import AuditEntry, StoredToken
-from . import queries
+from . import locks, queries
 from .connections import SQLiteConnections, refuse_cut_off
 from .rows import columns_of, format_row, read_every_column, read_known, read_token, to_moment, to_seconds
 
@@ -75,25 +73,23 @@ class SQLiteBackend(Backend):
         with self.connections.lend() as conn:
             # IMMEDIATE, because a read that turns into a write fails at once if another writer came first.
             conn.execute("BEGIN IMMEDIATE")
+            self.connections.refuse_another_log(conn)
             yield conn
             conn.execute("COMMIT")
+            # What went into a file that is not the database any more must not be acknowledged.
+            self.connections.refuse_another_log(conn)
+            self.connections.refuse_another_file()
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        # The system frees the lock when its holder dies. The file stays, because unlinking it would let two in.
-        lock = FileLock(self._locks / f"{name}.lock", timeout=self.context.login_wait, mode=0o600, thread_local=False)
-        with self._local_locks.hold(name, self.context.login_wait):
+        wait = self.context.login_wait
+        with self._local_locks.hold(name, wait):
             try:
                 self._locks.mkdir(mode=0o700, exist_ok=True)
-                lock.acquire()
-            except Timeout as error:
-                raise lock_timeout(name, self.context.login_wait) from error
             except OSError as error:
                 raise ConfigurationError(f"No lock file can be made in {self._locks}: {error.strerror}.") from error
-            try:
+            with locks.hold(self._locks / f"{name}.lock", name, wait):
                 yield
-            finally:
-                lock.release()
 
     def _version(self, conn: sqlite3.Connection) -> int:
         # One statement sees one moment. With two, another process might make the tables in between.
@@ -140,17 +136,7 @@ class SQLiteBackend(Backend):
 
     def _is_held(self, mark: str) -> bool:
         """Tell whether the login that left this mark still holds its lock."""
-        import fcntl  # Imported here, because Windows lacks it and everything else works there.
-
-        try:
-            with (self._locks / f"{mark.partition(' ')[0]}.lock").open("rb") as file:
-                # A shared lock, so that two readers at once do not mistake each other for the holder.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+        return locks.is_held(self._locks / f"{mark.partition(' ')[0]}.lock")
 
     def find_in_doubt(self, user_id: str) -> StoredToken | None:
         row = self._one(queries.IN_DOUBT, user_id)

@@ -6,6 +6,8 @@ import logging
 import os
 import shlex
 import sqlite3
+import stat
+import threading
 import weakref
 from collections import deque
 from contextlib import AbstractContextManager
@@ -14,7 +16,9 @@ from pathlib import Path
 from ..core.addresses import looks_like_no_file
 from ..core.environment import expand_home
 from ..core.errors import ConfigurationError, DatabaseMissing, InvalidInput, StorageError, StoreUnavailable
+from ..core.files import Identity, identity_of
 from ..core.token import Secret
+from .forks import Connection, close_before_forks, is_pending
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +36,14 @@ class SQLiteConnections:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._idle: deque[sqlite3.Connection] = deque()  # The last one used is on top.
-        self._process = os.getpid()
+        self._idle: deque[Connection] = deque()  # The last one used is on top.
         self._closed = False
+        self._identity: Identity | None = None  # which file it is, as soon as a connection has opened it
         # As in the guide, you need not close a store: its connections are closed when it is garbage-collected.
-        weakref.finalize(self, _close_all, self._idle, self._process)
+        weakref.finalize(self, _close_all, self._idle)
+        close_before_forks(self)
 
-    def lend(self) -> AbstractContextManager[sqlite3.Connection]:
+    def lend(self) -> AbstractContextManager[Connection]:
         """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
 
         Raises:
@@ -52,7 +57,7 @@ class SQLiteConnections:
 
     def close_idle(self) -> None:
         """Close the connections that nobody uses now."""
-        _close_all(self._idle, self._process)
+        _close_all(self._idle)
 
     def count_idle(self) -> int:
         """Return how many connections are open and free."""
@@ -66,19 +71,57 @@ class SQLiteConnections:
         if self._closed:
             raise StoreUnavailable("This store is closed.")
 
-    def _take(self) -> sqlite3.Connection:
-        if self._process != os.getpid():
-            # A forked child must neither use nor close the parent's connections, so it leaves them alone.
-            self._inherited, self._idle, self._process = self._idle, deque(), os.getpid()
-        self.refuse_if_closed()
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return open_connection(self.path)
+    def refuse_another_file(self) -> None:
+        """Notice that the database was moved, deleted or replaced: SQLite would go on with the old file.
 
-    def _give_back(self, conn: sqlite3.Connection) -> None:
+        Raises:
+            ConfigurationError: it was.
+        """
+        if self._identity is not None and (now := identity_of(self.path)) != self._identity:
+            raise ConfigurationError(
+                f"{self.path} was {'replaced' if now else 'moved or deleted'} while this program had it open, so what "
+                f"is written now might be lost. Stop every program that uses it, see that the right file is there, "
+                f"without {self.path.name}-wal and {self.path.name}-shm of another one, and start them again."
+            )
+
+    def remember_file(self) -> None:
+        """Remember which file it is. A connection is open: on a layered file system, that may change the inode."""
+        if self._identity is None:
+            self._identity = identity_of(self.path)
+
+    def refuse_another_log(self, conn: Connection) -> None:
+        """Notice that the log was deleted or replaced while this connection had it open. The caller is writing.
+
+        Raises:
+            StoreUnavailable: it was. The connection must be closed.
+        """
+        now = identity_of(f"{self.path}-wal") or (0, 0)
+        if conn.log is None:
+            conn.log = now
+        elif conn.log != now:
+            raise StoreUnavailable(
+                f"{self.path}-wal was deleted or replaced while this program had it open, so what was written last "
+                "might be lost. Try again. Nobody may delete that file, and a program that has the database open may "
+                "not open and close its file by other means, as to copy it."
+            )
+
+    def _take(self) -> Connection:
+        self.refuse_if_closed()
+        self.refuse_another_file()
+        try:
+            conn = self._idle.pop()
+        except IndexError:
+            conn = open_connection(self.path)
+            self.remember_file()
+        conn.thread = threading.get_ident()
+        return conn
+
+    def _give_back(self, conn: Connection) -> None:
+        if conn.inherited:
+            return
         conn.rollback()
-        if self._closed:
+        conn.thread = None
+        if self._closed or is_pending():
             conn.close()
         else:
             self._idle.append(conn)
@@ -92,7 +135,7 @@ class _Lent:
     def __init__(self, connections: SQLiteConnections) -> None:
         self._connections = connections
 
-    def __enter__(self) -> sqlite3.Connection:
+    def __enter__(self) -> Connection:
         try:
             self._conn = self._connections._take()
         except sqlite3.Error as error:
@@ -111,9 +154,9 @@ class _Lent:
             raise translate_error(error, self._connections.path) from error
 
 
-def open_connection(path: Path) -> sqlite3.Connection:
-    """Open a new connection."""
-    conn = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+def open_connection(path: Path) -> Connection:
+    """Open a new connection to a file that exists."""
+    conn = Connection(path, BUSY_SECONDS)
     conn.row_factory = sqlite3.Row
     try:
         # With NORMAL instead of FULL, a power cut loses tokens that were already reported as stored.
@@ -124,8 +167,8 @@ def open_connection(path: Path) -> sqlite3.Connection:
     return conn
 
 
-def _close_all(idle: deque[sqlite3.Connection], process: int) -> None:
-    while idle and os.getpid() == process:
+def _close_all(idle: deque[Connection]) -> None:
+    while idle:
         idle.pop().close()
 
 
@@ -170,7 +213,18 @@ def resolve_path(db_path: str | os.PathLike[str] | Secret, *, create: bool = Tru
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             logger.info("Made %s", path)
         except FileExistsError:
-            if path.stat().st_mode & 0o077:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                raise ConfigurationError(
+                    f"{path} is not an ordinary file. db_path must be the path of a file."
+                ) from None
+            if found.st_nlink > 1:
+                raise ConfigurationError(
+                    f"{path} has {found.st_nlink} names (hard links). SQLite would keep a log for each name, and each "
+                    f"would lack what is in the other. Delete the other names; this finds them on the same disk: "
+                    f"find / -xdev -samefile {shlex.quote(str(path))}"
+                ) from None
+            if found.st_mode & 0o077:
                 run = f"chmod 600 {shlex.quote(str(path))}"
                 logger.warning("Others can access %s, which holds names and histories. Run: %s", path, run)
     except (OSError, RuntimeError) as error:  # Python 3.12 raises RuntimeError for a loop of links.
@@ -207,5 +261,9 @@ _TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
     "SQLITE_READONLY": (ConfigurationError, "cannot be written. Check the mode and owner of the file and its folder."),
     "SQLITE_CANTOPEN": (ConfigurationError, "cannot be opened. Check the mode and owner of the file and its folder."),
     "SQLITE_NOTADB": (ConfigurationError, "is not a SQLite database. Choose another file."),
-    "SQLITE_CORRUPT": (ConfigurationError, "is damaged. Restore its backup, or move it away and log in again."),
+    "SQLITE_CORRUPT": (
+        ConfigurationError,
+        "is damaged. Stop every program that uses it, move it away together with its -wal and -shm, and then restore a "
+        "backup or log in again.",
+    ),
 }

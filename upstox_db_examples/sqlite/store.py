@@ -6,16 +6,16 @@ import logging
 import os
 import sqlite3
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import ClassVar, Unpack
 
 from ..core.environment import expand_home
-from ..core.errors import ConfigurationError, InvalidInput
-from ..core.files import write_whole
+from ..core.errors import ConfigurationError
+from ..core.files import resolve_target, write_whole
 from ..core.settings import Options, Settings
 from ..core.store import TokenStorage
 from .backend import SQLiteBackend
 from .connections import SQLiteConnections, hide_path, resolve_path, translate_error
+from .copies import refuse_what_is_no_copy
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +63,16 @@ class SQLiteUpstoxStorage(TokenStorage):
         """Copy the database as it is now, while others read and write. Open the copy like any other database.
 
         The copy is complete or missing: it gets its name, and replaces an older copy, only once it is on the disk.
+        A symbolic link is followed: the copy is where it leads.
 
         Raises:
-            InvalidInput: the path is a database in use, maybe this one.
+            InvalidInput: something that is not an earlier copy of this database has that name.
             StoreUnavailable: the copy cannot be written there.
         """
-        path = expand_home(path)
-        # SQLite would apply the log beside a database in use to the copy, and destroy it.
-        if Path(f"{path}-wal").exists() or (Path(path).exists() and self.db_path.samefile(path)):
-            raise InvalidInput(f"{path} is a database in use. Choose another file for the copy.")
-        with write_whole(Path(path)) as temporary, self.get_connection() as conn:
+        target = resolve_target(expand_home(path))
+        with self.get_connection() as conn:
+            refuse_what_is_no_copy(conn, self.db_path, target)
+        with write_whole(target) as temporary, self.get_connection() as conn:
             copy = sqlite3.connect(temporary, isolation_level=None)
             try:
                 conn.backup(copy)  # In one step. Otherwise it would start over whenever somebody writes.
@@ -80,7 +80,7 @@ class SQLiteUpstoxStorage(TokenStorage):
                     raise sqlite3.DatabaseError
             except sqlite3.Error as error:
                 if isinstance(error, sqlite3.OperationalError):  # The destination failed: a full disk, for one.
-                    raise translate_error(error, Path(path)) from error
+                    raise translate_error(error, target) from error
                 raise ConfigurationError(
                     f"{self.db_path} is damaged, and its copy would be too. Restore an older backup."
                 ) from error

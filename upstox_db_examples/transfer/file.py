@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ..core.cipher import READABLE_VERSIONS, Binding, KeyRing
 from ..core.errors import BackupDamaged, InvalidInput, StoreUnavailable, TokenRefused
-from ..core.files import write_whole
+from ..core.files import is_open_database, open_ordinary, write_whole
 from ..core.token import AuditEntry, Secret, StoredToken
 
 FORMAT = "upstox_db_examples export, version 2"
@@ -88,7 +88,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
     digest, counts, previous, number = hashlib.sha256(), Counts(), None, 0
     last_user: object = object()
     try:
-        with path.open(encoding="ascii") as file:
+        with open_ordinary(path) as file:
             header = _header(path, file.readline())
             digest.update(f"{header}\n".encode())
             key_id = header.split(", ")[3]
@@ -120,7 +120,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
 def kind_of(path: Path) -> str:
     """Return the kind of store that the export's tokens are bound to. Each line that decrypts proves it."""
     try:
-        with path.open(encoding="ascii", errors="replace") as file:
+        with open_ordinary(path, errors="replace") as file:
             return _header(path, file.readline()).split(", ")[2]
     except OSError as error:
         raise StoreUnavailable(f"{path} cannot be read: {error.strerror}.") from error
@@ -134,11 +134,15 @@ def _header(path: Path, first: str) -> str:
 
 
 def _refuse_another_file(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            ours = file.read(len(FORMAT)) in (FORMAT.encode(), EARLIER_FORMAT.encode(), b"")
-    except OSError:
-        return  # There is no such file, or the write below will report the problem.
+    if not path.is_file():
+        return  # Nothing is there, or a folder, which the system refuses to replace.
+    ours = False
+    if not is_open_database(path):
+        try:
+            with open_ordinary(path, errors="replace") as file:
+                ours = file.read(len(FORMAT)) in (FORMAT, EARLIER_FORMAT, "")
+        except OSError as error:  # Perhaps we may replace it, but not look what it is.
+            raise StoreUnavailable(f"{path} cannot be read: {error.strerror}. Choose another file.") from error
     if not ours:
         raise InvalidInput(f"{path} is not an export and would be overwritten. Choose another file.")
 

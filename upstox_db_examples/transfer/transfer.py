@@ -21,6 +21,7 @@ from ..core.backend import ENTRIES_LOCK, NOBODY_LOCK
 from ..core.batch import progress_bar
 from ..core.environment import expand_home
 from ..core.errors import InvalidInput, StorageError
+from ..core.files import resolve_target
 from ..core.store import TokenStorage
 from ..core.token import AuditEntry, Secret, StoredToken
 from .file import Counts, Part, by_user, kind_of, read_export, write_export
@@ -60,14 +61,15 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
 
     The file is either complete or absent: it gets its name, and replaces an older export, once it is on the disk.
 
+    A symbolic link is followed: the export is where it leads.
+
     Raises:
-        InvalidInput: a file that is not an export has that name.
+        InvalidInput: something that is not an export has that name.
         StoreUnavailable: the file cannot be written, or the store cannot be read.
     """
+    target = resolve_target(expand_home(path))
     with progress_bar(len(store.backend.list_users()), "user", progress) as advance:
-        counts = write_export(
-            expand_home(path), store.backend.store_kind, store.cipher.ring, _read_parts(store), advance
-        )
+        counts = write_export(target, store.backend.store_kind, store.cipher.ring, _read_parts(store), advance)
     logger.info("Exported %s to %s: %s users, %s tokens, %s audit entries", store, path, *counts[:3])
     return counts
 
