@@ -48,7 +48,7 @@ class TestHybrid(OnHybrid):
     def test_entries_that_are_not_ours_are_thrown_away(self, store: HybridUpstoxStorage) -> None:
         store.store_token()
         living(store)
-        uses = f"{{{self.prefix}}}:uses"
+        uses = f"{{{self.prefix}}}:{self.database()}:uses"
         self.redis.xadd(uses, {"some": "thing"})
         self.redis.xadd(uses, {"token": "9" * 30, "user": USER, "actor": "x", "at": "1", "use": "y"})
         assert store.get_user_statistics(USER)["total_usage"] == 1
@@ -80,7 +80,7 @@ class TestHybrid(OnHybrid):
             killed_before_that.setattr(store.backend.redis, "forget_uses", lambda _: None)
             assert store.fold_uses() == 7
         assert store.fold_uses() == 0
-        assert self.redis.xlen(f"{{{self.prefix}}}:uses") == 0
+        assert self.redis.xlen(f"{{{self.prefix}}}:{self.database()}:uses") == 0
         assert store.get_user_statistics(USER)["total_usage"] == 7
         used = [entry for entry in store.get_audit_trail(USER) if entry["action"] == "used"]
         assert len(used) == len({entry["metadata"]["use"] for entry in used}) == 7

@@ -28,11 +28,16 @@ class OnHybrid(RowsInPostgreSQL):
 
     def write_raw(self, token_id: Any, **values: Any) -> None:
         super().write_raw(token_id, **values)
-        for key in self.redis.scan_iter(self.key("*")):
+        for key in self.redis.scan_iter(f"{{{self.prefix}}}:*:token:*"):
             self.redis.delete(key)
 
     def key(self, user_id: str = USER) -> str:
-        return f"{{{self.prefix}}}:token:{user_id}"
+        return f"{{{self.prefix}}}:{self.database()}:token:{user_id}"
+
+    def database(self) -> str:
+        """The name of this database in the keys, once a copy was put there."""
+        (name, _) = self.redis.get(f"{{{self.prefix}}}:databases").split()
+        return str(name)
 
     @pytest.fixture
     def store(self, open_store: OpenStore) -> HybridUpstoxStorage:

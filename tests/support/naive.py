@@ -19,7 +19,7 @@ from upstox_db_examples.core.settings import Options, Settings
 from upstox_db_examples.core.token import StoredToken, TokenResult
 from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.hybrid.backend import HybridBackend
-from upstox_db_examples.hybrid.redis import Use
+from upstox_db_examples.hybrid.uses import Use
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 from upstox_db_examples.sqlite.backend import SQLiteBackend
 

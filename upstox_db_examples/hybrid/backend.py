@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -19,7 +20,8 @@ from ..postgresql.backend import PostgreSQLBackend
 from ..postgresql.errors import violated_constraint
 from ..postgresql.rows import read_token
 from . import queries
-from .redis import RedisTokens, Use
+from .redis import Buried, Found, RedisTokens
+from .uses import Use
 
 logger = logging.getLogger(__name__)
 
@@ -49,43 +51,81 @@ class HybridBackend(Backend):
         self._postgres_failed, self._postgres_again_at = False, 0.0
         self._asking, self._folding = threading.Lock(), threading.Lock()
         self._tombstones: dict[str, str] = {}  # by user; from logins of this process
+        self._earlier_after = "-"
 
     def has_tables(self) -> bool:
         return self.postgres.has_tables()
 
     def init_database(self, runtime_role: str | None = None) -> None:
         self.postgres.init_database(runtime_role)
-        if not self._run(queries.IS_FOLDED_ONCE)[0]["there"]:
+        if not all(self._run(queries.IS_READY)[0].values()):
             with self.postgres.lock(SCHEMA_LOCK):
-                if not self._run(queries.IS_FOLDED_ONCE)[0]["there"]:
+                there = self._run(queries.IS_READY)[0]
+                if not there["folded_once"]:
                     self._run(queries.FOLDED_ONCE)
-        self._schema_seen = True
+                if not there["named"]:
+                    self._run(queries.NAME_DATABASE)
+        if runtime_role is not None and not self._run(queries.MAY_READ_NAME, role=runtime_role)[0]["granted"]:
+            # A restore without privileges has lost what NAME_DATABASE granted.
+            quoted = '"' + runtime_role.replace('"', '""') + '"'
+            self._run(queries.GRANT_NAME.format(role=quoted))
+        (row,) = self._run(queries.DATABASE)
+        self.redis.database = hashlib.sha256(f"{row['name']}/{row['oid']}".encode()).hexdigest()[:16]
+        self._schema_seen, self._postgres_failed = True, False
 
     def fold_uses(self) -> int:
         """Copy the uses that wait in Redis to PostgreSQL, each exactly once, even if a process is killed meanwhile.
 
+        Uses that PostgreSQL does not confirm, because it has no such token of this user, are dropped.
+
         Returns:
             how many were new there.
         """
+        self._require_database()
         folded = 0
         while uses := self.redis.list_uses(USES_AT_ONCE):
-            folded += self.fold(uses)
+            known = self._confirmed(uses)
+            if len(known) < len(uses):
+                logger.warning("Dropping %s uses of tokens that PostgreSQL does not know.", len(uses) - len(known))
+            folded += self.fold(known)
             self.redis.forget_uses(uses)
             if len(uses) < USES_AT_ONCE:
                 break
-        return folded
+        return folded + self._fold_earlier_uses()
+
+    def _fold_earlier_uses(self) -> int:
+        """Fold the uses that an earlier version left in Redis. Its keys named no database, so they may be another's.
+
+        Those that PostgreSQL does not confirm stay there, for the database whose they are.
+        """
+        folded = 0
+        while True:
+            uses, after = self.redis.list_earlier_uses(self._earlier_after, USES_AT_ONCE)
+            if after == self._earlier_after:
+                return folded
+            known = self._confirmed(uses)
+            if known:
+                folded += self.fold(known)
+                self.redis.forget_uses(known, earlier=True)
+            self._earlier_after = after
 
     def close(self) -> None:
         self.redis.close()
         self.postgres.close()
 
     def lock(self, name: str) -> AbstractContextManager[None]:
+        self._require_database()
+        return self.postgres.lock(name)
+
+    def _require_database(self) -> None:
+        """Ask PostgreSQL which database this is, unless it has said so."""
         if not self._schema_seen:
             self.init_database()
-        return self.postgres.lock(name)
 
     def find(self, user_id: str, alive_after: datetime, now: datetime, *, locked: bool = False) -> StoredToken | None:
         self._connections.refuse_if_closed()
+        if not self._schema_seen:
+            self._guess_database()
         use = uuid.uuid4().hex
         if locked:
             # Ask only PostgreSQL: if a login could not reach Redis and was killed while it waited, it left a copy that
@@ -109,6 +149,8 @@ class HybridBackend(Backend):
             rows = self._run(queries.LOOK, user_id=user_id, alive_after=alive_after)
             token = read_token(rows[0]) if rows else None
         self._postgres_failed = False
+        if not self._schema_seen:
+            found = Found("no answer")  # Redis was asked about a database that may be another one.
         if (token is None or token.in_doubt) and found.what == "old":
             self.redis.drop(user_id)  # Otherwise it would be handed out when PostgreSQL is down.
         if token is None:
@@ -123,13 +165,40 @@ class HybridBackend(Backend):
     def _find_without_postgresql(
         self, user_id: str, alive_after: datetime, now: datetime, use: str, error: StoreUnavailable
     ) -> StoredToken | None:
-        self._postgres_failed, self._postgres_again_at = True, time.monotonic() + self.believed
+        self.leave_postgresql_alone()
         found = self.redis.read_and_count(user_id, alive_after, now, self.context.actor, use, insist=True)
-        if found.what == "no answer":
+        if found.what == "no answer" and (self.redis.database or not self.redis.answers()):
             raise StoreUnavailable(f"Neither Redis nor PostgreSQL answers. {error}") from error
         if found.token is None or found.token.expires_at <= alive_after:
             raise error  # Redis cannot know that there is no other token.
         return found.token
+
+    def _guess_database(self) -> None:
+        """Ask PostgreSQL which database this is. While it gives no answer, take the only one that Redis knows.
+
+        Raises:
+            StoreUnavailable: Redis knows several. One may be another installation's, with another token of this user.
+        """
+        if not self._postgres_is_left_alone():
+            try:
+                self.init_database()
+                return
+            except StoreUnavailable as error:
+                logger.info("PostgreSQL cannot say which database this is: %s", error)
+                self.leave_postgresql_alone()
+        if self.redis.database is None:
+            known = self.redis.list_databases() or []
+            if len(known) > 1:
+                raise StoreUnavailable(
+                    f"PostgreSQL at {self.where} gives no answer, and Redis has copies from {len(known)} databases. "
+                    "Only PostgreSQL can say which of them is this one. Try again when it is back. With a redis_prefix "
+                    "for each installation, a program can start without PostgreSQL."
+                )
+            self.redis.database = known[0] if known else None
+
+    def leave_postgresql_alone(self) -> None:
+        """Note that PostgreSQL gave no answer. For a while, only one read at a time finds out whether it is back."""
+        self._postgres_failed, self._postgres_again_at = True, time.monotonic() + self.believed
 
     def _postgres_is_left_alone(self) -> bool:
         """Tell whether to skip PostgreSQL. While it is down, one read checks it now and then, and the others go on."""
@@ -142,7 +211,7 @@ class HybridBackend(Backend):
     def insert(
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
-        buried = self.redis.bury([token.user_id], self.buried_for)
+        buried = self._bury([token.user_id])
         unbelieved = buried.certain or self._is_marked_by_this_thread(token.user_id)
         stored = replace(self.postgres.insert(token, action, metadata), source="postgresql")
         if not stored.in_doubt:
@@ -151,6 +220,10 @@ class HybridBackend(Backend):
         self._wait_until_unbelieved(unbelieved)
         self._fold_quietly()
         return stored
+
+    def _bury(self, user_ids: Iterable[str]) -> Buried:
+        self._require_database()
+        return self.redis.bury(user_ids, self.buried_for)
 
     def _is_marked_by_this_thread(self, user_id: str) -> bool:
         """Tell whether a login of this thread marked the user's token, and so waited if Redis could not be reached.
@@ -162,12 +235,12 @@ class HybridBackend(Backend):
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         users = {user_id} if user_id else {row["user_id"] for row in self._run(queries.ACTIVE_USERS)}
-        self.redis.bury(users, self.buried_for)
+        self._bury(users)
         marked = self.postgres.mark(user_id, lock, now, metadata)
         # Bury again, as in _revoke: a reader may have put a copy there before the token was marked. This includes users
         # who already had a mark, because this thread does not wait again before it stores the new token.
         users.update(marked)
-        buried = self.redis.bury(users, self.buried_for)
+        buried = self._bury(users)
         self._tombstones.update(dict.fromkeys(marked, buried.tombstone))
         self._wait_until_unbelieved(buried.certain or not (marked or user_id is None))
 
@@ -175,7 +248,7 @@ class HybridBackend(Backend):
         ended = self.postgres.unmark(lock, in_doubt, user_id)
         if in_doubt:
             # If Redis was down when the login began, it may be back with a copy that is used when PostgreSQL is down.
-            tombstone = self.redis.bury(ended, self.buried_for).tombstone
+            tombstone = self._bury(ended).tombstone
             self._tombstones.update(dict.fromkeys(ended, tombstone))
         else:
             self._dig_up(ended)
@@ -194,15 +267,15 @@ class HybridBackend(Backend):
             self.redis.dig_up(users, tombstone)
 
     def revoke(self, user_id: str, now: datetime) -> bool:
-        self.redis.bury([user_id], self.buried_for)
+        self._bury([user_id])
         revoked = self.postgres.revoke(user_id, now)
         # Bury again, because the revoked token may have been stored and copied after the first tombstone.
-        self._wait_until_unbelieved(self.redis.bury([user_id], self.buried_for).certain)
+        self._wait_until_unbelieved(self._bury([user_id]).certain)
         return revoked
 
     def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         rows = list(pairs)
-        buried = self.redis.bury([old.user_id for old, _ in rows], self.buried_for)
+        buried = self._bury([old.user_id for old, _ in rows])
         replaced = self.postgres.replace_ciphertexts(rows)
         self._wait_until_unbelieved(buried.certain)
         return replaced
@@ -216,7 +289,7 @@ class HybridBackend(Backend):
         return self.postgres.read_tokens(user_id)
 
     def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
-        certain = not tokens or self.redis.bury([token.user_id for token in tokens], self.buried_for).certain
+        certain = not tokens or self._bury([token.user_id for token in tokens]).certain
         self.postgres.merge(user_id, tokens, entries)
         self._wait_until_unbelieved(certain)
 
@@ -267,15 +340,11 @@ class HybridBackend(Backend):
 
     def fold(self, uses: list[Use]) -> int:
         """Copy these uses to PostgreSQL, and return how many were new there."""
-        rows = self._run(
-            queries.FOLD,
-            tokens=[use.token for use in uses],
-            users=[use.user for use in uses],
-            actors=[use.actor for use in uses],
-            times=[use.at.isoformat() for use in uses],
-            uses=[use.use_id for use in uses],
-        )
-        return sum(row["uses"] for row in rows)
+        return sum(row["uses"] for row in self._run(queries.FOLD, **_columns(uses))) if uses else 0
+
+    def _confirmed(self, uses: list[Use]) -> list[Use]:
+        """Return the uses that PostgreSQL confirms: it has the token, of this user, and it was alive then."""
+        return [uses[row["nth"] - 1] for row in self._run(queries.CONFIRMED, **_columns(uses))] if uses else []
 
     # PostgreSQL does these alone.
 
@@ -317,3 +386,13 @@ class HybridBackend(Backend):
 
     def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
         return self.postgres.read_entries(user_id, after, limit)
+
+
+def _columns(uses: list[Use]) -> dict[str, list[Any]]:
+    return {
+        "tokens": [use.token for use in uses],
+        "users": [use.user for use in uses],
+        "actors": [use.actor for use in uses],
+        "times": [use.at.isoformat() for use in uses],
+        "uses": [use.use_id for use in uses],
+    }

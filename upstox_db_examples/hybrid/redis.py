@@ -29,6 +29,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from ..core.errors import ConfigurationError, StoreUnavailable, TokenRefused
 from ..core.token import StoredToken
 from .client import NO_CONFIGURATION, Client
+from .uses import Use, read_use, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +64,6 @@ class Buried(NamedTuple):
     certain: bool
 
 
-class Use(NamedTuple):
-    """A use that was counted in Redis. `entry` is its id in the stream, and `use_id` is globally unique."""
-
-    entry: str
-    token: int
-    user: str
-    actor: str
-    at: datetime
-    use_id: str
-
-
 class RedisTokens:
     """The store's keys in Redis: copies of tokens, counts, tombstones, and the stream of uses.
 
@@ -85,6 +75,9 @@ class RedisTokens:
         believed: seconds for which a copy is believed without asking PostgreSQL.
         replicas: how many replicas must have a tombstone before it counts as written.
         prefix: the prefix of all keys.
+
+    Attributes:
+        database: the name of PostgreSQL's database, which all keys of this store carry; None until it is known.
 
     Raises:
         ConfigurationError: the configuration is invalid, or Redis refuses the user or the password.
@@ -114,11 +107,13 @@ class RedisTokens:
         self._replicas = replicas
         # The braces make a Redis Cluster keep all keys in one slot, because a script may only touch keys of one slot.
         self._prefix = f"{{{prefix}}}:"
-        self._uses = f"{self._prefix}uses"
+        self._databases, self._earlier_uses = f"{self._prefix}databases", f"{self._prefix}uses"
+        self.database: str | None = None
         self._read_and_count = self.client.register_script((LUA / "use.lua").read_text())
         self._put = self.client.register_script((LUA / "put.lua").read_text())
         self._drop = self.client.register_script((LUA / "drop.lua").read_text())
         self._dig_up = self.client.register_script((LUA / "dig_up.lua").read_text())
+        self._list_databases = self.client.register_script((LUA / "databases.lua").read_text())
         self._closed = self._failed = False
         self._ask_again_at = 0.0
         self._lock = threading.Lock()
@@ -133,16 +128,18 @@ class RedisTokens:
             use_id: unique, so that this use counts once.
             insist: also hand out a copy that is no longer believed.
         """
+        if self.database is None:
+            return Found("no answer")
         keys = [*self.keys_of(user_id), self._uses]
         values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use_id, int(insist)]
         answer = self.ask(lambda: self._read_and_count(keys=keys, args=values), insist=insist)
         if answer is None:
             return Found("no answer")
         what, clock, *more = answer
-        if _text(what) != "used":
-            return Found(_text(what), int(clock))  # type: ignore[arg-type]
+        if text_of(what) != "used":
+            return Found(text_of(what), int(clock))  # type: ignore[arg-type]
         text, count, waiting = more
-        token = _load(user_id, _text(text), int(count))
+        token = _load(user_id, text_of(text), int(count))
         if token is None:  # Now PostgreSQL is asked. The id of this use ensures that it counts once.
             return Found("nothing", int(clock))
         return Found("used", int(clock), token, int(waiting))
@@ -160,9 +157,9 @@ class RedisTokens:
         lifetime = int((token.expires_at - now).total_seconds() * 1000)
         if lifetime <= 0:
             return -1
-        keys = self.keys_of(token.user_id)
+        keys = [*self.keys_of(token.user_id), self._databases]
         values: list[str | int] = [_dump(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
-        values += [token.usage_count, lifetime, self._believed_ms, since, tombstone]
+        values += [token.usage_count, lifetime, self._believed_ms, since, tombstone, str(self.database)]
         answer = self.ask(lambda: self._put(keys=keys, args=values), insist=not since)
         return None if answer is None else int(answer)
 
@@ -197,22 +194,44 @@ class RedisTokens:
         """Remove a copy that is no longer believed, because PostgreSQL has no such token."""
         self.ask(lambda: self._drop(keys=self.keys_of(user_id)[:1]))
 
+    def list_databases(self) -> list[str] | None:
+        """Return the names of the databases of whose tokens Redis has copies, or None if Redis gave no answer."""
+        names = self.ask(lambda: self._list_databases(keys=[self._databases]), insist=True)
+        return None if names is None else [text_of(name) for name in names]
+
     def list_uses(self, limit: int) -> list[Use]:
         """Return uses that wait to be folded into PostgreSQL, oldest first."""
-        entries = self.ask(lambda: self.client.xrange(self._uses, count=limit)) or []
-        uses, foreign = [], []
-        for entry, fields in entries:
-            try:
-                uses.append(_read_use(_text(entry), {_text(k): _text(v) for k, v in fields.items()}))
-            except (KeyError, ValueError, OverflowError, OSError):
-                foreign.append(entry)
+        uses, foreign = self._read_stream(self._uses, "-", limit)
         if foreign:
             logger.warning("%s entries of %s did not come from this package. Deleting them.", len(foreign), self._uses)
             self.ask(lambda: self.client.xdel(self._uses, *foreign))
         return uses
 
-    def forget_uses(self, uses: Iterable[Use]) -> None:
-        self.ask(lambda: self.client.xdel(self._uses, *(use.entry for use in uses)))
+    def list_earlier_uses(self, after: str, limit: int) -> tuple[list[Use], str]:
+        """Return uses that an earlier version wrote, whose keys named no database, and the position behind them.
+
+        Args:
+            after: the position behind the entries that were listed before, or "-" for the first ones.
+        """
+        uses, foreign = self._read_stream(self._earlier_uses, after, limit)
+        last = max((*(use.entry for use in uses), *foreign), key=_position, default=None)
+        return uses, after if last is None else "{}-{}".format(*_position(last, add=1))
+
+    def _read_stream(self, key: str, begin: str, limit: int) -> tuple[list[Use], list[str]]:
+        """Return uses, and the ids of entries that this package did not write."""
+        # Not decoded by the client: one entry that is not UTF-8 would make each answer an error.
+        client: Any = self.client
+        question = ("XRANGE", key, begin, "+", "COUNT", limit)
+        entries = self.ask(lambda: client.execute_command(*question, NEVER_DECODE=True)) or []
+        uses, foreign = [], []
+        for entry, fields in entries:
+            use = read_use(text_of(entry), {text_of(name): text_of(value) for name, value in fields.items()})
+            uses.append(use) if use else foreign.append(text_of(entry))
+        return uses, foreign
+
+    def forget_uses(self, uses: Iterable[Use], *, earlier: bool = False) -> None:
+        key = self._earlier_uses if earlier else self._uses
+        self.ask(lambda: self.client.xdel(key, *(use.entry for use in uses)))
 
     def status(self) -> dict[str, Any]:
         """Return `latency_ms`, `role`, `uses_waiting`, and `in_use`, the number of connections in use.
@@ -231,7 +250,7 @@ class RedisTokens:
             latency = (time.perf_counter() - begin) * 1000
             role = self.client.info("replication")["role"] if isinstance(self.client, redis.Redis) else "cluster"
             in_use = len(getattr(getattr(self.client, "connection_pool", None), "_in_use_connections", ()))
-            waiting = self.client.xlen(self._uses)
+            waiting = self.client.xlen(self._uses) if self.database else None
             return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
         except NoPermissionError:
             why = "does not give this user all the rights that the store needs. Use the rules of runtime_acl()"
@@ -267,7 +286,11 @@ class RedisTokens:
         raise ConfigurationError(f"The connection to Redis failed because of {wrong}. Check redis_config.")
 
     def keys_of(self, user_id: str) -> list[str]:
-        return [f"{self._prefix}token:{user_id}", f"{self._prefix}count:{user_id}"]
+        return [f"{self._prefix}{self.database}:{kind}:{user_id}" for kind in ("token", "count")]
+
+    @property
+    def _uses(self) -> str:
+        return f"{self._prefix}{self.database}:uses"
 
     def ask(self, question: Callable[[], Any], *, insist: bool = False) -> Any:
         """Return Redis's answer, or None. Then the caller asks PostgreSQL, and we ask Redis again after a pause.
@@ -283,6 +306,9 @@ class RedisTokens:
                 self._ask_again_at = time.monotonic() + self._pause
         try:
             answer = question()
+        except UnicodeDecodeError:  # from a client that decodes
+            logger.warning("A key of the store in Redis is not text. PostgreSQL answers for this user.")
+            return None
         except NO_ANSWER as error:
             if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
                 logger.warning("A key of the store in Redis has the wrong type. PostgreSQL answers for this user.")
@@ -295,6 +321,12 @@ class RedisTokens:
             logger.info("Redis answers again.")
             self._failed, self._ask_again_at = False, 0.0
         return answer
+
+
+def _position(entry: str, add: int = 0) -> tuple[int, int]:
+    """Return the id of an entry of a stream as numbers."""
+    milliseconds, _, number = entry.partition("-")
+    return int(milliseconds), int(number) + add
 
 
 def _seconds(moment: datetime) -> int:
@@ -318,15 +350,3 @@ def _load(user_id: str, text: str, count: int) -> StoredToken | None:
         return StoredToken(user_id, **fields, usage_count=count, source="redis")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise TokenRefused(f"Something else wrote the copy of {user_id}'s token in Redis. Delete its key.") from error
-
-
-def _read_use(entry: str, fields: dict[str, str]) -> Use:
-    at = datetime.fromtimestamp(int(fields["at"]), UTC)
-    token = int(fields["token"])
-    if token >= 2**63:
-        raise ValueError
-    return Use(entry, token, fields["user"], fields["actor"], at, fields["use"])
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

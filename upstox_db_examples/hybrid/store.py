@@ -49,7 +49,9 @@ class HybridUpstoxStorage(TokenStorage):
         believed: seconds, see above. It must be the same for all programs that share a Redis.
         replicas: how many replicas of Redis must confirm a tombstone. If they do not, the call waits `believed` seconds
             as well. This does not work with a cluster.
-        redis_prefix: the prefix of all keys in Redis, for installations that share one.
+        redis_prefix: the prefix of all keys in Redis. The keys also carry a name that each database has for itself, so
+            installations may share a Redis. With a prefix for each, a program of one of them can start and read while
+            PostgreSQL is down; otherwise it would not know which copies are its own.
         options: `pool_size`, `timeout`, and see `Options`.
 
     Raises:
@@ -111,6 +113,7 @@ class HybridUpstoxStorage(TokenStorage):
                 self.close()
                 raise
             # If a program starts while PostgreSQL is down, it reads from Redis, as a running program does.
+            backend.leave_postgresql_alone()
             logger.warning("PostgreSQL is not available, so reads come from Redis alone: %s", error)
 
     def init_postgres(self) -> None:

@@ -1,8 +1,8 @@
 -- Keep a copy of a token, but never replace a newer copy with an older one.
 --
--- KEYS  token, count
+-- KEYS  token, count, databases
 -- ARGV  token, generation, expires at (seconds since 1970), token id, uses so far, milliseconds until the key ends,
---       milliseconds for which the copy is believed, since when (Redis's time in milliseconds), tombstone
+--       milliseconds for which the copy is believed, since when (Redis's time in milliseconds), tombstone, database
 -- Returns the number of uses, or -1 if the copy was not taken. A reader that found nothing passes `since`, because the
 -- token that it read from PostgreSQL may have been replaced by the time it gets here. A writer passes 0 and its own
 -- tombstone: if another tombstone is there, somebody else has replaced or revoked the token since.
@@ -33,4 +33,15 @@ if generation == tonumber(ARGV[2]) then
   uses = math.max(uses, tonumber(redis.call('GET', KEYS[2]) or 0) + 1)  -- + 1 for the reader's own use
 end
 redis.call('SET', KEYS[2], uses, 'PX', ARGV[6])
+-- Write down that there is a copy of this database's until then. A program that starts without PostgreSQL looks here.
+local ends, last, others = time + tonumber(ARGV[6]), 0, ''
+for name, until_then in string.gmatch(redis.call('GET', KEYS[3]) or '', '(%S+) (%d+)') do
+  if name == ARGV[10] then
+    ends = math.max(ends, tonumber(until_then))
+  elseif tonumber(until_then) > time then
+    last, others = math.max(last, tonumber(until_then)), others .. name .. ' ' .. until_then .. ' '
+  end
+end
+local databases = string.format('%s%s %.0f', others, ARGV[10], ends)
+redis.call('SET', KEYS[3], databases, 'PX', string.format('%.0f', math.max(ends, last) - time))
 return uses
