@@ -52,7 +52,11 @@ def test_what_is_copied_is_what_an_import_of_the_copy_loads(tmp_path: Path, patt
     files = set(content(tmp_path / "mine"))
     assert {str(Path(file).relative_to(tmp_path / "mine")) for file in loaded} == {f for f in files if f[-3:] == ".py"}
     assert of_the_package == []
-    scripts = [f"hybrid/lua/{name}.lua" for name in ("dig_up", "drop", "put", "use")] if pattern == "hybrid" else []
+    scripts = (
+        [f"hybrid/lua/{name}.lua" for name in ("databases", "dig_up", "drop", "put", "use")]
+        if pattern == "hybrid"
+        else []
+    )
     assert sorted(name for name in files if not name.endswith(".py")) == scripts
     assert files == set(collect(pattern).files)
 
