@@ -52,11 +52,8 @@ def test_what_is_copied_is_what_an_import_of_the_copy_loads(tmp_path: Path, patt
     files = set(content(tmp_path / "mine"))
     assert {str(Path(file).relative_to(tmp_path / "mine")) for file in loaded} == {f for f in files if f[-3:] == ".py"}
     assert of_the_package == []
-    scripts = (
-        [f"hybrid/lua/{name}.lua" for name in ("databases", "dig_up", "drop", "put", "use")]
-        if pattern == "hybrid"
-        else []
-    )
+    lua = ("databases", "dig_up", "drop", "put", "use")
+    scripts = [f"hybrid/lua/{name}.lua" for name in lua] if pattern == "hybrid" else []
     assert sorted(name for name in files if not name.endswith(".py")) == scripts
     assert files == set(collect(pattern).files)
 
