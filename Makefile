@@ -19,9 +19,9 @@ ENCRYPTED := --KernelManager.transport_encryption=auto
 lab: .venv/all
 	$(BIN)/jupyter lab $(ENCRYPTED) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
 
-# Three processes, for most tests wait for something; a class or a notebook stays in one of them.
+# Four processes, because most tests wait for something; a class or a notebook stays in one of them.
 test: .venv/dev
-	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env -n 3 --dist loadscope --no-loadscope-reorder $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest tests notebooks --nbval --nbval-current-env -n 4 --dist loadscope --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 # Jupyter and matplotlib keep files in the home folder: here that is a temporary one.
 notebooks: .venv/all
