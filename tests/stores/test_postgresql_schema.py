@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg2
@@ -13,8 +16,10 @@ from upstox_db_examples import (
     ConfigurationError,
     PostgreSQLUpstoxStorage,
     StorageError,
+    TokenStorage,
     postgresql,
 )
+from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.postgresql.backend import PostgreSQLBackend
 
 from ..contracts.backend import made_up
@@ -49,7 +54,7 @@ class TestPostgreSQL(OnPostgreSQL):
         store.store_token()
         with with_steps(*STEPS, "ALTER TABLE upstox_tokens ADD COLUMN colour text")(self.url):
             assert self.raw_rows()[0]["colour"] is None
-        with pytest.raises(ConfigurationError, match=r"schema version 3, but this package knows 2. Upgrade it"):
+        with pytest.raises(ConfigurationError, match=r"schema version 4, but this package knows 3. Upgrade it"):
             PostgreSQLUpstoxStorage(self.url)
 
     def test_the_first_schema_is_taken_forward_with_the_token_in_it(
@@ -75,7 +80,7 @@ class TestPostgreSQL(OnPostgreSQL):
         with store.backend.lock(USER):
             store.backend.begin_login(USER, USER, store.backend.context.now(), {})
         assert store.get_valid_token(USER) is None
-        assert bare(self.url, "SELECT version FROM upstox_schema") == [{"version": 2}]
+        assert bare(self.url, "SELECT version FROM upstox_schema") == [{"version": 3}]
 
     def test_a_step_that_fails_leaves_the_schema_as_it_was(self, store: PostgreSQLUpstoxStorage) -> None:
         broken = with_steps(*STEPS, "ALTER TABLE upstox_tokens ADD COLUMN colour text; SELECT nonsense")
@@ -138,6 +143,95 @@ class TestPostgreSQL(OnPostgreSQL):
         finally:
             bare(self.url, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
+    @pytest.fixture
+    def role(self) -> Iterator[str]:
+        """A role that may log in, and nothing else yet."""
+        name = f"runtime_{urlsplit(self.url).path[-12:]}"
+        bare(self.url, f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+        yield name
+        bare(self.url, f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+    def as_runtime(self, role: str, open_store: OpenStore, **options: Any) -> TokenStorage:
+        owner_url, self.url = self.url, as_role(self.url, role, "secret")
+        try:
+            return open_store(**options)
+        finally:
+            self.url = owner_url
+
+    def test_an_entry_says_who_wrote_it_and_when_whatever_its_program_says(
+        self, store: PostgreSQLUpstoxStorage, role: str, open_store: OpenStore
+    ) -> None:
+        store.init_database(runtime_role=role)
+        runtime = self.as_runtime(
+            role, open_store, actor="somebody else", clock=lambda: datetime(2020, 1, 1, tzinfo=UTC)
+        )
+        runtime.store_token()
+        living(runtime)
+        told = "SELECT DISTINCT recorded_by, now() - recorded_at < interval '1 hour' AS at FROM upstox_token_audit"
+        assert bare(self.url, told) == [{"recorded_by": role, "at": True}]
+        columns = "user_id, action, actor, performed_at"
+        values = f"'{USER}', 'used', 'x', now()"
+        url = as_role(self.url, role, "secret")
+        for forbidden in (
+            f"INSERT INTO upstox_token_audit ({columns}, recorded_by) VALUES ({values}, 'x')",
+            f"INSERT INTO upstox_token_audit ({columns}, recorded_at) VALUES ({values}, now())",
+            f"INSERT INTO upstox_token_audit ({columns}, id) OVERRIDING SYSTEM VALUE VALUES ({values}, 9)",
+            "INSERT INTO upstox_tokens (id, user_id, key_id, generation, products, exchanges, is_active, created_at, "
+            "expires_at, metadata) OVERRIDING SYSTEM VALUE VALUES "
+            "(9, 'ZZ0001', 'x', 1, '[]', '[]', false, now(), now(), '{}')",
+            "CREATE OR REPLACE FUNCTION upstox_next_generation() RETURNS trigger LANGUAGE sql AS ''",
+            "ALTER TABLE upstox_tokens DISABLE TRIGGER next_generation",
+            "SELECT setval('upstox_tokens_id_seq', 9)",
+        ):
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                bare(url, forbidden)
+        with pytest.raises(psycopg2.errors.InvalidTextRepresentation):  # With it, no token could be stored.
+            bare(url, "INSERT INTO upstox_login_notes VALUES ('running x', 'no key')")
+
+    def test_the_database_refuses_any_generation_but_the_next(
+        self, store: PostgreSQLUpstoxStorage, role: str, open_store: OpenStore, upstox: LocalUpstox
+    ) -> None:
+        store.init_database(runtime_role=role)
+        runtime = self.as_runtime(role, open_store)
+        runtime.store_token()
+        runtime.store_token()
+        logins, url = upstox.logins(), as_role(self.url, role, "secret")
+
+        def put(user_id: str, generation: int) -> None:
+            bare(
+                url,
+                "INSERT INTO upstox_tokens (user_id, key_id, generation, products, exchanges, is_active, created_at, "
+                "expires_at, metadata) VALUES (%s, 'x', %s, '[]', '[]', false, now(), now(), '{}')",
+                user_id,
+                generation,
+            )
+
+        for user_id, generation in ((USER, 2**31 - 1), (USER, 4), (USER, 0), ("CD0001", 2), ("CD0001", -1)):
+            with pytest.raises(psycopg2.errors.CheckViolation, match="The next generation of"):
+                put(user_id, generation)
+        with pytest.raises(psycopg2.errors.UniqueViolation):
+            put(USER, 2)
+        token = runtime.store_token()["token"]
+        assert upstox.logins() == logins + 1
+        assert living(runtime)["token"] == token
+        put("CD0001", 1)
+        store.backend.insert(made_up(store, "EF0001", 5))  # The owner may leave gaps, as an import does.
+
+    def test_a_role_that_was_let_in_earlier_loses_what_it_no_longer_needs(
+        self, role: str, open_store: OpenStore
+    ) -> None:
+        with with_steps(*STEPS[:2])(self.url) as earlier:
+            bare(self.url, f"GRANT INSERT ON upstox_tokens, upstox_token_audit TO {role}, PUBLIC")
+            earlier.backend.record(USER, "login", earlier.backend.context.now())
+        open_store().backend.record(USER, "login", datetime.now(UTC))
+        entry = "(user_id, action, actor, performed_at{}) VALUES ('AB1234', 'used', 'x', now(){})"
+        url = as_role(self.url, role, "secret")
+        bare(url, f"INSERT INTO upstox_token_audit {entry.format('', '')}")
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            bare(url, f"INSERT INTO upstox_token_audit {entry.format(', recorded_by', ", 'x'")}")
+        told = bare(self.url, "SELECT recorded_by FROM upstox_token_audit ORDER BY id")
+        assert told == [{"recorded_by": None}, {"recorded_by": urlsplit(self.url).username}, {"recorded_by": role}]
+
     def test_a_runtime_role_is_told_who_takes_an_older_schema_forward_and_how(self) -> None:
         role = f"runtime_{urlsplit(self.url).path[-12:]}"
         bare(self.url, f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
@@ -145,7 +239,7 @@ class TestPostgreSQL(OnPostgreSQL):
             with with_steps(*STEPS[:1])(self.url) as owner:
                 grants = "GRANT SELECT ON upstox_schema, upstox_tokens TO {role}"
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(postgresql.queries, "GRANTS", grants)
+                    patch.setattr(postgresql.schema, "GRANTS", grants)
                     owner.init_database(runtime_role=role)
             runtime = as_role(self.url, role, "secret")
             with pytest.raises(ConfigurationError, match=f"owner: upstox-db init --runtime-role {role}$"):

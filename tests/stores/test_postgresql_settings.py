@@ -136,7 +136,7 @@ class SettingsOfOthers(RowsInPostgreSQL, CountsLogins):
         self, open_store: OpenStore
     ) -> None:
         token = open_store(login=self.login).store_token(USER)["token"]
-        bare(self.url, "CREATE SCHEMA postgres")  # "$user" is the first schema of the default path
+        bare(self.url, f"CREATE SCHEMA {urlsplit(self.url).username}")  # "$user" comes first
         assert living(open_store())["token"] == token
 
     def test_a_runtime_role_has_all_it_needs_in_another_schema(self, open_store: OpenStore) -> None:
@@ -170,14 +170,13 @@ class SettingsOfOthers(RowsInPostgreSQL, CountsLogins):
     def test_a_role_that_may_not_come_in_is_named_as_the_reason(self, open_store: OpenStore) -> None:
         role = f"runtime_{urlsplit(self.url).path[-12:]}"
         bare(self.url, f"CREATE ROLE {role} PASSWORD 'secret'")
+        owner_url, self.url = self.url, as_role(self.url, role, "secret")
         try:
-            self.url = as_role(self.url, role, "secret")
             with pytest.raises(ConfigurationError, match="does not let this role in") as caught:
                 open_store()
             assert "secret" not in shown_with_locals(caught.value)
         finally:
-            self.url = as_role(self.url, "postgres", urlsplit(self.server).password or "")
-            bare(self.url, f"DROP ROLE {role}")
+            bare(owner_url, f"DROP ROLE {role}")
 
     def test_a_database_whose_encoding_lacks_letters_is_refused_before_a_login(self, open_store: OpenStore) -> None:
         name = f"latin_{urlsplit(self.url).path[-12:]}"
@@ -188,10 +187,6 @@ class SettingsOfOthers(RowsInPostgreSQL, CountsLogins):
                 open_store()
         finally:
             run(before, f"DROP DATABASE {name} WITH (FORCE)")
-
-    @pytest.fixture(autouse=True)
-    def _server(self, postgres_server: str) -> None:
-        self.server = postgres_server
 
 
 class TestPostgreSQL(OnPostgreSQL, SettingsOfOthers):

@@ -11,8 +11,6 @@ from .queries import (
     EXPIRE,
     FORGET,
     GENERATION,
-    GRANT_SCHEMA,
-    GRANTS,
     HANDED_OUT,
     HISTORY,
     IN_DOUBT,
@@ -28,8 +26,6 @@ from .queries import (
     PUT_IN,
     RECORD,
     REPLACE,
-    SCHEMA,
-    SCHEMA_2,
     STATISTICS,
     STORE,
     SUPERSEDED,
@@ -39,9 +35,9 @@ from .queries import (
     USE_UNMARKED,
     USER_OF_ACCOUNT,
     USERS,
-    VERSION_TABLE,
     WRITE_NOTE,
 )
+from .schema import GRANT_SCHEMA, GRANTS, SCHEMA, SCHEMA_2, SCHEMA_3, VERSION_TABLE
 from .store import PostgreSQLUpstoxStorage
 
 __all__ = [
@@ -74,6 +70,7 @@ __all__ = [
     "REPLACE",
     "SCHEMA",
     "SCHEMA_2",
+    "SCHEMA_3",
     "STATISTICS",
     "STORE",
     "SUPERSEDED",

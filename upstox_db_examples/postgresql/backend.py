@@ -17,7 +17,7 @@ from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from ..core.token import AuditEntry, StoredToken
-from . import queries
+from . import queries, schema
 from .connections import PostgreSQLConnections
 from .errors import violated_constraint
 from .rows import format_row, read_token, to_utc
@@ -33,7 +33,7 @@ class PostgreSQLBackend(Backend):
 
     store_kind = "access token in PostgreSQL"
     # One step for each schema version. Never change a step that was released: append one.
-    schema_steps: tuple[str, ...] = (queries.SCHEMA, queries.SCHEMA_2)
+    schema_steps: tuple[str, ...] = (schema.SCHEMA, schema.SCHEMA_2, schema.SCHEMA_3)
 
     def __init__(self, connections: PostgreSQLConnections, context: Context) -> None:
         super().__init__(context, connections.where)
@@ -68,7 +68,7 @@ class PostgreSQLBackend(Backend):
             )
         try:
             for version in range(there, len(self.schema_steps)):
-                step = f"{queries.VERSION_TABLE}; {self.schema_steps[version]}; DELETE FROM upstox_schema"
+                step = f"{schema.VERSION_TABLE}; {self.schema_steps[version]}; DELETE FROM upstox_schema"
                 answer(conn, step, seconds=STEP_SECONDS)
                 answer(conn, "INSERT INTO upstox_schema VALUES (%(version)s)", version=version + 1)
         except InsufficientPrivilege as error:
@@ -83,7 +83,7 @@ class PostgreSQLBackend(Backend):
     def _let_in(self, conn: connection, runtime_role: str) -> None:
         names = {"role": quote(runtime_role), "schema": quote(self.connections.schema or "")}
         try:
-            self.connections.answer(conn, (queries.GRANT_SCHEMA + queries.GRANTS).format(**names))
+            self.connections.answer(conn, (schema.GRANT_SCHEMA + schema.GRANTS).format(**names))
         except UndefinedObject as error:
             raise ConfigurationError(f"{self.where} does not know that role. Create it first.") from error
 

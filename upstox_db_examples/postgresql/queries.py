@@ -1,67 +1,8 @@
-"""The PostgreSQL store's statements, schema, and rights of the runtime role."""
+"""The PostgreSQL store's statements."""
 
 from __future__ import annotations
 
-# user_type is text and not an enum: Upstox may add a type, and the token must be stored anyway. A row is active exactly
-# if it holds a ciphertext. Pages are left half empty, so that counting a use writes no index.
-SCHEMA = """
-CREATE TABLE upstox_tokens (
-    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    user_id      text        NOT NULL,
-    access_token text,
-    key_id       text        NOT NULL,
-    generation   integer     NOT NULL,
-    user_name    text,
-    email        text,
-    broker       text,
-    user_type    text,
-    products     jsonb       NOT NULL,
-    exchanges    jsonb       NOT NULL,
-    is_active    boolean     NOT NULL DEFAULT true,
-    created_at   timestamptz NOT NULL,
-    expires_at   timestamptz NOT NULL,
-    account      text,
-    metadata     jsonb       NOT NULL,
-    usage_count  integer     NOT NULL DEFAULT 0,
-    last_used_at timestamptz,
-    UNIQUE (user_id, generation),
-    CHECK (is_active = (access_token IS NOT NULL))
-) WITH (fillfactor = 50);
-CREATE UNIQUE INDEX one_active_token ON upstox_tokens (user_id) WHERE is_active;
--- Not WHERE is_active: a planner that misjudges how many tokens live would then find a user's token by this index.
-CREATE INDEX ciphertext_by_expiry ON upstox_tokens (expires_at) WHERE access_token IS NOT NULL;
-CREATE INDEX active_by_key ON upstox_tokens (key_id) WHERE is_active;
-CREATE INDEX latest_of_account ON upstox_tokens (account, id) WHERE account IS NOT NULL;
-CREATE TABLE upstox_token_audit (
-    id           bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    token_id     bigint REFERENCES upstox_tokens (id),
-    user_id      text,
-    action       text        NOT NULL,
-    actor        text        NOT NULL,
-    performed_at timestamptz NOT NULL,
-    metadata     jsonb       NOT NULL DEFAULT '{}'
-);
-CREATE INDEX audit_by_user ON upstox_token_audit (user_id, performed_at, id);
-"""
-# login_lock is the advisory lock of the login that marked this token. That login holds it while it runs; the value is 0
-# once nobody can know how the login ended. Each login has its own lock. With the user's lock instead, the next holder
-# would be mistaken for the login that died, and so would a reader who looks at the same moment.
-# Readers never change this column, so the index on logins is the only one that makes a write slower.
-SCHEMA_2 = """
-ALTER TABLE upstox_tokens ADD COLUMN issued_at timestamptz, ADD COLUMN login_lock bigint;
-CREATE INDEX logins ON upstox_token_audit (performed_at) WHERE action = 'login';
-CREATE TABLE upstox_login_notes (name text PRIMARY KEY, sealed text NOT NULL);
-"""
-VERSION_TABLE = "CREATE TABLE IF NOT EXISTS upstox_schema (version integer NOT NULL)"
-GRANT_SCHEMA = "GRANT USAGE ON SCHEMA {schema} TO {role};"
-# The rights of a program that stores and reads tokens. It can only add to the audit trail, and cannot drop anything.
-GRANTS = """
-GRANT SELECT ON upstox_schema TO {role};
-GRANT SELECT, INSERT, UPDATE (access_token, key_id, is_active, usage_count, last_used_at, login_lock)
-    ON upstox_tokens TO {role};
-GRANT SELECT, INSERT ON upstox_token_audit TO {role};
-GRANT SELECT, INSERT, UPDATE, DELETE ON upstox_login_notes TO {role};
-"""
+from .schema import COPIED, ENTRY
 
 _KNOWN = """id AS token_id, user_id, key_id, generation, created_at, expires_at, user_name, email,
               account, usage_count, issued_at, login_lock IS NOT NULL AS in_doubt"""
@@ -71,7 +12,7 @@ HANDED_OUT = f"""{_KNOWN},
 # evaluate the sides of an OR in any order: for a token without a mark, no lock is tried.
 NO_DOUBT = """CASE WHEN login_lock IS NULL THEN true WHEN login_lock = 0 THEN false
                    ELSE NOT pg_try_advisory_xact_lock_shared(login_lock) END"""
-_AUDIT = "INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)"
+_AUDIT = f"INSERT INTO upstox_token_audit ({ENTRY})"
 # One statement reads, counts and audits. That is one round trip, and all of it happens or nothing does.
 _FIND = f"""
 WITH used AS (
@@ -239,10 +180,8 @@ WITH RECURSIVE audited (user_id) AS (
 SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM audited WHERE user_id IS NOT NULL UNION
 SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL) ORDER BY 1
 """
-_COPIED = """user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products,
-             exchanges, account, metadata, usage_count, last_used_at, issued_at"""
 TOKENS_OF = f"""
-SELECT {_COPIED}, coalesce(access_token, '') AS ciphertext, login_lock IS NOT NULL AS in_doubt
+SELECT {COPIED}, coalesce(access_token, '') AS ciphertext, login_lock IS NOT NULL AS in_doubt
 FROM upstox_tokens WHERE user_id = %(user_id)s ORDER BY generation
 """
 # No index serves IS NOT DISTINCT FROM. Here the planner drops the half of the OR that does not apply.
@@ -255,15 +194,15 @@ ORDER BY a.performed_at, a.id LIMIT %(limit)s
 """
 # Two statements in one message are one transaction.
 PUT_IN = f"""
-INSERT INTO upstox_tokens AS t ({_COPIED}, access_token, is_active, login_lock)
-SELECT {_COPIED}, access_token, is_active, login_lock FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
+INSERT INTO upstox_tokens AS t ({COPIED}, access_token, is_active, login_lock)
+SELECT {COPIED}, access_token, is_active, login_lock FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
 ORDER BY generation
 ON CONFLICT (user_id, generation) DO UPDATE SET
     access_token = CASE WHEN excluded.is_active THEN t.access_token END, is_active = t.is_active AND excluded.is_active,
     login_lock = CASE WHEN excluded.is_active THEN t.login_lock END,
     usage_count = greatest(t.usage_count, excluded.usage_count),
     last_used_at = greatest(t.last_used_at, excluded.last_used_at);
-INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
+{_AUDIT}
 SELECT t.id, %(user_id)s, e.entry ->> 'action', e.entry ->> 'actor', (e.entry ->> 'performed_at')::timestamptz,
        e.entry -> 'metadata'
 FROM jsonb_array_elements(%(entries)s) WITH ORDINALITY AS e (entry, nth)
