@@ -191,6 +191,6 @@ class TestHybrid(OnHybrid, StoreContract):
         assert details["redis"].pop("latency_ms") > 0
         assert details["postgresql"].pop("latency_ms") > 0
         assert details == {
-            "redis": {"role": "master", "uses_waiting": 1, "in_use": 0},
+            "redis": {"role": "master", "db": 0, "maxmemory_policy": "noeviction", "uses_waiting": 1, "in_use": 0},
             "postgresql": {"role": "primary", "pool_size": 5, "in_use": 0},
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import ssl
 import threading
 import time
 import uuid
@@ -16,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import redis
 from redis.cluster import RedisCluster
 from redis.exceptions import (
-    AuthenticationError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -24,10 +22,10 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from ..core.errors import ConfigurationError, StoreUnavailable, TokenRefused
 from ..core.token import StoredToken
+from .checks import Policy, read_policy, refuse_a_wrong_configuration
 from .client import NO_CONFIGURATION, Client
 from .uses import Use, read_use, text_of
 
@@ -35,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 COPIED = ("ciphertext", "key_id", "generation", "user_name", "email", "account")
 LUA = Path(__file__).parent / "lua"
+LOOK_AGAIN = 10.0  # seconds after which a read also asks for Redis's maxmemory-policy
 
 # A cluster's exceptions are not subclasses of RedisError.
 NO_ANSWER = (RedisError, RedisClusterException, OSError)
@@ -117,7 +116,9 @@ class RedisTokens:
         self._closed = self._failed = False
         self._ask_again_at = 0.0
         self._lock = threading.Lock()
-        self.ask(self._refuse_a_wrong_configuration)
+        self._policy, self._look_at = Policy("unknown", False), 0.0
+        self.ask(lambda: refuse_a_wrong_configuration(self.client))
+        self.ask(self._evicts)
 
     def read_and_count(
         self, user_id: str, alive_after: datetime, now: datetime, actor: str, use_id: str, *, insist: bool = False
@@ -132,7 +133,7 @@ class RedisTokens:
             return Found("no answer")
         keys = [*self.keys_of(user_id), self._uses]
         values: list[str | int] = [user_id, _seconds(alive_after), actor, _seconds(now), use_id, int(insist)]
-        answer = self.ask(lambda: self._read_and_count(keys=keys, args=values), insist=insist)
+        answer = self._ask_if_it_keeps(lambda: self._read_and_count(keys=keys, args=values), insist=insist)
         if answer is None:
             return Found("no answer")
         what, clock, *more = answer
@@ -160,7 +161,7 @@ class RedisTokens:
         keys = [*self.keys_of(token.user_id), self._databases]
         values: list[str | int] = [_dump(token), token.generation, _seconds(token.expires_at), str(token.token_id)]
         values += [token.usage_count, lifetime, self._believed_ms, since, tombstone, str(self.database)]
-        answer = self.ask(lambda: self._put(keys=keys, args=values), insist=not since)
+        answer = self._ask_if_it_keeps(lambda: self._put(keys=keys, args=values), insist=not since)
         return None if answer is None else int(answer)
 
     def bury(self, user_ids: Iterable[str], seconds: float) -> Buried:
@@ -181,7 +182,7 @@ class RedisTokens:
             except OutOfMemoryError:
                 self.client.delete(*keys)  # Not certain: there may soon be room again for a late copy.
                 return False
-            return not self._replicas or int(answers[-1]) >= self._replicas
+            return not self._evicts() and (not self._replicas or int(answers[-1]) >= self._replicas)
 
         return Buried(tombstone, bool(self.ask(write, insist=True)))
 
@@ -234,7 +235,7 @@ class RedisTokens:
         self.ask(lambda: self.client.xdel(key, *(use.entry for use in uses)))
 
     def status(self) -> dict[str, Any]:
-        """Return `latency_ms`, `role`, `uses_waiting`, and `in_use`, the number of connections in use.
+        """Return `latency_ms`, `role`, `db`, `maxmemory_policy`, `uses_waiting`, and `in_use`, the connections in use.
 
         This writes a key that lives for a second, because a full Redis, or one that became a replica, still answers a
         PING.
@@ -251,7 +252,13 @@ class RedisTokens:
             role = self.client.info("replication")["role"] if isinstance(self.client, redis.Redis) else "cluster"
             in_use = len(getattr(getattr(self.client, "connection_pool", None), "_in_use_connections", ()))
             waiting = self.client.xlen(self._uses) if self.database else None
-            return {"latency_ms": round(latency, 2), "role": role, "uses_waiting": waiting, "in_use": in_use}
+            evicts, where = (
+                self._evicts(look=True),
+                {"role": role, "db": self._number(), "maxmemory_policy": self._policy.name},
+            )
+            if not evicts:
+                return {"latency_ms": round(latency, 2), **where, "uses_waiting": waiting, "in_use": in_use}
+            why = _may_evict(self._policy)
         except NoPermissionError:
             why = "does not give this user all the rights that the store needs. Use the rules of runtime_acl()"
         except (OutOfMemoryError, ReadOnlyError) as error:
@@ -261,6 +268,22 @@ class RedisTokens:
         # We raise out here, so that our error has no cause: a cluster's frames hold the password.
         raise StoreUnavailable(f"Redis {why}.")
 
+    def _ask_if_it_keeps(self, question: Callable[[], Any], *, insist: bool) -> Any:
+        """Do the same as `ask`, and treat a Redis that may throw uses or tombstones away as one that gives no answer.
+
+        Uses that wait there are still read, and folded while they are there.
+        """
+        return self.ask(lambda: None if self._evicts() else question(), insist=insist)
+
+    def _evicts(self, *, look: bool = False) -> bool:
+        """Return whether Redis may throw keys away. It may be set so at any time, so this looks again now and then."""
+        if look or self._failed or time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_AGAIN
+            before, self._policy = self._policy, read_policy(self.client)
+            if self._policy.evicts and not before.evicts:
+                logger.warning("Redis %s.", _may_evict(self._policy))
+        return self._policy.evicts
+
     def answers(self) -> bool:
         return self.ask(self.client.ping, insist=True) is not None
 
@@ -269,24 +292,13 @@ class RedisTokens:
         if self._owned:
             self.client.close()
 
-    def _refuse_a_wrong_configuration(self) -> None:
-        """Check the configuration, only at the start. If the password changes later, PostgreSQL takes over."""
-        try:
-            self.client.ping()
-            return
-        except (ValueError, TypeError):  # redis-py checks some options, such as the port, only when it connects.
-            raise ConfigurationError(NO_CONFIGURATION) from None
-        except (AuthenticationError, NoPermissionError):
-            wrong = "the user or the password"
-        except RedisConnectionError as error:
-            if not isinstance(error.__context__, ssl.SSLError):
-                raise
-            wrong = "TLS (the certificate or its authority)"
-        # We raise out here, so that our error has no cause: redis-py's frames hold the password.
-        raise ConfigurationError(f"The connection to Redis failed because of {wrong}. Check redis_config.")
-
     def keys_of(self, user_id: str) -> list[str]:
         return [f"{self._prefix}{self.database}:{kind}:{user_id}" for kind in ("token", "count")]
+
+    def _number(self) -> int:
+        """Return the number of the database in Redis. A cluster has only 0."""
+        pool = getattr(self.client, "connection_pool", None)
+        return int(getattr(pool, "connection_kwargs", {}).get("db") or 0)
 
     @property
     def _uses(self) -> str:
@@ -321,6 +333,13 @@ class RedisTokens:
             logger.info("Redis answers again.")
             self._failed, self._ask_again_at = False, 0.0
         return answer
+
+
+def _may_evict(policy: Policy) -> str:
+    return (
+        f"may throw away uses that wait there, and tombstones (maxmemory-policy {policy.name}), so PostgreSQL answers "
+        "alone. Set maxmemory-policy to noeviction, or use another Redis"
+    )
 
 
 def _position(entry: str, add: int = 0) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from ..core.token import Secret
 from ..postgresql.backend import PostgreSQLBackend
 from ..postgresql.connections import PostgreSQLConnections
 from .backend import HybridBackend
+from .checks import names_a_database
 from .client import Config, client_of
 from .redis import RedisTokens
 
@@ -35,6 +36,9 @@ class HybridUpstoxStorage(TokenStorage):
 
     Without Redis, PostgreSQL does everything. Without PostgreSQL, Redis still answers reads, even from copies older
     than `believed`; nothing can be stored then, and no login is spent. `result["source"]` says who answered.
+
+    A Redis that may throw keys away when its memory is full (any maxmemory-policy but noeviction) is treated as one
+    that does not answer. `get_storage_status` says so.
 
     Uses that Redis counts wait there in a stream, until they are folded into PostgreSQL. That happens after 500 of
     them, at the next login, and before statistics, history and audit are read.
@@ -91,7 +95,8 @@ class HybridUpstoxStorage(TokenStorage):
                 require_positive(name, seconds)
             require_pool_size(pool_size)
             settings = Settings(type(self).__name__, options)
-            client, owned = client_of(redis_config, redis_timeout)
+            # (None makes the error below, whose traceback does not show the configuration.)
+            client, owned = (None, True) if names_a_database(redis_config) else client_of(redis_config, redis_timeout)
         finally:
             del redis_config
         redis = RedisTokens(
