@@ -47,7 +47,7 @@ from .documents import (
     record_of,
 )
 from .lease import LONG_AGO, Leases
-from .schema import make_collections, make_runtime_role
+from .schema import make_collections, make_runtime_role, refuse_another_case
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,10 @@ class MongoBackend(Backend):
 
     def has_tables(self) -> bool:
         with self._database() as db:
-            return db.schema_version.find_one({"_id": "upstox"}) is not None
+            if db.schema_version.find_one({"_id": "upstox"}) is not None:
+                return True
+            refuse_another_case(db, self.where)
+            return False
 
     def init_database(self, runtime_role: str | None = None) -> None:
         with self._database() as db:
@@ -420,11 +423,12 @@ class MongoBackend(Backend):
                 )
 
     def check_health(self) -> dict[str, Any]:
+        details = {"details": {"mongodb": {"overridden": dict(self.connection.overridden)}}}
         try:
             self.count_keys()
         except StorageError as error:
-            return {"mongodb": f"error: {error}"}
-        return {"mongodb": "healthy"}
+            return {"mongodb": f"error: {error}", **details}
+        return {"mongodb": "healthy", **details}
 
 
 def _change_to(mark: Document | None) -> Document:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pymongo
 from bson.errors import BSONError
 from pymongo import MongoClient
 from pymongo.database import Database
 from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
@@ -36,6 +37,9 @@ class MongoDBConnection:
         name: the database.
         timeout: seconds for everything in one `with database()`, including the election of a new primary.
 
+    Attributes:
+        overridden: the options of the URL that do not hold, and what holds instead.
+
     Raises:
         ConfigurationError: the URL or the name is invalid.
     """
@@ -48,7 +52,12 @@ class MongoDBConnection:
         self._timeout = timeout
         self._closed = False
         self.where = _describe(url, name)
+        self.overridden = _overridden(url)
         self._connect()
+        if self.overridden:
+            # Not what the URL says: a part of a password that is not escaped could stand there.
+            told = ", ".join(f"{option} is {value}" for option, value in self.overridden.items())
+            logger.warning("The URL of %s says something else, but for this store %s.", self.where, told)
 
     @contextmanager
     def database(self) -> Iterator[Database[Document]]:
@@ -80,22 +89,37 @@ class MongoDBConnection:
     def _connect(self) -> None:
         client: MongoClient[Document] | None = None
         try:
-            client = MongoClient(self._url.reveal(), tz_aware=True, tzinfo=UTC, appname="upstox_db_examples")
-            # These override the URL: a secondary may not know yet that a token was revoked, and a write that only one
-            # server has can be lost.
+            # Without these two, an election is an error to each caller instead of a wait.
+            retries: dict[str, Any] = {"retryWrites": True, "retryReads": True}
+            client = MongoClient(self._url.reveal(), tz_aware=True, tzinfo=UTC, appname="upstox_db_examples", **retries)
+            # These override the URL and the server's defaults: a secondary may not know yet that a token was revoked,
+            # and a write that only one server has can be lost.
             self._db = client.get_database(
                 self._name,
                 read_preference=ReadPreference.PRIMARY,
                 write_concern=WriteConcern(w="majority", j=True),
+                read_concern=ReadConcern("local"),
             )
+            # The database that the URL names stays the one that knows the user, unless there is an authSource.
+            named = client.get_default_database(self._name).name
             self._client, self._process = client, os.getpid()
             logger.debug("Opened a client for %s", self.where)
+            if named not in (self._name, "admin"):  # Everybody who names admin means the user's database.
+                self.overridden["database"] = self._name
             return
         except (PyMongoError, ValueError, TypeError):
             if client:
                 client.close()
         # We raise out here, so that our error has no cause that shows the URL.
         raise ConfigurationError(f"pymongo cannot use the database {self.where}. Check the URL and the name.")
+
+
+def _overridden(url: Secret) -> dict[str, str]:
+    """Return which options of the URL do not hold, and what holds instead. See `_connect`."""
+    given = {name.lower(): value.lower() for name, value in parse_qsl(url.reveal().rpartition("?")[2])}
+    ours = {"w": "majority", "journal": "true", "readPreference": "primary", "readConcernLevel": "local"}
+    ours |= {"retryWrites": "true", "retryReads": "true"}
+    return {name: value for name, value in ours.items() if given.get(name.lower(), value) != value}
 
 
 def _describe(url: Secret, name: str) -> str:

@@ -22,6 +22,7 @@ ALREADY_THERE = 48
 ROLE_ALREADY_THERE = 51002
 BAD_ROLE_NAMES = (2, 73)
 OTHER_OPTIONS = (85, 86)
+DIFFERS_IN_CASE = 13297
 
 _TEXT_OR_NONE = {"bsonType": ["string", "null"]}
 _NUMBER = {"bsonType": ["int", "long"], "minimum": 0}
@@ -177,9 +178,13 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
         raise ConfigurationError(
             f"{where} has schema version {version}, but this package knows {SCHEMA_VERSION}. Upgrade it."
         )
+    if found is None:
+        refuse_another_case(db, where)
     try:
         _make_all(db, where, is_ours=found is not None)
     except OperationFailure as error:
+        if error.code == DIFFERS_IN_CASE:  # and this user may not see the other database
+            raise ConfigurationError(_ANOTHER_CASE.format(where=where, name="one")) from error
         if error.code != UNAUTHORIZED:
             raise
         raise ConfigurationError(
@@ -187,6 +192,22 @@ def make_collections(db: Database[dict[str, Any]], where: str) -> None:
             "upgrade it. The owner of the database, with dbOwner on it, has to run: upstox-db init --runtime-role ROLE"
         ) from error
     logger.info("%s now has schema version %s", where, SCHEMA_VERSION)
+
+
+_ANOTHER_CASE = (
+    "{where}: the server has {name} whose name differs only in upper and lower case, and MongoDB allows only one of "
+    "them. Check the name of the database."
+)
+
+
+def refuse_another_case(db: Database[dict[str, Any]], where: str) -> None:
+    """
+    Raises:
+        ConfigurationError: another database has this name, except for upper and lower case.
+    """
+    for name in db.client.list_database_names():
+        if name != db.name and name.lower() == db.name.lower():
+            raise ConfigurationError(_ANOTHER_CASE.format(where=where, name=f"the database {name}"))
 
 
 def _make_all(db: Database[dict[str, Any]], where: str, *, is_ours: bool) -> None:

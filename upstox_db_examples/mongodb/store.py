@@ -33,8 +33,10 @@ class MongoUpstoxStorage(TokenStorage):
     own journal; there the driver does not retry a write whose answer was lost.
 
     Args:
-        connection_string: a `mongodb://` or `mongodb+srv://` URL, as `pymongo.MongoClient` takes it.
-        database_name: the database.
+        connection_string: a `mongodb://` or `mongodb+srv://` URL, as `pymongo.MongoClient` takes it. What it says about
+            w, journal, readPreference, readConcernLevel, retryWrites and retryReads does not hold: the store sets them.
+        database_name: the database, whatever the URL names. (A database in the URL is where MongoDB looks for the user,
+            unless there is an authSource.) `get_storage_status` lists what of the URL does not hold.
         timeout: seconds for each step, including the election of a new primary. A read is one step, and a login is a
             few.
         lease: if a process dies during a login, another caller may log the same user in after this many seconds. A
