@@ -63,7 +63,7 @@ class PostgreSQLConnections:
     """
 
     def __init__(self, dsn: Secret, pool_size: int, timeout: float) -> None:
-        self._dsn, self.where, self._hosts = _read_dsn(dsn)
+        self._dsn, self.where, self._hosts = read_dsn(dsn)
         self._timeout = timeout
         # A returned connection has no transaction to roll back, because each message is its own transaction.
         self._pool: Pool[connection] = Pool(
@@ -339,7 +339,7 @@ def _readable(conn: Any) -> bool:
     return bool(poller.poll(0))
 
 
-def _read_dsn(dsn: Secret) -> tuple[Secret, str, list[Secret]]:
+def read_dsn(dsn: Secret) -> tuple[Secret, str, list[Secret]]:
     """Return the cleaned connection string, where it leads (without any password), and one string for each host.
 
     Asynchronous libpq would spend all the time on the first host.
