@@ -10,6 +10,7 @@ import click
 
 import upstox_db_examples as package
 
+from .cli_output import prepare_streams, print_error
 from .core.environment import read_variable
 from .core.errors import (
     DatabaseMissing,
@@ -40,13 +41,14 @@ class Command(click.Group):
     """Turn our own errors into one line and an exit code that tells whether to try again."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        prepare_streams()
         try:
             return super().invoke(ctx)
         except StorageError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
+            print_error(f"{type(error).__name__}: {error}")
             ctx.exit(TRY_AGAIN if isinstance(error, PASSING) else FIX_FIRST)
         except ModuleNotFoundError as error:
-            click.echo(str(error), err=True)
+            print_error(str(error))
             ctx.exit(FIX_FIRST)
 
     def list_commands(self, _: click.Context) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .cli import command
+from .cli_output import print_result, report
 from .cli_upkeep import many
 from .copy_files import write
 from .copy_pattern import Copy, collect, lines_of_use, packages
@@ -28,7 +29,7 @@ def copy(pattern: str, folder: Path | None, listed: bool) -> None:
     """
     found = collect(pattern)
     if listed:
-        click.echo(listing(found))
+        print_result(listing(found))
     elif folder is None:
         raise click.UsageError("Give a FOLDER, or --list.")
     else:
@@ -36,11 +37,11 @@ def copy(pattern: str, folder: Path | None, listed: bool) -> None:
         use, (needed, optional) = lines_of_use(found, folder), packages(found)
         written = write(found.files, folder)
         there = len(found.files) - written
-        click.echo(f"{folder}: {many(written, 'file')} copied" + (f", {there} were there already." if there else "."))
-        click.echo(f"Install what it needs: pip install {shlex.join(needed)}")
+        report(f"{folder}: {many(written, 'file')} copied" + (f", {there} were there already." if there else "."))
+        report(f"Install what it needs: pip install {shlex.join(needed)}")
         if optional:
-            click.echo(f"Optional: {shlex.join(optional)}")
-        click.echo("\n".join(["Use it like this:", "", *(f"    {line}" for line in use)]))
+            report(f"Optional: {shlex.join(optional)}")
+        report("\n".join(["Use it like this:", "", *(f"    {line}" for line in use)]))
 
 
 def listing(found: Copy) -> str:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import click
 
 from .cli import OpenStore, command, describe
-from .core.environment import expand_home
-from .core.errors import DatabaseMissing, InvalidInput, LoginRefused, LoginSuperseded, StorageError, TokenNotStored
+from .cli_output import print_error, print_result, report, require_output
+from .core.environment import expand_home, strip_invisible
+from .core.errors import (
+    ConfigurationError,
+    DatabaseMissing,
+    InvalidInput,
+    LoginRefused,
+    LoginSuperseded,
+    StorageError,
+    TokenNotStored,
+)
 from .core.store import TokenStorage
 from .token_file import read_token_file, write_token_file
 
@@ -25,14 +34,16 @@ def token(store: OpenStore, user: str | None, masked: bool) -> None:
     Nothing else is printed, so a script can use the output. USER is an Upstox user id such as AB1234. The default is
     the account of the credentials.
     """
+    require_output()
     opened = open_for(store, user)
     try:
         result = opened.get_or_create_token(user)
-        click.echo(describe(result) if masked else result["token"])
     except TokenNotStored as error:
         if masked:
             rescue(opened, error)
-        print_unsaved(error)
+        print_unsaved(opened, error)
+    else:
+        print_result(describe(result) if masked else result["token"])
 
 
 @command("login", "upstox-db login --keep", "upstox-db --accounts accounts.toml login AB1234")
@@ -51,9 +62,11 @@ def login(store: OpenStore, user: str | None, keep: bool) -> None:
         store.login.check(user)
         opened = store(new=True)
     try:
-        click.echo(describe(opened.get_or_create_token(user) if keep else opened.store_token(user)))
+        result = opened.get_or_create_token(user) if keep else opened.store_token(user)
     except StorageError as error:
         rescue(opened, error)
+    else:
+        report(describe(result))
 
 
 @command("renew", 'TOKEN=$(printf %s "$TOKEN" | upstox-db renew AB1234) || exit')
@@ -65,13 +78,17 @@ def renew(store: OpenStore, user: str) -> None:
     Pass the refused token (401, UDAPI100050) on standard input. If a newer one is stored, it is printed; otherwise this
     logs in. USER is an Upstox user id such as AB1234.
     """
-    refused = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read(10_000).strip()
+    refused = "" if sys.stdin is None or sys.stdin.isatty() else strip_invisible(sys.stdin.read(10_000))
     if not refused:
         raise InvalidInput('Pass the refused token on standard input: printf %s "$TOKEN" | upstox-db renew USER')
+    require_output()
+    opened = store()
     try:
-        click.echo(store().renew_token(user, refused)["token"])
+        result = opened.renew_token(user, refused)
     except TokenNotStored as error:
-        print_unsaved(error)
+        print_unsaved(opened, error)
+    else:
+        print_result(result["token"])
 
 
 @command("save", "upstox-db save ~/.config/upstox_db_examples/unsaved-AB1234-1f2e3d4c.token")
@@ -84,8 +101,9 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
     Then the file is removed. If the store has a token that Upstox issued later, that one stays.
     """
     opened, file = store(new=True), expand_home(file)
-    click.echo(describe(opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)))
+    result = opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)
     file.unlink()
+    report(describe(result))
 
 
 @command("logout", "upstox-db logout AB1234")
@@ -99,7 +117,7 @@ def logout(store: OpenStore, user: str) -> None:
     USER is an Upstox user id such as AB1234.
     """
     ended = store().log_out(user)
-    click.echo(f"{user}: logged out at Upstox." if ended else f"{user}: no token was stored, or it had already ended.")
+    report(f"{user}: logged out at Upstox." if ended else f"{user}: no token was stored, or it had already ended.")
 
 
 def open_for(store: OpenStore, user: str | None) -> TokenStorage:
@@ -120,7 +138,7 @@ def open_for(store: OpenStore, user: str | None) -> TokenStorage:
             raise refused from None
 
 
-def rescue(store: Any, error: StorageError) -> None:
+def rescue(store: TokenStorage, error: StorageError) -> NoReturn:
     """Write the token in this error to a file, and raise the error with the file's name.
 
     Raises:
@@ -138,7 +156,10 @@ def rescue(store: Any, error: StorageError) -> None:
     raise error
 
 
-def print_unsaved(error: TokenNotStored) -> None:
+def print_unsaved(store: TokenStorage, error: TokenNotStored) -> None:
     """Print the unsaved token. It works, nobody else has it, and a script that waits for a token can use it."""
-    click.echo(error.token.reveal())
-    click.echo(f"The token was not stored, so the next call will log in again: {error.__cause__}", err=True)
+    try:
+        print_result(error.token.reveal())
+    except ConfigurationError:
+        rescue(store, error)
+    print_error(f"The token was not stored, so the next call will log in again: {error.__cause__}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import click
 import upstox_db_examples as package
 
 from .cli import TRY_AGAIN, ArgumentOrVariable, OpenStore, command
+from .cli_output import on_terminal, print_result, report
 from .core.environment import expand_home
 from .core.errors import InvalidInput
 
@@ -38,9 +38,7 @@ def init(store: OpenStore, runtime_role: str | None) -> None:
     opened = store(new=True)
     if runtime_role:
         cast(Any, opened).init_database(runtime_role)
-    click.echo(
-        f"{opened!r} is up to date" + (f", and {runtime_role} may store and read tokens." if runtime_role else ".")
-    )
+    report(f"{opened!r} is up to date" + (f", and {runtime_role} may store and read tokens." if runtime_role else "."))
 
 
 @command("status", "upstox-db status", "upstox-db status --json")
@@ -52,7 +50,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
     The exit code is 1 if one does not.
     """
     found = ctx.obj().get_storage_status()
-    click.echo(json.dumps(found) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+    print_result(json.dumps(found) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
     if any(str(value).startswith("error") for value in found.values()):
         ctx.exit(TRY_AGAIN)
 
@@ -98,9 +96,9 @@ def cleanup(store: OpenStore, audit_days: int | None) -> None:
     Their history stays, and so does the audit trail unless you pass --audit-days.
     """
     open_store = store()
-    click.echo(f"Erased {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
+    report(f"Erased {many(open_store.cleanup_expired_tokens(), 'dead token')}.")
     if audit_days is not None:
-        click.echo(f"Deleted {count_entries(open_store.cleanup_old_audit_entries(audit_days))}.")
+        report(f"Deleted {count_entries(open_store.cleanup_old_audit_entries(audit_days))}.")
 
 
 @command("rotate-keys", "upstox-db rotate-keys")
@@ -113,7 +111,7 @@ def rotate_keys(store: OpenStore) -> None:
     """
     open_store = store()
     again = many(open_store.rotate_keys(), "token")
-    click.echo(f"Re-encrypted {again}. Keys in use: {', '.join(open_store.keys_in_use())}")
+    report(f"Re-encrypted {again}. Keys in use: {', '.join(open_store.keys_in_use())}")
 
 
 @command("backup", "upstox-db backup upstox.export")
@@ -131,7 +129,7 @@ def backup(store: OpenStore, file: str) -> None:
             f"{file} already exists, and this store has no token to replace it with. Check --store and "
             "UPSTOX_DB_STORE, or choose another file."
         )
-    click.echo(describe_counts(package.export_tokens(open_store, file, progress=sys.stderr.isatty())))
+    report(describe_counts(package.export_tokens(open_store, file, progress=on_terminal())))
 
 
 @command("restore", "upstox-db --store restored.db restore upstox.export")
@@ -142,7 +140,7 @@ def restore(store: OpenStore, file: str) -> None:
 
     Existing data stays. This needs the key that the backup was made with, and it can be run again.
     """
-    click.echo(describe_counts(package.import_tokens(store(new=True), file, progress=sys.stderr.isatty())))
+    report(describe_counts(package.import_tokens(store(new=True), file, progress=on_terminal())))
 
 
 @command(
@@ -159,7 +157,7 @@ def migrate(ctx: click.Context, target: str) -> None:
     the end the two stores are compared.
     """
     source, other = ctx.obj(), ctx.with_resource(package.open_store(target))
-    click.echo(describe_counts(package.migrate(source, other, progress=sys.stderr.isatty())))
+    report(describe_counts(package.migrate(source, other, progress=on_terminal())))
 
 
 def describe_counts(counts: package.Counts) -> str:
@@ -176,9 +174,9 @@ def many(number: int, one: str, more: str | None = None) -> str:
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(rows))
+        print_result(json.dumps(rows))
         return
     lines = [columns, *(tuple("" if row[name] is None else str(row[name]) for name in columns) for row in rows)]
     widths = [max(len(line[n]) for line in lines) for n in range(len(columns))]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    shown = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    print_result("\n".join(shown))

@@ -58,6 +58,23 @@ class BackendContract(OnAStore):
         assert store.backend.replace_ciphertexts([(old, replace(old, ciphertext=made_up(store, USER).ciphertext))]) == 0
         assert [token.ciphertext for token in store.backend.read_tokens(USER)] == ["", newest]
 
+    def test_tokens_under_other_keys_come_page_by_page(self, store: TokenStorage) -> None:
+        for user_id in ("CD3", "cd1", "CD1", "CD2", "AB-9"):
+            store.backend.insert(made_up(store, user_id))
+        found, after = [], None
+        while page := store.backend.find_under_other_keys("another key", 2, after):
+            after = page[-1].user_id
+            found += [token.user_id for token in page]
+        assert sorted(found) == ["AB-9", "CD1", "CD2", "CD3", "cd1"]
+
+    def test_the_key_of_a_token_is_its_ciphertexts_own(self, store: TokenStorage) -> None:
+        token = store.backend.insert(made_up(store, USER))
+        own = token.ciphertext.split(".")[1]
+        self.write_raw(self.raw_rows()[0]["id"], key_id="kwrong")
+        assert store.keys_in_use() == {own: 1}
+        assert [other.user_id for other in store.backend.find_under_other_keys("kwrong", 10)] == [USER]
+        assert [other.user_id for other in store.backend.find_under_other_keys(own, 10)] == [USER]
+
     def test_no_more_tokens_are_given_than_asked_for(self, store: TokenStorage) -> None:
         for user_id in OTHERS:
             store.backend.insert(made_up(store, user_id))

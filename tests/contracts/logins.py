@@ -48,6 +48,27 @@ class LoginContract(OnAStore):
         assert store.store_token()["user_name"] is None
         assert held(store) == token
 
+    @pytest.mark.parametrize("value", ['"AB1234"', "AB1234\r", " AB1234", "\ufeffAB1234\u00a0"])
+    def test_a_user_id_of_an_env_file_is_cleaned(
+        self, store: TokenStorage, monkeypatch: pytest.MonkeyPatch, value: str
+    ) -> None:
+        monkeypatch.setenv("UPSTOX_USER_ID", value)
+        assert store.store_token()["user_id"] == USER
+        assert held(store)
+
+    def test_what_is_no_user_id_costs_no_login(self, open_store: OpenStore) -> None:
+        class Declares:
+            user_id, calls = '"AB1234', 0
+
+            def __call__(self, user_id: str | None) -> object:
+                self.calls += 1
+                return token_data(user_id or USER)
+
+        login = Declares()
+        with pytest.raises(LoginRefused, match="not a user id"):
+            open_store(login=login).store_token()
+        assert login.calls == 0
+
     def test_the_one_call_login_is_as_good(self, open_store: OpenStore, account: Account, clock: Clock) -> None:
         with LocalUpstox(clock=clock, totp_once=False, limits=False) as upstox:
             upstox.add_account(USER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from typing import Any
 
 import pytest
 from upstox_totp.models import AccessTokenData
@@ -162,6 +163,63 @@ class SecretContract(OnAStore):
         assert rotating.keys_in_use() == {KeyRing(new).key_ids[0]: 2, KeyRing(lost).key_ids[0]: 1}
         assert rotating.revoke_token("CD0001")
         assert rotating.rotate_keys() == 0
+
+    def test_tokens_that_cannot_be_read_do_not_stop_those_behind_them(
+        self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("upstox_db_examples.core.store.ROWS_AT_ONCE", 2)
+        lost, old, new = (KeyRing.new_key() for _ in range(3))
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        for number in range(8):
+            open_store(login=login, keys=KeyRing(old if number in (4, 7) else lost)).store_token(f"CD000{number}")
+        rotating = open_store(keys=KeyRing(new, old))
+        with pytest.raises(KeyUnavailable, match=r"^Re-encrypted 2, but not the tokens of CD0000, .*CD0006\."):
+            rotating.rotate_keys()
+        assert rotating.keys_in_use() == {KeyRing(new).key_ids[0]: 2, KeyRing(lost).key_ids[0]: 6}
+
+    def test_a_ring_that_changes_meanwhile_does_not_keep_a_rotation_going(self, open_store: OpenStore) -> None:
+        old, new = KeyRing.new_key(), KeyRing.new_key()
+        vault, asked = [old], 0
+
+        def keys() -> KeyRing:
+            nonlocal asked
+            asked += 1
+            return KeyRing(*vault)
+
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        running = open_store(keys=keys, login=login)
+        for number in range(3):
+            running.store_token(f"CD000{number}")
+        vault[:] = [new, old]
+        inner, calls = running.backend.replace_ciphertexts, 0
+
+        def replace(pairs: Any) -> int:
+            nonlocal calls
+            calls += 1
+            assert calls < 10, "it goes on for ever"
+            vault[:] = [old, new] if calls % 2 else [new, old]
+            running.cipher.reload()
+            return inner(pairs)
+
+        running.backend.replace_ciphertexts = replace  # type: ignore[method-assign]
+        before = asked
+        assert running.rotate_keys() == 3
+        assert asked == before + 1, "one ring for one pass"
+        assert running.keys_in_use() == {KeyRing(new).key_ids[0]: 3}
+
+    def test_a_key_id_is_the_ciphertexts_own_while_keys_change(self, open_store: OpenStore) -> None:
+        rings = [KeyRing(KeyRing.new_key()), KeyRing(KeyRing.new_key())]
+
+        def keys() -> KeyRing:
+            rings.reverse()
+            store.cipher.reload()
+            return rings[0]
+
+        login = lambda user_id: token_data(user_id or USER)  # noqa: E731
+        store = open_store(keys=keys, login=login)
+        store.store_token(USER)
+        (row,) = self.raw_rows()
+        assert row["key_id"] == row["access_token"].split(".")[1]
 
     def test_a_program_that_runs_for_long_learns_of_a_new_key(self, open_store: OpenStore) -> None:
         login = lambda user_id: token_data(user_id or USER)  # noqa: E731

@@ -34,7 +34,7 @@ from upstox_db_examples.core.environment import clean, expand_home, read_variabl
 from upstox_db_examples.core.errors import StoreUnavailable
 from upstox_db_examples.hybrid.client import client_of
 from upstox_db_examples.local.upstox import LocalUpstox
-from upstox_db_examples.postgresql.connections import PostgreSQLConnections
+from upstox_db_examples.postgresql.connections import read_dsn
 from upstox_db_examples.token_file import write_token_file
 
 from ..support.leaks import shown_with_locals
@@ -324,9 +324,9 @@ class TestAnAddress:
         reveals_nothing(caught.value)
 
     def test_with_several_hosts_may_have_one_port(self) -> None:
-        connections = PostgreSQLConnections(Secret("host=a,b,/run port=5 user='x y'"), 1, 1.0)
-        assert [parse_dsn(dsn.reveal())["host"] for dsn in connections.hosts] == ["a", "b", "/run"]
-        assert connections.where == "a,b,/run:5/"
+        _, where, each = read_dsn(Secret("host=a,b,/run port=5 user='x y'"))
+        assert [parse_dsn(dsn.reveal())["host"] for dsn in each] == ["a", "b", "/run"]
+        assert where == "a,b,/run:5/"
 
     @pytest.mark.parametrize(
         "name",

@@ -11,6 +11,8 @@ import pprint
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from datetime import time as clock_time
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -79,6 +81,29 @@ def test_a_token_that_is_worth_keeping_is_alive_and_any_other_dies_sooner_than_a
     new_dies = POLICY.next_death(now)
     assert new_dies > threshold, "a new token is always worth keeping"
     assert threshold >= min(now, new_dies - timedelta(seconds=1))
+
+
+# Zones whose clocks go forward or back around the time of day, one of them at midnight, and one that lost a whole day.
+@pytest.mark.parametrize(
+    "zone", ["Europe/Berlin", "America/New_York", "America/Havana", "Pacific/Apia", "Australia/Lord_Howe"]
+)
+@pytest.mark.parametrize("at", [clock_time(0, 15), clock_time(1, 30), clock_time(2, 30), clock_time(23, 30)])
+def test_a_death_in_a_zone_with_summer_time_is_always_after_now(zone: str, at: clock_time) -> None:
+    policy = ExpiryPolicy(at, ZoneInfo(zone))
+    for begin in (
+        datetime(2026, 3, 1, tzinfo=UTC),
+        datetime(2026, 9, 25, tzinfo=UTC),
+        datetime(2011, 12, 20, tzinfo=UTC),
+    ):
+        for half in range(45 * 48):
+            now = begin + timedelta(minutes=30 * half)
+            assert timedelta(0) < policy.next_death(now) - now <= timedelta(hours=49), now
+
+
+def test_a_death_in_the_hour_that_comes_twice_is_not_before_now() -> None:
+    policy = ExpiryPolicy(clock_time(2, 30), ZoneInfo("Europe/Berlin"))
+    # 02:15 for the second time. The first 02:30 was 45 minutes ago.
+    assert policy.next_death(datetime(2026, 10, 25, 1, 15, tzinfo=UTC)) == datetime(2026, 10, 26, 1, 30, tzinfo=UTC)
 
 
 class TestTheTokensOwnExpiry:

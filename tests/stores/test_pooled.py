@@ -108,7 +108,7 @@ class TestPooled(OnASQLiteFile, StoreContract):
         with pytest.raises(ZeroDivisionError), store.get_connection() as broken:
             broken.execute("BEGIN IMMEDIATE")
             raise ZeroDivisionError
-        with pytest.raises(StoreUnavailable), store.get_connection() as broken_too:
+        with pytest.raises(sqlite3.OperationalError, match="nonsense"), store.get_connection() as broken_too:
             broken_too.execute("SELECT nonsense")
         with store.get_connection() as sound:
             assert sound not in (broken, broken_too)

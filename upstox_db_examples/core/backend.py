@@ -266,8 +266,14 @@ class Backend(ABC):
         """Return the result of `get_audit_trail`."""
 
     @abstractmethod
-    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
-        """Return at most `limit` active tokens, expired ones included, that are encrypted under any other key."""
+    def find_under_other_keys(self, key_id: str, limit: int, after: str | None = None) -> list[StoredToken]:
+        """Return at most `limit` active tokens, expired ones included, that are not encrypted under this key.
+
+        They come in the order of their user ids: the one that the database has for text, always the same.
+
+        Args:
+            after: return only tokens of users that follow this one.
+        """
 
     @abstractmethod
     def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:

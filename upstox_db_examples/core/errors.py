@@ -6,6 +6,9 @@ login failed, there is no cause on purpose: the SDK's exceptions and their frame
 
 from __future__ import annotations
 
+import re
+from typing import Any, Self
+
 from .token import Secret
 
 
@@ -20,6 +23,27 @@ class StorageError(Exception):
 
     token: Secret | None = None
     user_id: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the finished message: Python would pass it to the constructor, which would put it into another one.
+
+        A token is left out, because anyone who reads the file would see it.
+        """
+        state = {name: value for name, value in self.__dict__.items() if not isinstance(value, Secret)}
+        lost = " (The token is not in this copy of the error. It is only where the login ran.)"
+        return _rebuild, (type(self), (f"{self}{lost}",) if self.token else self.args, state)
+
+    def __copy__(self) -> Self:
+        return _rebuild(type(self), self.args, self.__dict__)
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self.__copy__()
+
+
+def _rebuild[Error: StorageError](kind: type[Error], args: tuple[Any, ...], state: dict[str, Any]) -> Error:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidInput(StorageError, ValueError):
@@ -46,6 +70,11 @@ class KeyUnavailable(StorageError):
     """
 
     def __init__(self, key_id: str) -> None:
+        # A task queue such as Celery rebuilds an error from its args. Then this is the whole message.
+        if named := re.search(r" key (\S+), which", key_id):
+            super().__init__(key_id)
+            self.key_id = named[1]
+            return
         super().__init__(
             f"The token is encrypted with key {key_id}, which is not in the key ring. Put that key back "
             "(keys=, UPSTOX_DB_KEYS or the key file), or log in again with store_token()."
@@ -124,7 +153,10 @@ class TokenNotStored(StorageError):
 
     token: Secret
 
-    def __init__(self, token: Secret, user_id: str | None, reason: BaseException) -> None:
+    def __init__(self, token: Secret | str, user_id: str | None = None, reason: BaseException | None = None) -> None:
+        if isinstance(token, str):  # The whole message, without the token; see `KeyUnavailable`.
+            super().__init__(token)
+            return
         super().__init__(
             f"Logged in as {user_id or 'an unnamed user'}, but the token could not be stored: {reason} "
             "The new token is in this error: error.token.reveal()."

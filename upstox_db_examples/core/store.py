@@ -302,19 +302,20 @@ class TokenStorage:
         """
         rotated = 0
         refused: dict[str, StorageError] = {}
-        self.cipher.reload()  # This program may have started before the newest key was made.
-        # The ring is also reloaded when it lacks a token's key, and its first key may change then. So look at the first
-        # key again for each batch. Otherwise a batch under the old first key would be re-encrypted forever.
-        while batch := self.backend.find_under_other_keys(newest := self.cipher.ring.key_ids[0], ROWS_AT_ONCE):
-            pairs = []
+        # This program may have started before the newest key was made. All of this pass uses one ring: with one that
+        # changed meanwhile, a batch could be re-encrypted under an old key, for ever.
+        cipher, after = self.cipher.with_fresh_keys(), None
+        newest = cipher.ring.key_ids[0]
+        # The pass ends, because it goes through the user ids once. Tokens that cannot be read are passed, too.
+        while batch := self.backend.find_under_other_keys(newest, ROWS_AT_ONCE, after):
+            after, pairs = batch[-1].user_id, []
             for old in batch:
                 try:
-                    pairs.append((old, self.cipher.replace_ciphertext(old, self.cipher.decrypt(old))))
+                    pairs.append((old, cipher.replace_ciphertext(old, cipher.decrypt(old))))
                 except (KeyUnavailable, TokenRefused) as error:
                     refused[old.user_id] = error
-            if not pairs:
-                break
-            rotated += self.backend.replace_ciphertexts(pairs)
+            if pairs:
+                rotated += self.backend.replace_ciphertexts(pairs)
         if refused:
             first, users = next(iter(refused.values())), ", ".join(sorted(refused))
             first.args = (f"Re-encrypted {rotated}, but not the tokens of {users}. The first error: {first}",)

@@ -152,11 +152,12 @@ class ExpiryPolicy:
 
     def next_death(self, now: datetime) -> datetime:
         """Return when a token made now expires, in UTC. This is always after `now`."""
-        local = now.astimezone(self.zone)
-        death = datetime.combine(local.date(), self.time_of_day, self.zone)
-        if death <= local:
-            death = datetime.combine(local.date() + timedelta(days=1), self.time_of_day, self.zone)
-        return death.astimezone(UTC)
+        today = now.astimezone(self.zone).date()
+        # Compare in UTC. Two moments of one zone are compared by the clock on the wall, which goes back in autumn. The
+        # day before counts too: in spring its time of day may not exist and fall on the next day.
+        days = (today + timedelta(days=number) for number in (-1, 0, 1, 2))
+        deaths = (datetime.combine(day, self.time_of_day, self.zone).astimezone(UTC) for day in days)
+        return next(death for death in deaths if death > now)
 
     def expires_at(self, token: Secret, now: datetime) -> datetime:
         """Return when this token expires, in UTC: its own `exp` or the first 03:30 after issue, whichever is earlier.

@@ -44,13 +44,21 @@ class TokenCipher:
         """Load the key ring again before the next use: a long-running program picks up new keys here."""
         self._ring = None
 
+    def with_fresh_keys(self) -> TokenCipher:
+        """Load the key ring again, for others too, and return a cipher that keeps this ring."""
+        ring = self._keys() if callable(self._keys) else self._keys
+        self._ring = ring
+        return TokenCipher(ring, self._store_kind)
+
     def bind(self, token: StoredToken, store_kind: str | None = None) -> Binding:
         """Return what the ciphertext of this token is bound to."""
         return Binding(token.user_id, token.expires_at, token.generation, store_kind or self._store_kind, token.account)
 
     def encrypt(self, secret: Secret, binding: Binding, version: str = CIPHERTEXT_VERSION) -> Encrypted:
         """Encrypt a token under the ring's first key."""
-        return Encrypted(self.ring.encrypt(secret, binding, version), self.ring.key_ids[0])
+        ciphertext = self.ring.encrypt(secret, binding, version)
+        # Not the ring's first key: another thread may have loaded other keys since.
+        return Encrypted(ciphertext, ciphertext.split(".")[1])
 
     def replace_ciphertext(self, token: StoredToken, secret: Secret) -> StoredToken:
         """Return this token with the secret encrypted anew. A ciphertext of an earlier version keeps that version."""

@@ -375,8 +375,8 @@ class HybridBackend(Backend):
     def expire(self, now: datetime, limit: int) -> int:
         return self.postgres.expire(now, limit)
 
-    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
-        return self.postgres.find_under_other_keys(key_id, limit)
+    def find_under_other_keys(self, key_id: str, limit: int, after: str | None = None) -> list[StoredToken]:
+        return self.postgres.find_under_other_keys(key_id, limit, after)
 
     def count_keys(self) -> dict[str, int]:
         return self.postgres.count_keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -334,11 +335,12 @@ class MongoBackend(Backend):
         with self._database() as db:
             return reports.read_audit_trail(db, user_id, limit)
 
-    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
+    def find_under_other_keys(self, key_id: str, limit: int, after: str | None = None) -> list[StoredToken]:
+        # The key is the ciphertext's own. An earlier version could record another one beside it.
+        other = {"$or": [{"key_id": {"$ne": key_id}}, {"ciphertext": {"$not": re.compile(rf"^v\d\.{key_id}\.")}}]}
         with self._database() as db:
-            return [
-                read_active(each) for each in db.active_tokens.find({"key_id": {"$gt": "", "$ne": key_id}}).limit(limit)
-            ]
+            found = db.active_tokens.find({"_id": {"$gt": after or ""}, "key_id": {"$gt": ""}, **other})
+            return [read_active(each) for each in found.sort("_id", ASCENDING).limit(limit)]
 
     def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         changes = [
@@ -355,7 +357,9 @@ class MongoBackend(Backend):
     def count_keys(self) -> dict[str, int]:
         each_key: list[Document] = [
             {"$match": {"key_id": {"$gt": ""}}},
-            {"$group": {"_id": "$key_id", "count": {"$sum": 1}}},
+            # The ciphertext's own key. An earlier version could record another one beside it.
+            {"$set": {"own": {"$arrayElemAt": [{"$split": ["$ciphertext", "."]}, 1]}}},
+            {"$group": {"_id": {"$ifNull": ["$own", "$key_id"]}, "count": {"$sum": 1}}},
         ]
         with self._database() as db:
             return {row["_id"]: row["count"] for row in db.active_tokens.aggregate(each_key)}

@@ -14,7 +14,16 @@ import pymongo
 from bson.errors import BSONError
 from pymongo import MongoClient
 from pymongo.database import Database
-from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+from pymongo.errors import (
+    BulkWriteError,
+    DuplicateKeyError,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WaitQueueTimeoutError,
+)
+from pymongo.errors import ConfigurationError as DriverConfigurationError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.uri_parser import parse_uri
@@ -152,6 +161,40 @@ _TRANSLATIONS: dict[int, tuple[type[StorageError], str]] = {
     ),
     18: (ConfigurationError, "refused the user or its password. Check both."),
     121: (StoreUnavailable, "has a validator that refused the document. Check whether somebody changed the validator."),
+    13297: (
+        ConfigurationError,
+        "has a database whose name differs only in upper and lower case. Write database_name as it is there.",
+    ),
+    8000: (ConfigurationError, "refused the user or its password (Atlas). Check both."),
+    **dict.fromkeys(
+        (11, 33, 334),
+        (
+            ConfigurationError,
+            "cannot authenticate this user in this way. Check the user, authSource and authMechanism.",
+        ),
+    ),
+    **dict.fromkeys(
+        (73, 166, 26),
+        (
+            ConfigurationError,
+            "has no usable collection for this: check database_name, and whether somebody made a view.",
+        ),
+    ),
+    **dict.fromkeys(
+        (67, 68, 85, 86),
+        (
+            ConfigurationError,
+            "has an index of another shape on a collection of this package. Drop that index, then run upstox-db init.",
+        ),
+    ),
+    **dict.fromkeys(
+        (59, 115, 323, 352),
+        (ConfigurationError, "does not know a command that this package needs. It needs MongoDB 6.0 or newer."),
+    ),
+    **dict.fromkeys(
+        (79, 100),
+        (ConfigurationError, "cannot confirm a write by a majority. Check the members of the replica set."),
+    ),
     14031: (StoreUnavailable, "has a full disk. Free some space and try again."),
 }
 
@@ -163,6 +206,8 @@ def index_keys(error: DuplicateKeyError) -> tuple[str, ...]:
 
 def _translate_error(error: Exception, where: str, timeout: float) -> StorageError:
     code = getattr(error, "code", None)
+    if isinstance(error, BulkWriteError):  # Its own code only says that one of the writes failed.
+        code = next((each.get("code") for each in error.details.get("writeErrors", ())), code)
     if code in _TRANSLATIONS:
         kind, what = _TRANSLATIONS[code]
         return kind(f"MongoDB at {where} {what}")
@@ -177,7 +222,15 @@ def _translate_error(error: Exception, where: str, timeout: float) -> StorageErr
             "tlsCAFile. Without the check, somebody else could be listening."
         )
     if isinstance(error, OperationFailure) and not error.timeout:
-        return StoreUnavailable(f"MongoDB at {where} reported an error (code {code}). Try again.")
+        return StoreUnavailable(
+            f"MongoDB at {where} reported an error (code {code}). Try again. If it comes back, look that code up."
+        )
+    if isinstance(error, DriverConfigurationError | InvalidURI):
+        return ConfigurationError(f"pymongo cannot use {where} in this way. Check the host and the options of the URL.")
+    if isinstance(error, WaitQueueTimeoutError):
+        return StoreUnavailable(f"All connections to {where} were in use for {timeout:g} s. Try again.")
+    if isinstance(error, ServerSelectionTimeoutError) and "replica set name" in str(error):
+        return ConfigurationError(f"MongoDB at {where} is no member of the replica set that the URL names. Check both.")
     return StoreUnavailable(
         f"MongoDB at {where} cannot be reached, or gave no answer for {timeout:g} s. Check that it is running, "
         "then try again."

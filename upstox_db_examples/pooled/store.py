@@ -82,13 +82,13 @@ class PooledConnections(SQLiteConnections):
         self._timeout = timeout
         self.pool = Pool(lambda: open_connection(path), Connection.close, size=size, timeout=timeout)
 
-    def lend(self) -> AbstractContextManager[Connection]:
+    def lend(self, *, translate: bool = True) -> AbstractContextManager[Connection]:
         """Lend a connection, as `SQLiteConnections.lend` does.
 
         Raises:
             StoreUnavailable: also if no connection became free in time.
         """
-        return _Borrowed(self)
+        return _Borrowed(self, translate)
 
     def close(self) -> None:
         self._closed = True
@@ -115,10 +115,10 @@ class PooledConnections(SQLiteConnections):
 class _Borrowed:
     """A loan from the pool. It ends with a rollback, and raises our errors. A class for speed, like `_Lent`."""
 
-    __slots__ = ("_conn", "_connections", "_loan")
+    __slots__ = ("_conn", "_connections", "_loan", "_translate")
 
-    def __init__(self, connections: PooledConnections) -> None:
-        self._connections, self._loan = connections, connections.pool.borrow()
+    def __init__(self, connections: PooledConnections, translate: bool) -> None:
+        self._connections, self._loan, self._translate = connections, connections.pool.borrow(), translate
 
     def __enter__(self) -> Connection:
         self._connections.refuse_if_closed()
@@ -147,7 +147,7 @@ class _Borrowed:
             self._loan.discard()
         if error is not None:
             logger.info("Closed a connection to %s after %s", self._connections.path, type(error).__name__)
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, sqlite3.Error) and (self._translate or error is not raised):
             raise self._connections.translate_error(error) from error
         if error is not raised and error is not None:
             raise error

@@ -234,8 +234,9 @@ class PostgreSQLBackend(Backend):
     def read_audit_trail(self, user_id: str, limit: int) -> list[dict[str, Any]]:
         return [format_row(row) for row in self._run(queries.AUDIT, user_id=user_id, limit=limit)]
 
-    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
-        return [read_token(row) for row in self._run(queries.OTHER_KEYS, key_id=key_id, limit=limit)]
+    def find_under_other_keys(self, key_id: str, limit: int, after: str | None = None) -> list[StoredToken]:
+        rows = self._run(queries.OTHER_KEYS, key_id=key_id, limit=limit, after=after or "")
+        return [read_token(row) for row in rows]
 
     def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         rows = list(pairs)

@@ -67,7 +67,7 @@ class PostgreSQLConnections:
     """
 
     def __init__(self, dsn: Secret, pool_size: int, timeout: float) -> None:
-        self._dsn, self.where, self.hosts = _read_dsn(dsn)
+        self._dsn, self.where, self.hosts = read_dsn(dsn)
         self._timeout = timeout
         self.schema: str | None = None
         # A returned connection has no transaction to roll back, because each message is its own transaction.
@@ -361,7 +361,7 @@ def _readable(conn: Any) -> bool:
     return bool(poller.poll(0))
 
 
-def _read_dsn(dsn: Secret) -> tuple[Secret, str, list[Secret]]:
+def read_dsn(dsn: Secret) -> tuple[Secret, str, list[Secret]]:
     """Return the cleaned connection string, where it leads (without any password), and one string for each host.
 
     Asynchronous libpq would spend all the time on the first host.

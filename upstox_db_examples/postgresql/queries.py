@@ -159,17 +159,21 @@ SELECT {HANDED_OUT} FROM upstox_tokens WHERE account = %(account)s AND is_active
 USE, USE_UNMARKED = FIND, FIND_UNMARKED
 GENERATION = "SELECT coalesce(max(generation), 0) AS latest FROM upstox_tokens WHERE user_id = %(user_id)s"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = %(account)s ORDER BY id DESC LIMIT 1"
-# Two ranges instead of <>, because no index serves <>.
+# The key is the ciphertext's own. An earlier version could record another one beside it.
+_KEY = "split_part(access_token, '.', 2)"
 OTHER_KEYS = f"""
-SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < %(key_id)s UNION ALL
-SELECT {HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > %(key_id)s LIMIT %(limit)s
+SELECT {HANDED_OUT} FROM upstox_tokens
+WHERE is_active AND user_id > %(after)s AND (key_id <> %(key_id)s OR {_KEY} <> %(key_id)s)
+ORDER BY user_id LIMIT %(limit)s
 """
 REPLACE = """
 UPDATE upstox_tokens AS t SET access_token = new.ciphertext, key_id = new.key_id
 FROM unnest(%(ids)s, %(old)s, %(new)s, %(key_ids)s) AS new (id, old, ciphertext, key_id)
 WHERE t.id = new.id AND t.access_token = new.old RETURNING t.id
 """
-COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
+COUNT_KEYS = f"""
+SELECT coalesce(nullif({_KEY}, ''), key_id) AS key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY 1
+"""
 # This jumps from one user to the next, because the audit trail may have millions of entries and few users.
 USERS = """
 WITH RECURSIVE audited (user_id) AS (

@@ -277,8 +277,8 @@ class SQLiteBackend(Backend):
         rows = self._rows(queries.AUDIT, user_id, limit)
         return [{**format_row(row), "metadata": json.loads(row["metadata"])} for row in rows]
 
-    def find_under_other_keys(self, key_id: str, limit: int) -> list[StoredToken]:
-        return [read_token(row) for row in self._rows(queries.OTHER_KEYS, key_id, key_id, limit)]
+    def find_under_other_keys(self, key_id: str, limit: int, after: str | None = None) -> list[StoredToken]:
+        return [read_token(row) for row in self._rows(queries.OTHER_KEYS, after or "", key_id, key_id, limit)]
 
     def replace_ciphertexts(self, pairs: Iterable[tuple[StoredToken, StoredToken]]) -> int:
         values = [(new.ciphertext, new.key_id, old.token_id, old.ciphertext) for old, new in pairs]

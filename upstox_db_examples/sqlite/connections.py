@@ -43,13 +43,17 @@ class SQLiteConnections:
         weakref.finalize(self, _close_all, self._idle)
         close_before_forks(self)
 
-    def lend(self) -> AbstractContextManager[Connection]:
+    def lend(self, *, translate: bool = True) -> AbstractContextManager[Connection]:
         """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
 
+        Args:
+            translate: turn SQLite's errors inside into ours. With False, only those of lending are: a caller's own code
+                runs inside, and its error may come from another database.
+
         Raises:
-            StoreUnavailable, ConfigurationError: SQLite raised an error inside; this is its translation.
+            StoreUnavailable, ConfigurationError: the translation of SQLite's error.
         """
-        return _Lent(self)
+        return _Lent(self, translate)
 
     def close(self) -> None:
         self._closed = True
@@ -130,10 +134,10 @@ class SQLiteConnections:
 class _Lent:
     """A connection on loan. This is a class, because a generator takes three times as long to enter and leave."""
 
-    __slots__ = ("_conn", "_connections")
+    __slots__ = ("_conn", "_connections", "_translate")
 
-    def __init__(self, connections: SQLiteConnections) -> None:
-        self._connections = connections
+    def __init__(self, connections: SQLiteConnections, translate: bool) -> None:
+        self._connections, self._translate = connections, translate
 
     def __enter__(self) -> Connection:
         try:
@@ -147,10 +151,11 @@ class _Lent:
             try:
                 self._connections._give_back(self._conn)
             except sqlite3.Error as failed:
-                error = failed
-        if error is not None:
-            self._conn.close()  # This rolls back. We do not reuse a connection that saw an error.
-        if isinstance(error, sqlite3.Error):
+                self._conn.close()
+                raise translate_error(failed, self._connections.path) from failed
+            return
+        self._conn.close()  # This rolls back. We do not reuse a connection that saw an error.
+        if self._translate and isinstance(error, sqlite3.Error):
             raise translate_error(error, self._connections.path) from error
 
 

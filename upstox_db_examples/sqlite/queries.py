@@ -152,13 +152,16 @@ NEWEST = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? ORDER BY generat
 VERSION = SCHEMA_VERSION
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
 USER_OF_ACCOUNT = "SELECT user_id FROM upstox_tokens WHERE account = ? ORDER BY id DESC LIMIT 1"
-# Two ranges instead of <>, because no index serves <>.
+# The key is the ciphertext's own. An earlier version could record another one beside it.
+_KEY = "substr(access_token, 4, instr(substr(access_token, 4), '.') - 1)"
 OTHER_KEYS = f"""
-SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id < ? UNION ALL
-SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND key_id > ? LIMIT ?
+SELECT {_HANDED_OUT} FROM upstox_tokens WHERE is_active AND user_id > ? AND (key_id <> ? OR {_KEY} <> ?)
+ORDER BY user_id LIMIT ?
 """
 REPLACE = "UPDATE upstox_tokens SET access_token = ?, key_id = ? WHERE id = ? AND access_token = ?"
-COUNT_KEYS = "SELECT key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY key_id"
+COUNT_KEYS = (
+    f"SELECT coalesce(nullif({_KEY}, ''), key_id) AS key_id, count(*) FROM upstox_tokens WHERE is_active GROUP BY 1"
+)
 # This jumps from one user to the next, because the audit trail may have millions of entries and few users.
 USERS = """
 WITH RECURSIVE audited (user_id) AS (

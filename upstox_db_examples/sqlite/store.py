@@ -54,10 +54,12 @@ class SQLiteUpstoxStorage(TokenStorage):
     def get_connection(self) -> AbstractContextManager[sqlite3.Connection]:
         """Lend a connection in autocommit mode. A transaction that is left open is rolled back.
 
+        An error that your own code raises inside, SQLite's errors included, comes out as it is.
+
         Raises:
-            StoreUnavailable, ConfigurationError: SQLite raised an error inside; this is its translation.
+            StoreUnavailable, ConfigurationError: there is no connection to lend.
         """
-        return self._connections.lend()
+        return self._connections.lend(translate=False)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the database as it is now, while others read and write. Open the copy like any other database.
@@ -70,9 +72,9 @@ class SQLiteUpstoxStorage(TokenStorage):
             StoreUnavailable: the copy cannot be written there.
         """
         target = resolve_target(expand_home(path))
-        with self.get_connection() as conn:
+        with self._connections.lend() as conn:
             refuse_what_is_no_copy(conn, self.db_path, target)
-        with write_whole(target) as temporary, self.get_connection() as conn:
+        with write_whole(target) as temporary, self._connections.lend() as conn:
             copy = sqlite3.connect(temporary, isolation_level=None)
             try:
                 conn.backup(copy)  # In one step. Otherwise it would start over whenever somebody writes.
