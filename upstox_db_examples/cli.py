@@ -24,17 +24,12 @@ from .core.errors import (
 from .core.login import Accounts, SdkLogin, TotpLogin
 from .core.store import TokenStorage
 from .core.token import TokenResult
+from .patterns import PATTERNS
 
 DONE, TRY_AGAIN, USAGE, FIX_FIRST = 0, 1, 2, 3
 PASSING = (StoreUnavailable, LoginInterrupted, LoginLimited, LoginSuperseded, TokenNotStored)
 
-STORES = """\b
-  upstox.db, sqlite:///path                  SQLite
-  pooled:///path                             SQLite through a bounded pool
-  postgresql://user:password@host/name       PostgreSQL
-  mongodb://user:password@host/?...#name     MongoDB; the database name comes last
-  "redis://... postgresql://..."             the hybrid: both, in one argument
-"""
+STORES = "\b\n" + "".join(f"  {each.address:<42} {each.what}\n" for each in PATTERNS.values())
 
 
 class Command(click.Group):

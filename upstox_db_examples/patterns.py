@@ -25,12 +25,15 @@ class Pattern(NamedTuple):
         schemes: the schemes of its addresses. The hybrid has two addresses in one text, and so two schemes.
         arguments: turns an address into the arguments of the class.
         example: arguments for the reader of a copy.
+        address, what: for the help of the command.
     """
 
     store: str
     schemes: tuple[str, ...]
     arguments: Callable[[str], tuple[str, ...]]
     example: str
+    address: str
+    what: str
 
 
 def _file(address: str) -> tuple[str, ...]:
@@ -58,22 +61,40 @@ def _two(address: str) -> tuple[str, ...]:
 
 
 PATTERNS = {
-    "sqlite": Pattern("SQLiteUpstoxStorage", ("", "sqlite"), _file, '"upstox.db"'),
-    "pooled": Pattern("PooledUpstoxStorage", ("pooled",), _file, '"upstox.db", pool_size=5'),
+    "sqlite": Pattern(
+        "SQLiteUpstoxStorage", ("", "sqlite"), _file, '"upstox.db"', "upstox.db, sqlite:///path", "SQLite"
+    ),
+    "pooled": Pattern(
+        "PooledUpstoxStorage",
+        ("pooled",),
+        _file,
+        '"upstox.db", pool_size=5',
+        "pooled:///path",
+        "SQLite through a bounded pool",
+    ),
     "postgresql": Pattern(
-        "PostgreSQLUpstoxStorage", ("postgresql", "postgres"), _whole, '"postgresql://user:password@host/name"'
+        "PostgreSQLUpstoxStorage",
+        ("postgresql", "postgres"),
+        _whole,
+        '"postgresql://user:password@host/name"',
+        "postgresql://user:password@host/name",
+        "PostgreSQL",
     ),
     "mongodb": Pattern(
         "MongoUpstoxStorage",
         ("mongodb", "mongodb+srv"),
         _url_and_name,
         '"mongodb://user:password@host/", "upstox_db"',
+        "mongodb://user:password@host/?...#name",
+        "MongoDB; the database name comes last",
     ),
     "hybrid": Pattern(
         "HybridUpstoxStorage",
         tuple(f"{redis} {postgres}" for redis in ("redis", "rediss") for postgres in ("postgresql", "postgres")),
         _two,
         '"redis://:password@host/0", "postgresql://user:password@host/name"',
+        '"redis://... postgresql://..."',
+        "the hybrid: both, in one argument",
     ),
 }
 

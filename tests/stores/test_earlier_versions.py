@@ -166,6 +166,7 @@ def assert_as_it_was(store: TokenStorage) -> None:
         assert (token.issued_at, token.in_doubt) == (None, False)
 
 
+@pytest.mark.parametrize("each_address", OF_VERSION_1, indirect=True)
 class TestADatabaseOfVersion1:
     @pytest.fixture(autouse=True)
     def _restored(self, each_address: Address, clock: Clock) -> None:
@@ -258,6 +259,7 @@ class TestADatabaseOfVersion1:
         assert_as_it_was(store)
 
 
+@pytest.mark.parametrize("each_address", OF_VERSION_1, indirect=True)
 def test_the_earlier_programs_of_these_tests_open_what_version_1_wrote(
     each_address: Address, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,8 @@ The words of this file:
 - Mark: a login kills the user's earlier token at Upstox, so the token is marked before the login begins. While that
   login holds its lock, the token is still handed out, because it works until the very end of the login. If the lock is
   free and the mark is still there, nobody knows how the login ended: the token is in doubt, and is not handed out until
-  Upstox says that it works. A login that ends in a known way removes its marks.
+  Upstox says that it works. A login that ends in a known way removes its marks. A mark names one login and not only its
+  lock: the next holder of that lock is not the login that left the mark.
 - Login without a user id: nobody knows which token it will replace, so it marks all of them, and leaves a note with its
   mark. As long as it runs, every token that others store gets its mark, too.
 
@@ -141,17 +142,24 @@ class Backend(ABC):
 
     @abstractmethod
     def find_in_doubt(self, user_id: str) -> StoredToken | None:
-        """Return the user's active token if it is marked. No use is counted. The caller holds the user's lock."""
+        """Return the user's active token if it is marked. No use is counted. The caller holds the user's lock.
+
+        If a mark cannot tell two holders of that lock apart, this turns it into doubt for good.
+        """
 
     @abstractmethod
     def find_newest(self, user_id: str) -> StoredToken | None:
-        """Return the user's token with the highest generation, with the ciphertext "" if it has ended. Not a use."""
+        """Return the user's token with the highest generation, with the ciphertext "" if it has ended. Not a use.
+
+        `in_doubt` says whether it is active and marked.
+        """
 
     @abstractmethod
     def insert(
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
-        """Store this token as the active one (`action`, with this metadata) and return it with its id.
+        """Store this token as the active one (`action`, with this metadata) and return it with its id,
+        and with `in_doubt` set if it got a mark.
 
         The earlier token is deactivated and erased ("deactivated", with the reason new_token_generated). Both happen at
         `created_at`.

@@ -251,7 +251,8 @@ class TokenStorage:
         """
         user_id = self._users.as_stored(require_user_id(user_id))
         with self.backend.lock(user_id.upper()):
-            newest = self.backend.find_newest(user_id)
+            # A token in doubt stays in doubt meanwhile: readers must not take this caller for a running login.
+            newest = self.backend.find_in_doubt(user_id) or self.backend.find_newest(user_id)
             if newest is None or not newest.ciphertext:
                 return False
             ended: bool = getattr(self.login, "log_out", log_out)(self.cipher.decrypt(newest))

@@ -191,6 +191,7 @@ VALUES ({", ".join(f":{name}" for name in _COPIED.split(", "))}, nullif(:ciphert
         CASE WHEN :in_doubt THEN '' END)
 ON CONFLICT (user_id, generation) DO UPDATE SET
     access_token = CASE WHEN excluded.is_active THEN access_token END, is_active = is_active AND excluded.is_active,
+    login_mark = CASE WHEN excluded.is_active THEN login_mark END,
     usage_count = max(usage_count, excluded.usage_count),
     last_used_at = nullif(max(coalesce(last_used_at, 0), coalesce(excluded.last_used_at, 0)), 0)
 """

@@ -119,7 +119,7 @@ def _transfer(
         for user_id, parts in by_user(source()):
             tokens = next(parts).tokens
             # Take the login lock, so that no login comes in between.
-            with target.backend.lock(user_id or NOBODY_LOCK):
+            with target.backend.lock(user_id.upper() if user_id else NOBODY_LOCK):
                 there = target.backend.read_tokens(user_id)
                 _refuse_another_history(user_id, tokens, there)  # A login may have happened since the check.
                 known = {token.generation for token in there}
