@@ -95,6 +95,13 @@ class TestHybrid(OnHybrid):
         assert store.get_valid_token(USER) is None
         assert self.redis.get(self.key()) is None, "otherwise it would be handed out while PostgreSQL is unreachable"
 
+    def test_a_copy_takes_the_place_of_a_dead_one(self, store: HybridUpstoxStorage) -> None:
+        store.store_token()
+        fresh_until, generation, _, token_id, text = self.redis.get(self.key()).split(" ", 4)
+        # As after a login that Redis was not told of. The key itself ends later, by Redis's clock.
+        self.redis.set(self.key(), f"{fresh_until} {generation} 1 {token_id} {text}")
+        assert [living(store)["source"] for _ in range(2)] == ["postgresql", "redis"]
+
     def test_a_copy_is_warmed_only_by_what_was_just_read(self, open_store: OpenStore) -> None:
         store = open_store(believed=0.2)
         assert isinstance(store, HybridUpstoxStorage)

@@ -18,6 +18,7 @@ from upstox_db_examples.hybrid.redis import Found
 
 from ..contracts.reliability import ReliabilityContract
 from ..support import processes
+from ..support.clocks import Clock
 from ..support.hybrid import OnHybrid
 from ..support.naive import FoldsAgain, TellsRedisLast
 from ..support.postgresql import bare, counts
@@ -84,6 +85,15 @@ class TestHybrid(OnHybrid):
         assert store.get_user_statistics(USER)["total_usage"] == 7
         used = [entry for entry in store.get_audit_trail(USER) if entry["action"] == "used"]
         assert len(used) == len({entry["metadata"]["use"] for entry in used}) == 7
+
+    def test_a_fold_never_sets_the_last_use_back(self, store: HybridUpstoxStorage, clock: Clock) -> None:
+        store.store_token()
+        assert living(store)["source"] == "redis"
+        clock.advance(seconds=60)
+        self.redis.delete(self.key())
+        assert living(store)["source"] == "postgresql"
+        last = store.backend.context.now().isoformat()
+        assert store.get_user_statistics(USER)["last_usage"] == last, "the use that waited in Redis was earlier"
 
     def test_many_fold_at_once_and_each_use_counts_once(self, open_store: OpenStore) -> None:
         stores = [open_store() for _ in range(4)]

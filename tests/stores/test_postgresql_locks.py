@@ -20,6 +20,7 @@ from upstox_db_examples import (
 )
 
 from ..contracts.backend import made_up
+from ..support.clocks import Clock
 from ..support.postgresql import OnPostgreSQL, bare, count_messages
 from ..support.processes import USER, token_data
 from ..support.stores import OpenStore, living
@@ -42,6 +43,30 @@ class TestPostgreSQL(OnPostgreSQL):
             conn.commit()
             begun.result()
         assert [row["login_lock"] is None for row in self.raw_rows()] == [True, False]
+
+    def test_a_cleanup_does_not_wait_for_a_token_that_somebody_holds(self, open_store: OpenStore, clock: Clock) -> None:
+        store = open_store(timeout=1)
+        assert isinstance(store, PostgreSQLUpstoxStorage)
+        for user_id in (USER, "CD0001"):
+            store.backend.insert(made_up(store, user_id))
+        clock.advance(days=2)
+        with store.get_connection() as conn, conn.cursor() as cursor:
+            cursor.execute("SELECT 1 FROM upstox_tokens WHERE user_id = %s FOR UPDATE", (USER,))
+            assert store.cleanup_expired_tokens() == 1
+            conn.rollback()
+        assert store.cleanup_expired_tokens() == 1
+
+    def test_the_server_notices_within_half_a_minute_that_a_machine_is_gone(
+        self, store: PostgreSQLUpstoxStorage
+    ) -> None:
+        """A machine without power closes no connection, so its locks would stay for the two hours of the default."""
+        names = [f"tcp_keepalives_{name}" for name in ("idle", "interval", "count")]
+        asked = f"SELECT {', '.join(f'current_setting({name!r})::int AS {name}' for name in names)}"
+        connections = store.backend.connections
+        with store.backend.lock(USER), connections.session() as holder, connections.session(apart=True) as pooled:
+            for conn in (holder, pooled):
+                idle, interval, count = connections.answer(conn, asked)[0].values()
+                assert 0 < idle + interval * count <= 30
 
     def test_the_next_holder_of_the_lock_is_not_taken_for_the_login_that_died(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
