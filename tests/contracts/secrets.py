@@ -177,7 +177,10 @@ class SecretContract(OnAStore):
             rotating.rotate_keys()
         assert rotating.keys_in_use() == {KeyRing(new).key_ids[0]: 2, KeyRing(lost).key_ids[0]: 6}
 
-    def test_a_ring_that_changes_meanwhile_does_not_keep_a_rotation_going(self, open_store: OpenStore) -> None:
+    def test_a_ring_that_changes_meanwhile_does_not_keep_a_rotation_going(
+        self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("upstox_db_examples.core.store.ROWS_AT_ONCE", 1)
         old, new = KeyRing.new_key(), KeyRing.new_key()
         vault, asked = [old], 0
 
@@ -208,15 +211,18 @@ class SecretContract(OnAStore):
         assert running.keys_in_use() == {KeyRing(new).key_ids[0]: 3}
 
     def test_a_key_id_is_the_ciphertexts_own_while_keys_change(self, open_store: OpenStore) -> None:
-        rings = [KeyRing(KeyRing.new_key()), KeyRing(KeyRing.new_key())]
+        class Changes(KeyRing):
+            """Another thread loads other keys just after this ring has encrypted."""
 
-        def keys() -> KeyRing:
-            rings.reverse()
-            store.cipher.reload()
-            return rings[0]
+            def encrypt(self, *arguments: Any) -> str:
+                ciphertext = super().encrypt(*arguments)
+                rings.reverse()
+                store.cipher.reload()
+                return ciphertext
 
+        rings = [Changes(KeyRing.new_key()), Changes(KeyRing.new_key())]
         login = lambda user_id: token_data(user_id or USER)  # noqa: E731
-        store = open_store(keys=keys, login=login)
+        store = open_store(keys=lambda: rings[0], login=login)
         store.store_token(USER)
         (row,) = self.raw_rows()
         assert row["key_id"] == row["access_token"].split(".")[1]
