@@ -27,6 +27,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from ..core.errors import ConfigurationError, StoreUnavailable, TokenRefused
+from ..core.forks import no_fork, start_anew_in_children
 from ..core.token import StoredToken
 from .client import NO_CONFIGURATION, Client
 
@@ -121,8 +122,12 @@ class RedisTokens:
         self._dig_up = self.client.register_script((LUA / "dig_up.lua").read_text())
         self._closed = self._failed = False
         self._ask_again_at = 0.0
-        self._lock = threading.Lock()
+        self.start_anew()
+        start_anew_in_children(self)
         self.ask(self._refuse_a_wrong_configuration)
+
+    def start_anew(self) -> None:
+        self._lock = threading.Lock()
 
     def read_and_count(
         self, user_id: str, alive_after: datetime, now: datetime, actor: str, use_id: str, *, insist: bool = False
@@ -282,7 +287,9 @@ class RedisTokens:
                 # One caller finds out whether Redis is back, and the others need not wait.
                 self._ask_again_at = time.monotonic() + self._pause
         try:
-            answer = question()
+            # redis-py has locks of its own, which a child that is forked meanwhile would wait for.
+            with no_fork():
+                answer = question()
         except NO_ANSWER as error:
             if isinstance(error, ResponseError) and "WRONGTYPE" in str(error):
                 logger.warning("A key of the store in Redis has the wrong type. PostgreSQL answers for this user.")
