@@ -20,6 +20,7 @@ from .errors import (
     StorageError,
     TokenNotStored,
 )
+from .forks import start_anew_in_children
 from .life_cycle import LifeCycle, Wish
 from .token import TokenResult
 
@@ -56,6 +57,10 @@ class Pace:
         self._begun: deque[float] = deque(maxlen=max((count for count, _ in self._limits), default=1))
         self._held_until = 0.0
         self._next_turn: dict[str, float] = {}  # when each account gets an unused one-time password
+        self.start_anew()
+        start_anew_in_children(self)
+
+    def start_anew(self) -> None:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager

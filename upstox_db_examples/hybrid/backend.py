@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.backend import SCHEMA_LOCK, Backend
 from ..core.errors import StorageError, StoreUnavailable
+from ..core.forks import no_fork, start_anew_in_children
 from ..core.token import AuditEntry, StoredToken
 from ..postgresql.backend import PostgreSQLBackend
 from ..postgresql.errors import violated_constraint
@@ -49,9 +50,13 @@ class HybridBackend(Backend):
         self.believed, self.buried_for = believed, buried_for
         self._schema_seen = False
         self._postgres_failed, self._postgres_again_at = False, 0.0
-        self._asking, self._folding = threading.Lock(), threading.Lock()
         self._tombstones: dict[str, str] = {}  # by user; from logins of this process
         self._earlier_after = "-"
+        self.start_anew()
+        start_anew_in_children(self)
+
+    def start_anew(self) -> None:
+        self._asking, self._folding = threading.Lock(), threading.Lock()
 
     def has_tables(self) -> bool:
         return self.postgres.has_tables()
@@ -314,7 +319,8 @@ class HybridBackend(Backend):
         health = self.postgres.check_health()
         details: dict[str, Any] = {"redis": {}, "postgresql": {}}
         try:
-            details["redis"] = self.redis.status()
+            with no_fork():
+                details["redis"] = self.redis.status()
             health["redis"] = "healthy"
         except StoreUnavailable as error:
             health["redis"] = f"error: {error}"

@@ -24,6 +24,7 @@ from redis.exceptions import (
 )
 
 from ..core.errors import ConfigurationError, StoreUnavailable, TokenRefused
+from ..core.forks import no_fork, start_anew_in_children
 from ..core.token import StoredToken
 from .checks import Policy, read_policy, refuse_a_wrong_configuration
 from .client import NO_CONFIGURATION, Client
@@ -115,10 +116,14 @@ class RedisTokens:
         self._list_databases = self.client.register_script((LUA / "databases.lua").read_text())
         self._closed = self._failed = False
         self._ask_again_at = 0.0
-        self._lock = threading.Lock()
         self._policy, self._look_at = Policy("unknown", False), 0.0
+        self.start_anew()
+        start_anew_in_children(self)
         self.ask(lambda: refuse_a_wrong_configuration(self.client))
         self.ask(self._evicts)
+
+    def start_anew(self) -> None:
+        self._lock = threading.Lock()
 
     def read_and_count(
         self, user_id: str, alive_after: datetime, now: datetime, actor: str, use_id: str, *, insist: bool = False
@@ -317,7 +322,9 @@ class RedisTokens:
                 # One caller finds out whether Redis is back, and the others need not wait.
                 self._ask_again_at = time.monotonic() + self._pause
         try:
-            answer = question()
+            # redis-py has locks of its own, which a child that is forked meanwhile would wait for.
+            with no_fork():
+                answer = question()
         except UnicodeDecodeError:  # from a client that decodes
             logger.warning("A key of the store in Redis is not text. PostgreSQL answers for this user.")
             return None

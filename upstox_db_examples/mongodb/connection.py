@@ -89,6 +89,14 @@ class MongoDBConnection:
         except StorageError as error:
             _forget_frames(error.__cause__)
             raise
+        except RuntimeError as error:
+            if "new thread" not in str(error):
+                raise
+            _forget_frames(error)
+            raise StoreUnavailable(
+                f"pymongo cannot start a thread for MongoDB at {self.where}: the program is ending, or has too many "
+                "threads. Use the store earlier, or fewer threads."
+            ) from error
 
     def close(self) -> None:
         self._closed = True

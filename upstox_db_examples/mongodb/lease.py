@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
@@ -17,6 +18,7 @@ from pymongo.database import Database
 
 from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import StorageError, StoreUnavailable, TokenNotStored
+from ..core.forks import start_anew_in_children
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +56,11 @@ class Leases:
         self._database = database
         self._seconds = seconds
         self._local_locks = LocalLocks()
-        self._holding = _Holding()
+        self.start_anew()
+        start_anew_in_children(self)
+
+    def start_anew(self) -> None:
+        self._holding = _Holding()  # A child that is forked during a login takes no part in it.
 
     @contextmanager
     def hold(self, name: str, wait: float) -> Iterator[None]:
@@ -70,13 +76,20 @@ class Leases:
                 if time.monotonic() >= deadline:
                     raise lock_timeout(name, wait)
                 time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - spreads a crowd's requests
-            outer = self._holding.leases
+            outer, process = self._holding.leases, os.getpid()
             self._holding.leases = [*outer, lease]
             self._holding.owners[name] = lease.owner
             released, unanswered = threading.Event(), threading.Event()
             renewing = threading.Thread(target=self._renew_until, args=(released, unanswered, lease), daemon=True)
             try:
-                renewing.start()
+                try:
+                    renewing.start()
+                except RuntimeError as error:
+                    self._release(lease)
+                    raise StoreUnavailable(
+                        "The thread that keeps this login's lease cannot be started: the program is ending, or has too "
+                        "many threads. Log in earlier, or with fewer threads."
+                    ) from error
                 yield
             except (StoreUnavailable, TokenNotStored):
                 # The server may still not answer, and this caller has waited long enough. So the other thread releases
@@ -84,10 +97,11 @@ class Leases:
                 unanswered.set()
                 raise
             finally:
-                self._holding.leases = outer
-                released.set()  # A renewal in progress finds another owner, or no lease.
-                if not unanswered.is_set():
-                    self._release(lease)
+                if process == os.getpid():  # Otherwise this is a child that was forked meanwhile.
+                    self._holding.leases = outer
+                    released.set()  # A renewal in progress finds another owner, or no lease.
+                    if not unanswered.is_set():
+                        self._release(lease)
 
     def owner_of(self, name: str) -> str:
         """Return the owner of this thread's current or last lease of this name, or "", which owns no lease.

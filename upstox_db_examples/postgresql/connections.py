@@ -24,6 +24,7 @@ from psycopg2.extensions import POLL_OK, POLL_READ, connection, make_dsn, parse_
 from ..core.addresses import is_host, read_text, read_url
 from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import ConfigurationError, StoreUnavailable
+from ..core.forks import start_anew_in_children
 from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.token import Secret
 from .errors import translate_error
@@ -77,9 +78,14 @@ class PostgreSQLConnections:
         self._process = os.getpid()
         self._closed = False
         self._unlocked: list[connection] = []
+        self._of_the_parent: list[connection] = []
         # Only one thread of a process waits at the server. Otherwise a crowd would use up its connections.
         self._local_locks = LocalLocks()
-        self._holding = _Holding()
+        self.start_anew()
+        start_anew_in_children(self)
+
+    def start_anew(self) -> None:
+        self._holding = _Holding()  # A child that is forked during a login takes no part in it.
 
     def run(self, sql: str, **values: Any) -> list[dict[str, Any]]:
         """Send one message and return its rows.
@@ -146,21 +152,26 @@ class PostgreSQLConnections:
                 self.refuse_if_closed()
                 before, outer = self._holding.conn, self._connection_in_use()
                 conn = outer or self._for_a_lock()
+            process = os.getpid()
             try:
                 with self._translating():
                     if not self._wait_for_lock(conn, name, wait):
                         raise lock_timeout(name, wait)
-                self._holding.conn = conn, os.getpid()
+                self._holding.conn = conn, process
                 yield
             except BaseException:
-                if outer is None:
+                if process != os.getpid():
+                    self._of_the_parent.append(conn)
+                elif outer is None:
                     conn.close()  # The lock is freed when the session ends or dies.
                 raise
             finally:
                 self._holding.conn = before
                 if before is None:
                     self._holding.logins.clear()
-            if outer is None:
+            if process != os.getpid():  # In a child that was forked meanwhile, it is the parent's. Never close it.
+                self._of_the_parent.append(conn)
+            elif outer is None:
                 self._free(conn)
             else:
                 self._unlock(conn, name)
@@ -342,10 +353,8 @@ def _wait(conn: connection, seconds: float) -> None:
     """
     deadline = time.monotonic() + seconds
     while (state := conn.poll()) != POLL_OK:
-        poller = select.poll()  # select() fails if a process has more than 1,024 files open.
-        poller.register(conn.fileno(), select.POLLIN if state == POLL_READ else select.POLLOUT)
         left = deadline - time.monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
+        if left <= 0 or not _is_ready(conn.fileno(), left, to_read=state == POLL_READ):
             raise TimeoutError
 
 
@@ -356,9 +365,16 @@ def _key_of(name: str) -> int:
 
 
 def _readable(conn: Any) -> bool:
-    poller = select.poll()
-    poller.register(conn.fileno(), select.POLLIN)
-    return bool(poller.poll(0))
+    return _is_ready(conn.fileno(), 0)
+
+
+def _is_ready(descriptor: int, seconds: float, *, to_read: bool = True) -> bool:
+    if hasattr(select, "poll"):  # select() fails if a process has more than 1,024 files open.
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN if to_read else select.POLLOUT)
+        return bool(poller.poll(seconds * 1000))
+    # Eventlet removes poll(), and its own select() has no such limit.
+    return any(select.select([descriptor] * to_read, [descriptor] * (not to_read), [], seconds))
 
 
 def read_dsn(dsn: Secret) -> tuple[Secret, str, list[Secret]]:

@@ -16,6 +16,7 @@ from typing import Any
 from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins, LocalLocks
 from ..core.context import Context
 from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
+from ..core.forks import start_anew_in_children
 from ..core.token import AuditEntry, StoredToken
 from . import locks, queries
 from .connections import SQLiteConnections, refuse_cut_off
@@ -45,7 +46,12 @@ class SQLiteBackend(Backend):
         self.connections, self.path = connections, connections.path
         self._audit_reads = audit_reads
         self._locks = Path(f"{self.path}-locks")
-        self._local_locks, self._harmless = LocalLocks(), HarmlessLogins()
+        self._local_locks = LocalLocks()
+        self.start_anew()
+        start_anew_in_children(self)
+
+    def start_anew(self) -> None:
+        self._harmless = HarmlessLogins()  # A child that is forked during a login takes no part in it.
 
     def has_tables(self) -> bool:
         with self.connections.lend() as conn:
