@@ -76,6 +76,7 @@ class Worker:
         assert not faults, faults
         assert run.told is not None
         assert run.told.arrived == [run.told.token]
+        assert run.told.calls, "the faults see no call of this driver"
         return run.told
 
     def runs(self, moments: Sequence[Moment]) -> list[tuple[Run, list[str]]]:

@@ -25,6 +25,8 @@ import redis
 from upstox_db_examples import SdkLogin, Secret
 from upstox_db_examples.hybrid.backend import HybridBackend
 from upstox_db_examples.postgresql.backend import PostgreSQLBackend
+from upstox_db_examples.sqlite import connections as sqlite_connections
+from upstox_db_examples.sqlite.forks import Connection as SQLiteConnection
 
 from .processes import Address
 
@@ -164,7 +166,7 @@ def watch_sqlite(faults: Faults) -> None:
         error.sqlite_errorname = "SQLITE_IOERR"
         return error
 
-    class Watched(sqlite3.Connection):
+    class Watched(SQLiteConnection):
         def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
             run = super().execute
             answer: sqlite3.Cursor = faults.around("sqlite", _short(sql), lambda: run(sql, *arguments), error)
@@ -179,8 +181,7 @@ def watch_sqlite(faults: Faults) -> None:
             if self.in_transaction:  # Otherwise a rollback does nothing.
                 faults.around("sqlite", "rollback", super().rollback, error)
 
-    connect = sqlite3.connect
-    sqlite3.connect = lambda *arguments, **options: connect(*arguments, **{**options, "factory": Watched})
+    sqlite_connections.Connection = Watched  # type: ignore[attr-defined]
 
 
 def _watch_postgresql(connections: Any, faults: Faults) -> None:

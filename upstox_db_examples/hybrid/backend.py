@@ -317,7 +317,7 @@ class HybridBackend(Backend):
 
     def check_health(self) -> dict[str, Any]:
         health = self.postgres.check_health()
-        details: dict[str, Any] = {"redis": {}, "postgresql": {}}
+        details: dict[str, Any] = {"redis": {}, "postgresql": {}, **health.pop("details", {})}
         try:
             with no_fork():
                 details["redis"] = self.redis.status()
@@ -329,7 +329,7 @@ class HybridBackend(Backend):
             standby = self._run("SELECT pg_is_in_recovery() AS standby")[0]["standby"]
             latency = round((time.perf_counter() - begin) * 1000, 2)
             role = "standby" if standby else "primary"
-            details["postgresql"] = {"latency_ms": latency, "role": role, **self._connections.pool_use()}
+            details["postgresql"] |= {"latency_ms": latency, "role": role, **self._connections.pool_use()}
         except StorageError:
             pass  # PostgreSQL's own check has reported it.
         return {"redis": health.pop("redis"), **health, "details": details}
