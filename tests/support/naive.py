@@ -56,8 +56,12 @@ class NaiveStorage:
         read = self.get_valid_token(user_id)
         return read if read and read["token"] != refused else self.store_token(user_id)
 
+    @property
+    def backend(self) -> Self:
+        return self
+
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> Iterator[None]:
         path = Path(f"{self.db_path}-{name}.lock")
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
