@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -76,7 +77,7 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
         now = store.backend.context.now()
         values = {
             "user_id": USER, "now": now, "alive_after": now, "harmless": [], "note": None,
-            "actor": "a", "limit": 10, "key_id": "k",
+            "actor": "a", "limit": 10, "key_id": "k", "after": "",
             "account": "x", "action": "a", "reason": "{}", "metadata": "{}",
             "performed_at": now, "position": 0, "generation": 1, "key": 7, "mark": 0, "moment": now,
             "process": "p",
@@ -105,7 +106,8 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
             statements = getattr(postgresql, name).removeprefix(f"\n{postgresql.RECORD};").split(";")
             rows = [row for sql in statements for row in bare(self.url, f"EXPLAIN {sql}", **values)]
             plan = "\n".join(row["QUERY PLAN"] for row in rows)
-            assert "Seq Scan" not in plan, f"{name}\n{plan}"
+            # There are a few notes, and a few logins without a user id that are running.
+            assert not re.search("Seq Scan on (?!upstox_login_notes)", plan), f"{name}\n{plan}"
             assert "Index" in plan, f"{name}\n{plan}"
             if name in ("USE", "ERASE", "USE_UNMARKED", "ERASE_EARLIER", "IN_DOUBT", "MARK"):
                 assert "one_active_token" in plan, plan

@@ -61,6 +61,7 @@ class Pace:
         start_anew_in_children(self)
 
     def start_anew(self) -> None:
+        """Make the lock anew. A forked child calls this, because another thread may have held it in the parent."""
         self._lock = threading.Lock()
 
     @contextlib.contextmanager

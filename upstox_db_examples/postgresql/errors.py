@@ -92,8 +92,7 @@ def translate_error(error: Exception, where: str, timeout: float) -> StorageErro
             if re.search(pattern, text):
                 return kind(f"PostgreSQL at {where} {what}")
         return StoreUnavailable(
-            f"PostgreSQL at {where} cannot be reached, or refused the connection: see error.__cause__ for the reason. "
-            "Try again when it is back."
+            f"PostgreSQL at {where} cannot be reached, or refused the connection (see error.__cause__). Try again later."
         )
     if state in _TRANSLATIONS:
         kind, what = _TRANSLATIONS[state]
