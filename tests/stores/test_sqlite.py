@@ -155,7 +155,7 @@ class TestSQLite(OnSQLite, StoreContract):
             (sqlite.OF_ACCOUNT, 1),
             (sqlite.CLEAR_DOUBT, 2),
             (sqlite.LOGINS_SINCE, 2),
-            (sqlite.OTHER_KEYS, 3),
+            (sqlite.OTHER_KEYS, 4),
             (sqlite.TOKENS_OF, 1),
             (sqlite.ENTRIES_OF, 4),
         ],

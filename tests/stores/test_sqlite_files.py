@@ -242,7 +242,7 @@ def test_a_copy_that_got_tokens_of_its_own_is_not_replaced(store: SQLiteUpstoxSt
 @pytest.mark.parametrize("path", ["", "a\0b"])
 def test_a_name_that_no_file_can_have_is_refused(store: SQLiteUpstoxStorage, path: str) -> None:
     for write in (store.backup, lambda path: export_tokens(store, path, progress=False)):
-        with pytest.raises(InvalidInput, match="Give its name as text"):
+        with pytest.raises(InvalidInput, match="A path must be text"):
             write(path)
     with pytest.raises((InvalidInput, StoreUnavailable)):
         import_tokens(store, path, progress=False)

@@ -92,7 +92,8 @@ def translate_error(error: Exception, where: str, timeout: float) -> StorageErro
             if re.search(pattern, text):
                 return kind(f"PostgreSQL at {where} {what}")
         return StoreUnavailable(
-            f"PostgreSQL at {where} cannot be reached, or refused the connection (see error.__cause__). Try again later."
+            f"PostgreSQL at {where} cannot be reached, or refused the connection (see error.__cause__). "
+            "Try again later."
         )
     if state in _TRANSLATIONS:
         kind, what = _TRANSLATIONS[state]
