@@ -26,6 +26,7 @@ from upstox_db_examples.local.upstox import Account, LocalUpstox
 from upstox_db_examples.token_file import write_token_file
 
 from ..support.databases import MongoDatabase
+from ..support.postgresql import bare
 from ..support.project import ROOT
 
 USER = "AB1234"
@@ -288,6 +289,23 @@ def test_without_credentials_no_database_and_no_key_is_left(execute: Run, tmp_pa
         assert (done.returncode, done.stdout) == (3, "")
         assert done.stderr.startswith("LoginRefused: ")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_without_credentials_no_table_is_left_on_a_server(
+    run: Run, execute: Run, postgres_url: str, mongo: MongoDatabase, redis_server: str
+) -> None:
+    nothing = {"UPSTOX_PIN_CODE": "", "UPSTOX_TOTP_SECRET": ""}
+    program = (sys.executable, "-m", "upstox_db_examples")
+    for store in (postgres_url, f"{mongo.url}#{mongo.name}", f"{redis_server} {postgres_url}"):
+        for arguments in (["token"], ["token", USER], ["login"], ["login", "--keep", USER]):
+            done = execute(*program, *arguments, UPSTOX_DB_STORE=store, **nothing)
+            assert (done.returncode, done.stdout) == (3, "")
+            assert done.stderr.startswith("LoginRefused: ")
+    assert bare(postgres_url, "SELECT to_regclass('upstox_tokens') AS there") == [{"there": None}]
+    with mongo.bare() as db:
+        assert db.list_collection_names() == []
+    token = good(run("token", UPSTOX_DB_STORE=postgres_url))
+    assert good(run("token", USER, UPSTOX_DB_STORE=postgres_url, **nothing)) == token, "a stored one needs none"
 
 
 def test_renew_gives_another_token_than_the_refused_one(run: Run, upstox: LocalUpstox) -> None:
