@@ -26,12 +26,14 @@ def outcome(job: Any, *arguments: Any, seconds: float) -> Any:
 
 
 def test_no_child_of_a_busy_program_hangs_or_sees_anything_wrong(each_address: Address) -> None:
-    assert outcome(forks.fork_under_busy_threads, each_address, 20, seconds=120) == ({"right": 20}, {}, [])
+    assert outcome(forks.fork_under_busy_threads, each_address, 10, seconds=120) == ({"right": 10}, {}, [])
 
 
 @pytest.mark.slow
-def test_nor_do_200_children(each_address: Address) -> None:
-    assert outcome(forks.fork_under_busy_threads, each_address, 200, seconds=600) == ({"right": 200}, {}, [])
+def test_nor_do_many_children(each_address: Address) -> None:
+    # A file is what a fork hurts most. A server sees one more client, and each child costs more.
+    count = 200 if "SQLite" in each_address.kind else 60
+    assert outcome(forks.fork_under_busy_threads, each_address, count, seconds=600) == ({"right": count}, {}, [])
 
 
 def test_a_child_that_is_forked_in_a_login_leaves_the_login_to_its_parent(each_address: Address) -> None:
