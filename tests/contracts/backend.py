@@ -253,19 +253,19 @@ class BackendContract(OnAStore):
     def test_logins_without_a_user_id_that_overlap_leave_no_mark(
         self, store: TokenStorage, open_store: Callable[..., TokenStorage]
     ) -> None:
-        users = [f"CD{number:04}" for number in range(20)]
+        users = [f"CD{number:04}" for number in range(8)]
         for user_id in users:
             store.backend.insert(made_up(store, user_id))
 
         def mark_all(name: str) -> None:
             other = open_store()
-            for _ in range(10):
+            for _ in range(5):
                 with other.backend.lock(name):
                     other.backend.begin_login(None, name, other.backend.context.now(), {})
                     other.backend.end_login(name, in_doubt=False)
 
         def store_new_ones() -> None:
-            for generation in range(2, 12):
+            for generation in range(2, 7):
                 store.backend.insert(made_up(store, users[0], generation))
 
         with ThreadPoolExecutor(5) as threads:
