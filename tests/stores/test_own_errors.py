@@ -86,7 +86,7 @@ def test_a_view_in_place_of_a_collection_of_mongodb_has_to_be_fixed(mongo: Mongo
 
 
 def test_another_replica_set_of_mongodb_has_to_be_fixed(mongo: MongoDatabase) -> None:
-    assert "directConnection=true" in mongo.url
-    url = mongo.url.replace("directConnection=true", "replicaSet=another")
+    address, _, _ = mongo.url.partition("/?")
+    url = f"{address}/?replicaSet=another"
     with pytest.raises(ConfigurationError, match="replica set"):
         MongoUpstoxStorage(url, mongo.name, timeout=2.0)
