@@ -75,7 +75,7 @@ def _measured(name: str, servers: Servers, options: argparse.Namespace, parts: l
                     print(f"{name}: {operation}, {crowd} at once, {tokens:,} tokens: {costs} µs", flush=True)
         mine = sides[max(options.tokens), "ours"]
         assert isinstance(mine, Threaded)
-        parts += steps.measured(name, mine.storage, mine.users)
+        parts += steps.measured(name, mine.storage, mine.users, options.calls)
     return rows
 
 
@@ -113,13 +113,19 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a thousand tokens and few rounds; into build/benchmarks, not here"
     )
-    for name, kind in (("--tokens", int), ("--rounds", int), ("--seconds", float), ("--folder", Path)):
+    for name, kind in (
+        ("--tokens", int),
+        ("--rounds", int),
+        ("--calls", int),
+        ("--seconds", float),
+        ("--folder", Path),
+    ):
         # These options are for the tests, which need the smallest possible run.
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS, nargs="+" if name == "--tokens" else None)
     options = parser.parse_args(arguments)
-    usual: dict[str, Any] = {"tokens": [1000, 1_000_000], "rounds": 5, "seconds": 0.25, "folder": HERE}
+    usual: dict[str, Any] = {"tokens": [1000, 1_000_000], "rounds": 5, "calls": 300, "seconds": 0.25, "folder": HERE}
     if options.quick:
-        usual = {"tokens": [1000], "rounds": 2, "seconds": 0.1, "folder": HERE.parent / "build" / "benchmarks"}
+        usual |= {"tokens": [1000], "rounds": 2, "seconds": 0.1, "folder": HERE.parent / "build" / "benchmarks"}
     for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -23,7 +23,6 @@ STORE = {
     "insert": "token stored",
 }
 REST = "the rest"
-CALLS = 300
 
 
 class Steps(NamedTuple):
@@ -35,9 +34,9 @@ class Steps(NamedTuple):
     shares: dict[str, float]
 
 
-def measured(name: str, storage: TokenStorage, users: Sequence[str]) -> list[Steps]:
-    """Measure a read and a store of this storage, step by step. The storage cannot be used afterwards."""
-    stopwatch = Stopwatch(storage, READ | STORE)
+def measured(name: str, storage: TokenStorage, users: Sequence[str], calls: int) -> list[Steps]:
+    """Measure reads and stores of this storage, step by step. The storage cannot be used afterwards."""
+    stopwatch = Stopwatch(storage, READ | STORE, calls)
     return [
         stopwatch.times(name, "read", storage.get_valid_token, users, READ),
         stopwatch.times(name, "store", storage.store_token, users, STORE),
@@ -47,7 +46,8 @@ def measured(name: str, storage: TokenStorage, users: Sequence[str]) -> list[Ste
 class Stopwatch:
     """Wraps these methods of a storage and times them. If one step runs inside another, only the inner one counts."""
 
-    def __init__(self, storage: TokenStorage, names: dict[str, str]) -> None:
+    def __init__(self, storage: TokenStorage, names: dict[str, str], calls: int) -> None:
+        self._calls = calls
         self._spent: dict[str, float] = defaultdict(float)
         self._inner = [0.0]
         for name in names:
@@ -60,7 +60,7 @@ class Stopwatch:
     ) -> Steps:
         self._spent.clear()
         micros = []
-        for number in range(CALLS):
+        for number in range(self._calls):
             begin = time.perf_counter()
             call(users[number % len(users)])
             micros.append((time.perf_counter() - begin) * 1e6)

@@ -34,7 +34,7 @@ from upstox_db_examples.core.environment import clean, expand_home, read_variabl
 from upstox_db_examples.core.errors import StoreUnavailable
 from upstox_db_examples.hybrid.client import client_of
 from upstox_db_examples.local.upstox import LocalUpstox
-from upstox_db_examples.postgresql.connections import read_dsn
+from upstox_db_examples.postgresql.dsn import read_dsn
 from upstox_db_examples.token_file import write_token_file
 
 from ..support.leaks import shown_with_locals

@@ -88,7 +88,18 @@ def test_the_smallest_run_writes_the_table_and_the_picture(
     tmp_path: Path, mongo_server: str, redis_server: str
 ) -> None:
     servers = {"MONGODB_URL": mongo_server, "REDIS_URL": redis_server}
-    smallest = ["--tokens", "20", "--rounds", "1", "--seconds", "0.05", "--folder", str(tmp_path / "out")]
+    smallest = [
+        "--tokens",
+        "20",
+        "--rounds",
+        "1",
+        "--calls",
+        "5",
+        "--seconds",
+        "0.05",
+        "--folder",
+        str(tmp_path / "out"),
+    ]
     before = keys(redis_server)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "benchmarks", *smallest],

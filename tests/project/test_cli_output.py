@@ -37,6 +37,10 @@ COMMANDS = {
 }
 
 
+# These differ by what becomes of a text, so a few commands show it.
+FEW = ("login", "token", "status", "audit")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_what_was_done_does_not_look_like_a_failure(tmp_path: Path, output: str) -> None:
@@ -53,7 +57,8 @@ def test_what_was_done_does_not_look_like_a_failure(tmp_path: Path, output: str)
             return subprocess.run(command, cwd=tmp_path, env=clean | mine, text=True, capture_output=True, check=False)
 
         assert run("login").returncode == 0
-        for name, (arguments, done) in COMMANDS.items():
+        tried = COMMANDS if output in ("closed", "full") else FEW
+        for name, (arguments, done) in ((name, COMMANDS[name]) for name in tried):
             before = upstox.logins()
             ran = run(*arguments, shell=OUTPUTS[output])
             right = 0 if done or output == "latin-1" else 3

@@ -98,7 +98,7 @@ def test_readers_are_answered_while_a_batch_writes(
     def read_on_and_on(store: TokenStorage) -> int:
         reads = 0
         # 32 threads without a pause would never let the batch run.
-        while not done.wait(0.02):
+        while not done.wait(0.05):
             assert store.get_valid_token(IDS[reads % 5])
             reads += 1
         return reads
@@ -107,12 +107,12 @@ def test_readers_are_answered_while_a_batch_writes(
         batch(store, IDS[:5])
         reading = [threads.submit(read_on_and_on, store) for _ in range(32)]
         try:
-            results = batch(store, IDS)
+            results = batch(store, IDS[:40])
         finally:
             done.set()
         assert all(reader.result() >= 5 for reader in reading), "every reader must get its turns, without an error"
     assert all(result["success"] for result in results)
-    assert upstox.logins() == 100
+    assert upstox.logins() == 40
 
 
 def test_a_batch_that_was_killed_goes_on_where_it_was(

@@ -109,7 +109,7 @@ class Load:
         rows = bare(
             url, "SELECT user_id, count(*) FILTER (WHERE is_active) AS active, count(*) FROM upstox_tokens GROUP BY 1"
         )
-        assert {row["user_id"] for row in rows} == set(self.least)
+        assert {row["user_id"] for row in rows} >= set(self.least)
         assert all(row["active"] == 1 for row in rows if row["user_id"] in KEPT)
         assert self.lost(url) == 0
         stalls = ", ".join(f"longest {call} {seconds:.1f} s" for call, seconds in self.longest.items())
@@ -240,17 +240,21 @@ def test_a_promoted_standby_has_every_acknowledged_token(keys: KeyRing, redis_se
         load = Load()
         options: dict[str, Any] = {"keys": keys, "login": load.login, "timeout": 2, "redis_prefix": redis_prefix}
         writer, reader = (stack.enter_context(HybridUpstoxStorage(redis_server, url, **options)) for _ in range(2))
+        quiet = writer.store_token("CD0009")
         with load.on(writer, reader):
             time.sleep(2)
             # A login that is running cannot store its token now, and the earlier token is dead.
             load.doubt_from = time.monotonic()
             primary.kill()
-            killed, before = time.monotonic(), dict(load.acknowledged)
-            time.sleep(1)
+            before = dict(load.acknowledged)
+            time.sleep(0.5)
+            meanwhile = reader.get_valid_token(quiet["user_id"])
+            assert meanwhile
+            assert (meanwhile["token"], meanwhile["source"]) == (quiet["token"], "redis")
+            time.sleep(0.5)
             standby.promote()
             wait_until(lambda: all(load.acknowledged[user_id] > before[user_id] for user_id in KEPT))
             time.sleep(2)
-        assert [source for at, source in load.sources if killed < at < killed + 1 and source == "redis"]
         load.is_as_promised(standby.url, "PostgreSQL's primary killed")
         tokens = {row["token_id"] for user_id in KEPT for row in writer.get_token_history(user_id, limit=100_000)}
         for user_id in KEPT:

@@ -72,8 +72,8 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
     # Indexes
 
     @pytest.mark.slow
-    def test_each_query_uses_an_index_with_a_million_old_tokens(self, store: PostgreSQLUpstoxStorage) -> None:
-        fill(self.url, 1_000_000, store.backend.context.now())
+    def test_each_query_uses_an_index_with_many_old_tokens(self, store: PostgreSQLUpstoxStorage) -> None:
+        fill(self.url, 300_000, store.backend.context.now())
         now = store.backend.context.now()
         values = {
             "user_id": USER, "now": now, "alive_after": now, "harmless": [], "note": None,
@@ -118,7 +118,7 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
         store.store_token()
         begin = time.perf_counter()
         living(store)
-        assert time.perf_counter() - begin < 1, "a scan of a million rows would take longer"
+        assert time.perf_counter() - begin < 1, "a scan of all rows would take longer"
 
     # Constraints
 

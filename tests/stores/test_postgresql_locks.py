@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -63,8 +64,8 @@ class TestPostgreSQL(OnPostgreSQL):
         names = [f"tcp_keepalives_{name}" for name in ("idle", "interval", "count")]
         asked = f"SELECT {', '.join(f'current_setting({name!r})::int AS {name}' for name in names)}"
         connections = store.backend.connections
-        with store.backend.lock(USER), connections.session() as holder, connections.session(apart=True) as pooled:
-            for conn in (holder, pooled):
+        with closing(connections.connect()) as for_a_lock, connections.session() as pooled:
+            for conn in (for_a_lock, pooled):
                 idle, interval, count = connections.answer(conn, asked)[0].values()
                 assert 0 < idle + interval * count <= 30
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -33,8 +34,9 @@ def forms(secret: str | bytes) -> Iterator[bytes]:
         yield base64.urlsafe_b64encode(whole)
 
 
-def windows(secret: str | bytes) -> set[bytes]:
-    return {form[at : at + WINDOW] for form in forms(secret) for at in range(max(1, len(form) - WINDOW + 1))}
+@functools.cache
+def windows(secret: str | bytes) -> frozenset[bytes]:
+    return frozenset(form[at : at + WINDOW] for form in forms(secret) for at in range(max(1, len(form) - WINDOW + 1)))
 
 
 def find(secrets: str | Iterable[str | bytes], haystack: bytes) -> set[bytes]:

@@ -76,9 +76,9 @@ def counts(url: str) -> Counts:
         f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
         f"(SELECT count(*) FROM ({created}) AS c WHERE token_id NOT IN (SELECT id FROM upstox_tokens)) AS orphans"
     )
-    rows = bare(url, "SELECT id, generation, is_active FROM upstox_tokens")
+    rows = bare(url, f"SELECT id, generation, is_active, ({orphans}) AS orphans FROM upstox_tokens")
     active = [row["id"] for row in rows if row["is_active"]]
-    return Counts(active, {row["id"]: row["generation"] for row in rows}, bare(url, orphans)[0]["orphans"])
+    return Counts(active, {row["id"]: row["generation"] for row in rows}, rows[0]["orphans"] if rows else 0)
 
 
 def ask(url: str, sql: str = "SELECT 1") -> object:

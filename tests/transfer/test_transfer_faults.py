@@ -48,7 +48,7 @@ def test_a_migration_can_be_killed_at_any_moment(each_address: Address, sqlite: 
     if "Mongo" in each_address.kind:
         each_address = each_address._replace(options={"lease": 0.1})
     source, target = opened(sqlite), opened(each_address)
-    for number in range(21):
+    for number in range(11):
         # Make sure that something is left to do: one more token for each user, one revoked, and one new user.
         for user in range(8 + number):
             source.store_token(f"CD{user:04}")
@@ -65,7 +65,7 @@ def test_a_migration_can_be_killed_at_any_moment(each_address: Address, sqlite: 
         connection.close()
         in_its_midst += to_be_compared(target) not in (before, to_be_compared(source))
         assert living - living_users(target) <= {f"CD{number:04}"}, "only the revoked user may be without a token"
-    assert in_its_midst > 10, "few migrations were killed in the middle of writing"
+    assert in_its_midst > 4, "few migrations were killed in the middle of writing"
     migrate(source, target, progress=False)
     assert to_be_compared(target) == to_be_compared(source)
     assert migrate(source, target, progress=False)[3:] == (0, 0)

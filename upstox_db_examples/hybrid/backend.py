@@ -235,7 +235,7 @@ class HybridBackend(Backend):
 
         The key is 0 if the token already had a mark when this login began.
         """
-        keys = {0, *self._connections.logins.values()}
+        keys = {0, *self.postgres.locks.logins.values()}
         return len(keys) > 1 and any(row["login_lock"] in keys for row in self._run(queries.MARK_OF, user_id=user_id))
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:

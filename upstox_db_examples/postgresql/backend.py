@@ -20,6 +20,7 @@ from ..core.token import AuditEntry, StoredToken
 from . import queries, schema
 from .connections import PostgreSQLConnections
 from .errors import violated_constraint
+from .locks import PostgreSQLLocks
 from .rows import format_row, read_token, to_utc
 from .session import DESCRIBE, quote
 
@@ -38,6 +39,7 @@ class PostgreSQLBackend(Backend):
     def __init__(self, connections: PostgreSQLConnections, context: Context) -> None:
         super().__init__(context, connections.where)
         self.connections, self._run = connections, connections.run
+        self.locks = PostgreSQLLocks(connections)
         self._harmless = HarmlessLogins()
 
     def has_tables(self) -> bool:
@@ -89,9 +91,10 @@ class PostgreSQLBackend(Backend):
 
     def close(self) -> None:
         self.connections.close()
+        self.locks.close()
 
     def lock(self, name: str) -> AbstractContextManager[None]:
-        return self.connections.lock(name, self.context.login_wait)
+        return self.locks.hold(name, self.context.login_wait)
 
     def _version(self, conn: connection) -> int:
         exists = self.connections.answer(
@@ -131,10 +134,7 @@ class PostgreSQLBackend(Backend):
         # A read that saw a mark may find its lock free because that login has just succeeded. So we ask again before
         # we believe that there is no token. Nobody replaces a token three times meanwhile.
         for _ in range(3):
-            # Not the connection that holds this thread's locks: its own login's lock would look free there.
-            with self.connections.session(apart=not locked) as conn:
-                rows = self.connections.answer(conn, sql, **values, metadata=json.dumps(metadata))
-            if rows:
+            if rows := self._run(sql, **values, metadata=json.dumps(metadata)):
                 return read_token(rows[0])
         return None
 
@@ -171,7 +171,7 @@ class PostgreSQLBackend(Backend):
 
     def mark(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> list[str]:
         """Do the work of `begin_login`, and return whose tokens it marked."""
-        key, over = self.connections.begin_login(lock)
+        key, over = self.locks.begin_login(lock)
         self._harmless.marks = frozenset({*over, str(key)})
         entry = {"action": "login", "actor": self.context.actor, "now": now, "metadata": json.dumps(metadata)}
         rows = self._run(
@@ -184,7 +184,7 @@ class PostgreSQLBackend(Backend):
 
     def unmark(self, lock: str, in_doubt: bool, user_id: str | None) -> list[str]:
         """Do the work of `end_login`, and return whose tokens this login had marked."""
-        key = self.connections.logins.get(lock)
+        key = self.locks.logins.get(lock)
         if key is None:  # This thread began no login under this lock, or has left the lock since.
             return []
         note = None if user_id or in_doubt else RUNNING + lock  # One that stays counts as one of a killed login.
@@ -286,7 +286,7 @@ class PostgreSQLBackend(Backend):
             (found,) = self._run(DESCRIBE)
         except StorageError as error:
             return {"postgresql": f"error: {error}"}
-        details: dict[str, Any] = {"schema": self.connections.schema}
+        details: dict[str, Any] = {"schema": self.connections.schema, "pooler": self.connections.pooled}
         if found["overridden"]:  # what others have set and this store does not heed
             details["overridden"] = found["overridden"]
         if found["off"]:

@@ -61,6 +61,11 @@ _REFUSALS: list[tuple[str, type[StorageError], str]] = [
         ConfigurationError,
         "is behind a pooler that refuses a setting in the connection string. Set it for the role: ALTER ROLE ... SET.",
     ),
+    (
+        r"transaction blocks not allowed in statement pooling mode",
+        ConfigurationError,
+        "is behind a pooler in statement mode, where no lock can be held. Use its transaction or session mode.",
+    ),
     # (An unexpected EOF means that the server died.)
     (
         r"certificate|not support SSL|SSL error: (?!unexpected eof)",
@@ -78,12 +83,17 @@ _NEVER = (
 )
 
 
-def translate_error(error: Exception, where: str, timeout: float) -> StorageError:
+def translate_error(error: Exception, where: str, timeout: float, *, pooled: bool = False) -> StorageError:
     """Translate an error of psycopg2 or of the pool into one of ours that says what to do."""
     if isinstance(error, PoolClosed):
         return StoreUnavailable("This store is closed.")
     if isinstance(error, PoolTimeout):
         return StoreUnavailable(f"No connection to {where} was free for {timeout:g} s. Use a larger pool_size.")
+    if isinstance(error, TimeoutError) and pooled:
+        return StoreUnavailable(
+            f"The pooler at {where} gave no answer for {timeout:g} s. Perhaps it has too few connections: each login "
+            "keeps one until it ends. Raise its default_pool_size."
+        )
     if isinstance(error, TimeoutError):
         return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
     state, text = getattr(error, "pgcode", None), str(error)
@@ -95,6 +105,8 @@ def translate_error(error: Exception, where: str, timeout: float) -> StorageErro
             f"PostgreSQL at {where} cannot be reached, or refused the connection (see error.__cause__). "
             "Try again later."
         )
+    if pooled and state == errorcodes.FEATURE_NOT_SUPPORTED:
+        state = errorcodes.READ_ONLY_SQL_TRANSACTION  # A primary that became a standby refuses READ WRITE.
     if state in _TRANSLATIONS:
         kind, what = _TRANSLATIONS[state]
         return kind(f"PostgreSQL at {where} {what}")
