@@ -286,7 +286,9 @@ class PostgreSQLBackend(Backend):
             (found,) = self._run(DESCRIBE)
         except StorageError as error:
             return {"postgresql": f"error: {error}"}
-        details: dict[str, Any] = {"schema": self.connections.schema, "pooler": self.connections.pooled}
+        details: dict[str, Any] = {"schema": self.connections.schema}
+        if self.connections.pooled:
+            details["pooler"] = True
         if found["overridden"]:  # what others have set and this store does not heed
             details["overridden"] = found["overridden"]
         if found["off"]:
