@@ -135,7 +135,8 @@ def interpreters() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_the_wheel_can_be_installed_and_used_in_clean_environments(wheel: Path, tmp_path: Path) -> None:
-    for version, interpreter in interpreters().items():
+    # The newest is another one than these tests run on, where this machine has several.
+    for version, interpreter in [max(interpreters().items())]:
         folder = tmp_path / version
         python = installed(folder, str(wheel), python=interpreter)
         run_there = functools.partial(run, folder=tmp_path, python=python, PYTHONPATH="")

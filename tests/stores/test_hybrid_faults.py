@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from upstox_db_examples.hybrid.client import runtime_acl
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 
+from ..support.certificates import EXPIRED
 from ..support.clocks import Clock
 from ..support.hybrid import count_messages_to_redis
 from ..support.leaks import shown_with_locals
@@ -280,6 +282,14 @@ class TestServersThatFail(CountsLogins):
                 HybridUpstoxStorage({**config, "ssl_ca_certs": str(other_authority)}, postgresql.url)
         assert password(redis.url) not in shown_with_locals(caught.value)
 
+    def test_a_certificate_of_redis_that_has_expired_is_refused_and_named(
+        self, postgresql: PostgreSQLServer, redis: RedisServer, tmp_path: Path
+    ) -> None:
+        with tls_in_front_of(redis, tmp_path, EXPIRED) as (port, authority):
+            config = {"host": "localhost", "port": port, "ssl": True, "ssl_ca_certs": str(authority)}
+            with pytest.raises(ConfigurationError, match="certificate, which has expired"):
+                HybridUpstoxStorage(config, postgresql.url)
+
 
 def one_waits_of_four(store: HybridUpstoxStorage) -> bool:
     """Return whether, while PostgreSQL does not answer, just one of several readers asks if it is back."""
@@ -306,9 +316,11 @@ def password(url: str) -> str:
 
 
 @contextmanager
-def tls_in_front_of(server: RedisServer, folder: Path) -> Iterator[tuple[int, Path]]:
+def tls_in_front_of(
+    server: RedisServer, folder: Path, valid_for: timedelta = timedelta(days=1)
+) -> Iterator[tuple[int, Path]]:
     """Run a TLS proxy like stunnel, because the wheel's Redis has no TLS. Yield its port and certificate authority."""
-    authority, certificate, key = make_certificates(folder)
+    authority, certificate, key = make_certificates(folder, valid_for)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate, key)
     plain = socket.create_server(("127.0.0.1", 0))

@@ -30,6 +30,7 @@ from upstox_db_examples.local.servers import PostgreSQLServer, RedisServer
 from ..support.databases import notes
 from ..support.postgresql import bare
 from ..support.processes import token_data, wait_until
+from ..support.switch import Switch
 
 pytestmark = pytest.mark.usefixtures("own_servers")
 
@@ -69,6 +70,17 @@ class Load:
             for job in jobs:
                 job.result()
 
+    @contextlib.contextmanager
+    def of_readers(self, reader: HybridUpstoxStorage) -> Iterator[None]:
+        with ThreadPoolExecutor(4) as threads:
+            jobs = [threads.submit(self._read_on_and_on, reader, user_id) for user_id in KEPT * 2]
+            try:
+                yield
+            finally:
+                self._stop.set()
+            for job in jobs:
+                job.result()
+
     def _store_on_and_on(self, store: HybridUpstoxStorage, user_id: str) -> None:
         for turn in itertools.count(1):
             if self._stop.wait(0.005):
@@ -78,9 +90,12 @@ class Load:
                     store.revoke_token(user_id)
                     self.least[user_id] = self.acknowledged.get(user_id, 0) + 1
                 else:
-                    result = store.store_token(user_id)
-                    self.acknowledged[user_id] = self.least[user_id] = number(result)
-                    self.ids.append(result["token_id"])
+                    self.store(store, user_id)
+
+    def store(self, store: HybridUpstoxStorage, user_id: str) -> None:
+        result = store.store_token(user_id)
+        self.acknowledged[user_id] = self.least[user_id] = number(result)
+        self.ids.append(result["token_id"])
 
     def _read_on_and_on(self, store: HybridUpstoxStorage, user_id: str) -> None:
         while not self._stop.wait(0.001):
@@ -229,6 +244,40 @@ def test_a_sentinel_failover_hands_out_nothing_dead(postgres_url: str, keys: Key
         load.is_as_promised(postgres_url, "Redis's master killed")
         assert load.longest["read"] < 2
         assert reader.get_storage_status()["details"]["redis"]["role"] == "master"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas", [1, 0])
+def test_a_failover_to_a_replica_that_is_behind_hands_out_nothing_dead(
+    postgres_url: str, keys: KeyRing, replicas: int
+) -> None:
+    """Without `replicas=1` a dead token is handed out, which shows that this test can fail."""
+    with contextlib.ExitStack() as stack:
+        master = stack.enter_context(Node())
+        of_master = {"replicaof": f"127.0.0.1 {master.port}", "masterauth": PASSWORD}
+        replica = stack.enter_context(Node(settings=of_master))
+        with master.client() as client:
+            wait_until(lambda: client.info("replication")["slave0"]["state"] == "online")
+        switch, load = stack.enter_context(Switch(master.port)), Load()
+        config = {"host": "127.0.0.1", "port": switch.port, "password": PASSWORD}
+        options: dict[str, Any] = {"believed": 1, "redis_pause": 0.1, "replicas": replicas, "login": load.login}
+        writer, reader = (
+            stack.enter_context(HybridUpstoxStorage(config, postgres_url, keys=keys, **options)) for _ in range(2)
+        )
+        for user_id in KEPT:
+            load.store(writer, user_id)
+        with load.of_readers(reader):
+            time.sleep(1)
+            with replica.client() as client:
+                client.replicaof("NO", "ONE")  # From now on it receives no changes, and it accepts writes.
+            for user_id in KEPT:
+                load.store(writer, user_id)
+            switch.lead_to(replica.port)
+            switched = time.monotonic()
+            wait_until(lambda: load.sources[-1][0] > switched + 2 and load.sources[-1][1] == "redis")
+        assert load.reads > 500
+        assert load.missing == 0
+        assert (load.dead == 0) == (replicas > 0)
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from upstox_db_examples.local.servers import MongoDBServer
 
 from ..contracts.reliability import ReliabilityContract
 from ..contracts.server import ServerContract
+from ..support.certificates import SOON, expired_certificates
 from ..support.databases import MongoDatabase
 from ..support.processes import USER, Address, made_up_login, token_data, wait_until
 from ..support.stores import Counts, living
@@ -127,3 +128,13 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(tmp_path: Path, keys: 
         for refused in (f"{url}&tlsCAFile={stranger}", url):
             with pytest.raises(ConfigurationError, match="failed the TLS check"):
                 MongoUpstoxStorage(refused, timeout=1)
+
+
+@pytest.mark.usefixtures("own_servers")
+def test_a_certificate_that_has_expired_is_refused_and_named() -> None:
+    # MongoDB does not start with one that has expired already.
+    with expired_certificates(SOON), MongoDBServer(tls=True) as server:
+        time.sleep(SOON.total_seconds())
+        url = f"{server.url}&tls=true&tlsCAFile={server.ca_file}"
+        with pytest.raises(ConfigurationError, match="certificate has expired"):
+            MongoUpstoxStorage(url, timeout=1)

@@ -27,6 +27,7 @@ from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.postgresql.connections import PostgreSQLConnections
 
+from ..support.certificates import expired_certificates
 from ..support.leaks import shown_with_locals
 from ..support.postgresql import OnPostgreSQL, as_role, bare
 from ..support.processes import USER, made_up_login, token_data
@@ -150,3 +151,11 @@ def test_tls_is_verified_and_a_wrong_authority_is_refused(tmp_path: Path, keys: 
         for refused in (f"{verified}{wrong_authority}", wrong_host):
             with pytest.raises(ConfigurationError, match="failed the TLS check"):
                 PostgreSQLUpstoxStorage(refused)
+
+
+@pytest.mark.usefixtures("own_servers")
+def test_a_certificate_that_has_expired_is_refused_and_named() -> None:
+    with expired_certificates(), PostgreSQLServer(tls=True) as server:
+        url = f"{server.url}?sslmode=verify-full&sslrootcert={server.ca_file}"
+        with pytest.raises(ConfigurationError, match="has it expired"):
+            PostgreSQLUpstoxStorage(url)

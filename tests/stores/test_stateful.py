@@ -155,7 +155,7 @@ def on(address: Address, clock: Clock, kind: type[Model]) -> Iterator[type[Model
 
 
 QUICK = settings(
-    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False
+    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False
 )
 
 

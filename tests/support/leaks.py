@@ -13,7 +13,7 @@ from pathlib import Path
 
 from upstox_db_examples.local.upstox import Account
 
-WINDOW = 16
+WINDOW, PART = 16, 8
 PRINTABLE = re.compile(rb"[ -~]{%d,}" % WINDOW)
 
 
@@ -46,10 +46,14 @@ def find(secrets: str | Iterable[str | bytes], haystack: bytes) -> set[bytes]:
     short = {raw for raw in each if isinstance(raw, bytes) and raw in haystack}
     short |= {window for window in sought if len(window) < WINDOW and window in haystack}
     # Every form of a secret is printable, and most of a database is not. So it is enough to search the printable runs.
+    # Each window has a part of eight bytes at a multiple of eight, so it is enough to look closely around such parts.
+    parts = {window[at : at + PART] for window in sought for at in range(len(window) - PART + 1)}
     return short | {
         window
         for run in PRINTABLE.findall(haystack)
-        for at in range(len(run) - WINDOW + 1)
+        for near in range(0, len(run) - PART + 1, PART)
+        if run[near : near + PART] in parts
+        for at in range(max(0, near - WINDOW + PART), min(near, len(run) - WINDOW) + 1)
         if (window := run[at : at + WINDOW]) in sought
     }
 

@@ -202,7 +202,8 @@ class Backend(ABC):
         on, because one mark cannot stand for two logins. Without a user id, this marks every active token that has no
         mark yet, and leaves the note.
 
-        This must fail if the database has no room for the new token.
+        This fails if the database has no room for the new token, as far as the database can tell beforehand.
+        (PostgreSQL cannot reserve room. There a login may be spent on a full disk, and its token is in the error.)
         """
 
     @abstractmethod

@@ -73,6 +73,7 @@ def refuse_a_wrong_configuration(client: Client) -> None:
     except RedisConnectionError as error:
         if not isinstance(error.__context__, ssl.SSLError):
             raise
-        wrong = "TLS (the certificate or its authority)"
+        expired = "certificate has expired" in str(error.__context__)
+        wrong = "the server's certificate, which has expired" if expired else "TLS (the certificate or its authority)"
     # We raise out here, so that our error has no cause: redis-py's frames hold the password.
     raise ConfigurationError(f"The connection to Redis failed because of {wrong}. Check redis_config.")

@@ -224,6 +224,10 @@ def _translate_error(error: Exception, where: str, timeout: float) -> StorageErr
             f"MongoDB at {where} has a unique index on {', '.join(index_keys(error))} that this package did not make "
             "and that refuses this document. Drop that index."
         )
+    if "certificate has expired" in str(error):
+        return ConfigurationError(
+            f"MongoDB at {where} failed the TLS check, because its certificate has expired. Give the server a new one."
+        )
     if "certificate" in str(error):
         return ConfigurationError(
             f"MongoDB at {where} failed the TLS check. Fix its certificate, its host name, or the authority in "

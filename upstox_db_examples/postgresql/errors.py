@@ -70,8 +70,8 @@ _REFUSALS: list[tuple[str, type[StorageError], str]] = [
     (
         r"certificate|not support SSL|SSL error: (?!unexpected eof)",
         ConfigurationError,
-        "failed the TLS check. Fix its certificate, its host name, or the authority in sslrootcert. Without the check, "
-        "somebody else could be listening.",
+        "failed the TLS check. Fix its certificate (has it expired?), its host name, or the authority in sslrootcert. "
+        "Without the check, somebody else could be listening.",
     ),
 ]
 # Classes of errors that another attempt repeats: a wrong type, a column or a function that is missing, and so on.
