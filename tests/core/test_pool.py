@@ -150,7 +150,8 @@ def turns(pool: Any, total: int, waiting: Callable[[], int]) -> list[int]:
 @pytest.mark.parametrize("size", [1, 5])
 def test_in_a_crowd_nobody_has_twice_as_many_turns_as_another(opener: Opener, size: int) -> None:
     pool = opener.pool(size)
-    counts = turns(pool, 100 * CROWD, lambda: pool.waiting)
+    # So many turns, because a busy machine can take a processor from a thread for a tenth of a second.
+    counts = turns(pool, 1000 * CROWD, lambda: pool.waiting)
     assert max(counts) <= 2 * min(counts), counts
 
 

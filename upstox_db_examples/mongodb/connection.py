@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC
@@ -93,17 +94,24 @@ class MongoDBConnection:
             if "new thread" not in str(error):
                 raise
             _forget_frames(error)
-            raise StoreUnavailable(
-                f"pymongo cannot start a thread for MongoDB at {self.where}: the program is ending, or has too many "
-                "threads. Use the store earlier, or fewer threads."
-            ) from error
+            raise self._no_thread() from error
 
     def close(self) -> None:
         self._closed = True
         if self._process == os.getpid():
             self._client.close()
 
+    def _no_thread(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"pymongo cannot start a thread for {self.where}: the program is ending, or has too many threads. "
+            "Use the store earlier, or fewer threads."
+        )
+
     def _connect(self) -> None:
+        try:  # pymongo hides that its threads cannot start, and then finds no server.
+            threading.Thread(target=int).start()
+        except RuntimeError as error:
+            raise self._no_thread() from error
         client: MongoClient[Document] | None = None
         try:
             # Without these two, an election is an error to each caller instead of a wait.
