@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from upstox_db_examples import ConfigurationError, PooledUpstoxStorage, SQLiteUpstoxStorage
+from upstox_db_examples import ConfigurationError, MongoUpstoxStorage, PooledUpstoxStorage, SQLiteUpstoxStorage
 from upstox_db_examples.core.files import files_open_here, identity_of
 
 from ..support import forks, processes
+from ..support.databases import MongoDatabase
 from ..support.processes import KEY, USER, Address, made_up_login
 
 
@@ -37,7 +39,18 @@ def test_nor_do_many_children(each_address: Address) -> None:
 
 
 def test_a_child_that_is_forked_in_a_login_leaves_the_login_to_its_parent(each_address: Address) -> None:
-    assert outcome(forks.fork_in_a_login, each_address, seconds=60) == ([0], True)
+    assert outcome(forks.fork_in_a_login, each_address, seconds=60) == ([0], [True], True)
+
+
+def test_a_child_has_a_client_of_mongodb_of_its_own(mongo: MongoDatabase) -> None:
+    with MongoUpstoxStorage(*mongo, keys=KEY, login=made_up_login) as store:
+        store.store_token(USER)
+
+        def child() -> bool:
+            warnings.simplefilter("error")  # pymongo warns of a client that was opened before the fork.
+            return store.get_valid_token(USER) is not None
+
+        assert forks.in_a_child(child) == "right"
 
 
 @pytest.mark.parametrize("kind", [SQLiteUpstoxStorage, PooledUpstoxStorage])

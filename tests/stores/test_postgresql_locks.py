@@ -21,10 +21,16 @@ from upstox_db_examples import (
 )
 
 from ..contracts.backend import made_up
+from ..support import forks
 from ..support.clocks import Clock
 from ..support.postgresql import OnPostgreSQL, bare, count_messages
 from ..support.processes import USER, token_data
 from ..support.stores import OpenStore, living
+
+HOLDERS = """
+SELECT DISTINCT pid FROM pg_locks
+WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
 
 
 class TestPostgreSQL(OnPostgreSQL):
@@ -216,13 +222,23 @@ class TestPostgreSQL(OnPostgreSQL):
             with other.backend.lock(USER), pytest.raises(StoreUnavailable, match="Waited"):
                 other.backend.lock("-account-x").__enter__()
 
+    def test_a_child_locks_over_a_connection_of_its_own(self, store: PostgreSQLUpstoxStorage) -> None:
+        def holders() -> list[Any]:
+            return bare(self.url, HOLDERS)
+
+        with store.backend.lock(USER):
+            of_the_parent = holders()
+
+        def child() -> bool:
+            with store.backend.lock(USER):
+                return holders() != of_the_parent
+
+        assert forks.in_a_child(child) == "right"
+        with store.backend.lock(USER):
+            assert holders() == of_the_parent, "the parent's connection is kept for its next lock"
+
     def kill_who_holds_a_lock(self) -> None:
-        bare(
-            self.url,
-            "SELECT pg_terminate_backend(pid, 5000) FROM (SELECT DISTINCT pid FROM pg_locks "
-            "WHERE locktype = 'advisory' AND database = "
-            "(SELECT oid FROM pg_database WHERE datname = current_database())) AS holders",
-        )
+        bare(self.url, f"SELECT pg_terminate_backend(pid, 5000) FROM ({HOLDERS}) AS holders")
 
 
 def open_lock() -> Any:

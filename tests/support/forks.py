@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from upstox_db_examples import TokenStorage
+from upstox_db_examples import StoreUnavailable, TokenStorage
 
 from .processes import USER, Address, made_up_login
 
@@ -68,9 +68,11 @@ def fork_in_a_login(connection: Connection, address: Address) -> None:
             signal.alarm(SECONDS)
             raise ChildIsDone
         ends.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        held.append(is_held(address))
         return made_up_login(user_id)
 
     ends: list[int] = []
+    held: list[bool] = []
     parent = os.getpid()
     store = address.open(login=made_up_login)
     store.store_token("CD5678")
@@ -81,7 +83,17 @@ def fork_in_a_login(connection: Connection, address: Address) -> None:
         os._exit(0 if logging_in.get_valid_token("CD5678") else 1)
     assert os.getpid() == parent
     found = store.get_valid_token(USER)
-    connection.send((ends, found is not None and found["token"] == token))
+    connection.send((ends, held, found is not None and found["token"] == token))
+
+
+def is_held(address: Address) -> bool:
+    """Tell whether somebody else has the user's lock."""
+    with address.open(login_wait=0.3) as other:
+        try:
+            with other.backend.lock(USER):
+                return False
+        except StoreUnavailable:
+            return True
 
 
 def in_a_child(check: Callable[[], bool]) -> str:
