@@ -171,7 +171,10 @@ class PostgreSQLConnections:
         self._sessions = {weakref.ref(each): its for each, its in [*known, (conn, session)]}
         if not self.pooled and (shared or pid != conn.info.backend_pid):
             self.pooled = True
-            logger.info("%s is a pooler. Each message brings its own settings, and locks are asked for.", self.where)
+            logger.info(
+                "%s is a pooler, so each message sets what it needs, and a lock is asked for again and again",
+                self.where,
+            )
 
     def _open(self, connect: Callable[[], connection]) -> connection:
         try:
