@@ -222,6 +222,15 @@ class TestPostgreSQL(OnPostgreSQL):
             with other.backend.lock(USER), pytest.raises(StoreUnavailable, match="Waited"):
                 other.backend.lock("-account-x").__enter__()
 
+    def test_a_long_login_keeps_nothing_from_vacuum(self, store: PostgreSQLUpstoxStorage) -> None:
+        store.backend.insert(made_up(store, USER))
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            asked = f"SELECT state, backend_xmin, backend_xid FROM pg_stat_activity WHERE pid IN ({HOLDERS})"
+            assert bare(self.url, asked) == [
+                {"state": "idle in transaction", "backend_xmin": None, "backend_xid": None}
+            ]
+
     def test_a_child_locks_over_a_connection_of_its_own(self, store: PostgreSQLUpstoxStorage) -> None:
         def holders() -> list[Any]:
             return bare(self.url, HOLDERS)

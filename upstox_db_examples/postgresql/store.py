@@ -18,8 +18,8 @@ from .connections import PostgreSQLConnections
 class PostgreSQLUpstoxStorage(TokenStorage):
     """Tokens in PostgreSQL 13 or newer.
 
-    Poolers such as PgBouncer work in session mode and in transaction mode. Each login keeps one of the pooler's sessions
-    until it ends, so `default_pool_size` has to be larger than the number of users who log in at the same time.
+    A pooler such as PgBouncer works in session mode and in transaction mode. Each login keeps one of its sessions until
+    it ends, so `default_pool_size` has to be larger than the number of users who log in at the same time.
 
     Args:
         connection_string: a URL or a libpq string, as `psycopg2.connect` takes it. Several hosts, TLS and a password
