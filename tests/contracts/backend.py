@@ -315,7 +315,7 @@ class BackendContract(OnAStore):
         others = store.backend.logins_since(begin, "mine")
         assert others == [begin + timedelta(seconds=seconds) for seconds in (30, 20)]
 
-    def test_all_who_left_a_trace_are_users(self, store: TokenStorage) -> None:
+    def test_everybody_with_tokens_or_entries_is_listed(self, store: TokenStorage) -> None:
         store.backend.record(None, "login", store.backend.context.now())
         store.backend.record(OTHERS[0], "login_failed", store.backend.context.now())
         store.backend.insert(made_up(store, USER))

@@ -48,14 +48,14 @@ class OneLoginContract(OnAStore):
         assert upstox.logins() == 1
         assert len(tokens) == 1
 
-    def test_who_names_no_user_finds_his_own_token_again_after_a_restart(
+    def test_a_caller_that_names_no_user_finds_its_own_token_after_a_restart(
         self, store: TokenStorage, open_store: OpenStore, upstox: LocalUpstox
     ) -> None:
         token = store.get_or_create_token()["token"]
         assert open_store().get_or_create_token()["token"] == token
         assert upstox.logins() == 1
 
-    def test_who_names_no_user_never_gets_another_accounts_token(
+    def test_a_caller_that_names_no_user_never_gets_another_accounts_token(
         self, store: TokenStorage, open_store: OpenStore, upstox: LocalUpstox
     ) -> None:
         store.get_or_create_token()
@@ -63,7 +63,7 @@ class OneLoginContract(OnAStore):
         assert open_store(login=other).get_or_create_token()["user_id"] == "XY9999"
         assert store.get_or_create_token()["user_id"] == USER
 
-    def test_who_changes_his_credentials_gets_the_new_accounts_token(
+    def test_a_caller_that_changes_its_credentials_gets_the_new_accounts_token(
         self, open_store: OpenStore, upstox: LocalUpstox, account: Account, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store = open_store(login=SdkLogin(base_domain=upstox.base_domain))
@@ -86,7 +86,7 @@ class OneLoginContract(OnAStore):
         assert [store.get_or_create_token()["user_id"] for _ in range(3)] == [USER] * 3
         assert logins == [None]
 
-    def test_who_waits_longer_than_he_wants_gets_a_clear_error(
+    def test_a_caller_that_waits_too_long_gets_a_clear_error(
         self, store: TokenStorage, open_store: OpenStore, upstox: LocalUpstox
     ) -> None:
         upstox.login_seconds = 1.5
@@ -151,7 +151,7 @@ class OneLoginContract(OnAStore):
         with pytest.raises(ConnectionError, match="the vault is shut"):
             store.get_or_create_token(USER)
 
-    def test_who_was_logged_in_meanwhile_keeps_that_token(self, open_store: OpenStore, clock: Clock) -> None:
+    def test_a_token_that_was_stored_meanwhile_stays(self, open_store: OpenStore, clock: Clock) -> None:
         other = open_store(login=lambda _: token_data(USER, jwt(USER, clock.now)))
 
         def slow_and_overtaken(_: str | None) -> AccessTokenData:

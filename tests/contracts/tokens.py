@@ -76,7 +76,7 @@ class TokenContract(OnAStore):
         assert again.get_audit_trail(USER) == audit
         assert living(again)["token"] == stored["token"]
 
-    def test_each_user_has_a_token_of_his_own(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
+    def test_each_user_has_a_separate_token(self, open_store: OpenStore, upstox: LocalUpstox) -> None:
         logins = {
             user_id: SdkLogin(upstox.add_account(user_id).credentials(), base_domain=upstox.base_domain)
             for user_id in ("CD0001", "CD0002")

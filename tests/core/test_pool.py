@@ -84,7 +84,7 @@ def test_one_more_than_there_are_gets_the_error_in_time(opener: Opener, size: in
     pool.close()
 
 
-def test_those_who_wait_are_served_in_the_order_in_which_they_came(opener: Opener) -> None:
+def test_waiting_threads_are_served_in_the_order_in_which_they_came(opener: Opener) -> None:
     pool, served = opener.pool(), list[int]()
 
     def use(number: int) -> None:
@@ -238,7 +238,7 @@ def test_close_closes_the_idle_ones_now_and_the_others_when_they_come_back(opene
     assert opener.open_now == 0
 
 
-def test_those_who_wait_when_it_is_closed_get_an_error_at_once(opener: Opener) -> None:
+def test_threads_that_wait_when_it_is_closed_get_an_error_at_once(opener: Opener) -> None:
     pool = opener.pool(timeout=60)
     with ThreadPoolExecutor(3) as threads, pool.borrow():
         waiting = [threads.submit(pool.borrow().__enter__) for _ in range(3)]

@@ -216,7 +216,7 @@ class TestAnAnswerThatBreaksOff:
         assert caught.value.token.reveal() == self.TOKEN
         assert caught.value.user_id == USER
 
-    def test_within_the_token_has_none_that_is_whole(self, breaks_off_after: Any) -> None:
+    def test_within_the_token_gives_no_part_of_it(self, breaks_off_after: Any) -> None:
         login = breaks_off_after(b'{"access_token": "%s' % self.TOKEN[:-4].encode())
         with pytest.raises(LoginInterrupted) as caught:
             login()

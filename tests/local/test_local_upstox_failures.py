@@ -134,7 +134,7 @@ class TestFailures:
         assert 0.3 <= time.perf_counter() - start < 2
         assert upstox.is_living(token)
 
-    def test_who_does_not_wait_for_a_stalled_answer_loses_the_token(
+    def test_without_waiting_for_a_stalled_answer_the_token_is_lost(
         self, upstox: LocalUpstox, account: Account
     ) -> None:
         upstox.fail(Failure.STALL, step=6)

@@ -208,7 +208,7 @@ def test_it_stops_and_starts_again_on_the_same_port_with_the_same_data(server: P
 
 
 @pytest.mark.slow
-def test_nothing_of_it_is_left_when_it_was_killed_amid_writing(server: PostgreSQLServer) -> None:
+def test_nothing_is_left_of_a_server_that_was_killed_while_it_wrote(server: PostgreSQLServer) -> None:
     """A process dies only when its write to the disk is done, and PostgreSQL does not start next to a live one."""
     assert server.process
     ask(server.url, "CREATE TABLE written (x text)")

@@ -458,7 +458,7 @@ def test_the_readmes_commands_run(execute: Run, account: Account, tmp_path: Path
     assert upstox.logins() == 1
 
 
-def test_what_is_old_can_be_cleaned_up_and_one_is_not_told_as_many(run: Run, tmp_path: Path) -> None:
+def test_old_tokens_can_be_cleaned_up_and_are_counted_correctly(run: Run, tmp_path: Path) -> None:
     good(run("login"))
     with closing(sqlite3.connect(tmp_path / "upstox.db")) as conn, conn:
         conn.execute("UPDATE upstox_tokens SET expires_at = 0")

@@ -158,7 +158,7 @@ def test_the_folder_may_be_the_present_one_and_lie_in_a_folder_to_be_made(tmp_pa
     assert "were there already.\nInstall what it needs" in copy("sqlite", ".").output
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in ("file", "file/mine"):
         refused = copy("sqlite", folder)

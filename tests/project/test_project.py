@@ -147,7 +147,7 @@ def test_an_interpreter_that_the_tests_run_on_goes_before_a_newer_one(tmp_path: 
     ("selected", "processes", "told"),
     [("one or two", "0", "1 deselected."), ("not two", "1", "1 deselected, 1 skipped.")],
 )
-def test_what_was_not_run_is_told(tmp_path: Path, selected: str, processes: str, told: str) -> None:
+def test_the_summary_counts_what_was_not_run(tmp_path: Path, selected: str, processes: str, told: str) -> None:
     code = "import pytest\ndef test_one(): pass\ndef test_two(): pass\ndef test_three(): pytest.skip('')\n"
     (tmp_path / "test_some.py").write_text(code)
     command = [sys.executable, "-m", "pytest", "-p", "xdist", "-p", "tests.support.databases"]

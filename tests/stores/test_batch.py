@@ -173,7 +173,7 @@ def test_an_empty_batch_is_none(store: TokenStorage) -> None:
     assert store.store_token_batch([]) == []
 
 
-def test_who_is_named_twice_is_logged_in_once(store: TokenStorage, upstox: LocalUpstox) -> None:
+def test_a_user_that_is_named_twice_is_logged_in_once(store: TokenStorage, upstox: LocalUpstox) -> None:
     given = [IDS[1], IDS[0], IDS[1], IDS[1]]
     results = batch(store, given)
     assert [result["user_id"] for result in results] == given
@@ -289,7 +289,7 @@ def test_after_a_limit_nobody_logs_in_until_it_is_over(
     assert fake.slept == [60.0], "the batch must wait once, and not for each account"
 
 
-def test_who_waits_already_waits_for_a_limit_that_comes_meanwhile(fake: FakeTime) -> None:
+def test_a_waiting_caller_also_waits_for_a_limit_that_comes_meanwhile(fake: FakeTime) -> None:
     def sleep(seconds: float) -> None:
         fake.sleep(seconds)
         if len(fake.slept) == 1:
@@ -351,7 +351,7 @@ def test_a_limit_that_stays_is_given_up(store: TokenStorage, upstox: LocalUpstox
     assert fake.slept == [600.0, 600.0]
 
 
-def test_the_others_get_their_turn_while_one_waits_for_his_next_code(
+def test_other_accounts_get_their_turn_while_one_waits_for_its_next_code(
     store: TokenStorage, upstox: LocalUpstox, fake: FakeTime
 ) -> None:
     order: list[str] = []

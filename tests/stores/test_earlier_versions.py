@@ -173,7 +173,7 @@ class TestADatabaseOfVersion1:
         restore(each_address)
         clock.set(6, 10)
 
-    def test_all_that_was_kept_is_told_as_before(self, each_address: Address, opened: Opened) -> None:
+    def test_everything_that_was_kept_reads_as_before(self, each_address: Address, opened: Opened) -> None:
         store = opened(each_address, login=never)
         assert_as_it_was(store)
         assert store.keys_in_use() == {KEY.key_ids[0]: 2}
@@ -210,7 +210,7 @@ class TestADatabaseOfVersion1:
         assert ciphertexts(store) == {None: [], USER: ["v1"], "CD5678": [], "ef9012": ["v1"]}
         assert {user_id: token_of(store, user_id) for user_id in TOKENS} == TOKENS
 
-    def test_a_caller_who_names_nobody_is_not_given_a_token_by_a_row_that_only_names_the_account(
+    def test_a_caller_that_names_nobody_gets_no_token_from_a_row_that_only_names_the_account(
         self, each_address: Address, opened: Opened
     ) -> None:
         """Version 1 bound no account to a ciphertext, so anybody may have written that name. New keys prove no more."""
@@ -246,7 +246,7 @@ class TestADatabaseOfVersion1:
         assert [token.generation for token in store.backend.read_tokens("ef9012")] == [1, 2]
         assert store.backend.read_tokens("EF9012") == []
 
-    def test_a_program_of_version_1_that_meets_the_new_schema_is_told_to_be_upgraded(
+    def test_a_program_of_version_1_that_meets_the_new_schema_says_upgrade_it(
         self, each_address: Address, opened: Opened, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         name = each_address.kind.partition(":")[2]

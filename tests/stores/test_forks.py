@@ -32,7 +32,7 @@ def test_no_child_of_a_busy_program_hangs_or_sees_anything_wrong(each_address: A
 
 
 @pytest.mark.slow
-def test_nor_do_many_children(each_address: Address) -> None:
+def test_many_children_of_a_busy_program_do_not_hang_either(each_address: Address) -> None:
     # A file is what a fork hurts most. A server sees one more client, and each child costs more.
     count = 200 if "SQLite" in each_address.kind else 60
     assert outcome(forks.fork_under_busy_threads, each_address, count, seconds=600) == ({"right": count}, {}, [])

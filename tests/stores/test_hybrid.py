@@ -43,7 +43,7 @@ class TestHybrid(OnHybrid, StoreContract):
         assert (to_postgresql, to_redis) == ([], ["EVALSHA"])
         assert store.get_user_statistics(USER)["total_usage"] == 2
 
-    def test_who_named_no_user_reads_from_redis_too(
+    def test_a_caller_that_named_no_user_reads_from_redis_too(
         self, store: HybridUpstoxStorage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store.get_or_create_token()
@@ -94,7 +94,7 @@ class TestHybrid(OnHybrid, StoreContract):
         for key in (self.key(), self.key().replace(":token:", ":count:")):
             assert 0 < self.redis.pttl(key) <= 30_000
 
-    def test_nor_after_a_login_that_took_its_time(self, open_store: OpenStore, clock: Clock) -> None:
+    def test_after_a_slow_login_the_copy_still_ends_with_the_token(self, open_store: OpenStore, clock: Clock) -> None:
         def slowly(user_id: str | None) -> AccessTokenData:
             clock.advance(seconds=20)
             return token_data(user_id or USER)

@@ -125,7 +125,7 @@ class TestServersThatFail(CountsLogins):
             with pytest.raises(StoreUnavailable):
                 reader.get_valid_token(USER)
 
-    def test_nor_by_a_redis_that_was_away_when_its_login_began(
+    def test_a_redis_that_was_away_when_the_login_began_leaves_no_token_in_doubt(
         self, postgresql: PostgreSQLServer, redis: RedisServer, store: HybridUpstoxStorage, open_store: OpenHybrid
     ) -> None:
         others = [open_store() for _ in range(3)]

@@ -160,7 +160,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
             self.test_a_writer_can_be_killed_200_times(careless, count)
 
     @pytest.mark.slow
-    def test_who_folds_can_be_killed_at_any_moment(self, address: Address) -> None:
+    def test_a_fold_can_be_killed_at_any_moment(self, address: Address) -> None:
         dice = random.Random(1)
         with address.open(login=processes.made_up_login) as store:
             store.store_token(USER)
@@ -182,6 +182,4 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
     @pytest.mark.slow
     def test_without_an_id_for_each_use_some_are_counted_twice(self, address: Address) -> None:
         with pytest.raises(AssertionError, match="counted more than once"):
-            self.test_who_folds_can_be_killed_at_any_moment(
-                address._replace(kind=f"{FoldsAgain.__module__}:FoldsAgain")
-            )
+            self.test_a_fold_can_be_killed_at_any_moment(address._replace(kind=f"{FoldsAgain.__module__}:FoldsAgain"))

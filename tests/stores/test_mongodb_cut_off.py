@@ -132,7 +132,7 @@ class TestMongoDB(OnMongoDB):
         told = [e["action"] for e in store.get_audit_trail(USER) if e["action"] == "deactivated"]
         assert told == ["deactivated"] * 2
 
-    def test_a_revocation_that_is_cut_off_holds_and_is_told_later(
+    def test_a_revocation_that_is_cut_off_holds_and_is_audited_later(
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         store.store_token(USER)

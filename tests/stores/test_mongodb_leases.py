@@ -79,7 +79,7 @@ class TestMongoDB(OnMongoDB):
                 store.backend.end_login(ends, in_doubt=False)  # ... and the process of the other login dies.
         assert not self.found(store)
 
-    def test_a_caller_who_has_lost_the_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
+    def test_a_caller_that_lost_its_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
         store.store_token(USER)
         with store.backend.lock(USER), self.mongo.bare() as db:
             db.leases.update_many({}, {"$set": {"owner": "somebody else"}})

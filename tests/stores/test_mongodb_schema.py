@@ -159,7 +159,7 @@ class TestMongoDB(OnMongoDB):
 
     @pytest.mark.usefixtures("version_1")
     @pytest.mark.parametrize("rights", [RUNTIME_1, ["readWrite"]])
-    def test_a_user_who_may_not_bring_version_1_forward_is_told_who_may(
+    def test_without_the_right_to_upgrade_version_1_the_error_says_who_has_it(
         self, rights: list[str], mongo: MongoDatabase
     ) -> None:
         self.mongo = another_user(mongo, rights)
@@ -197,7 +197,7 @@ class TestMongoDB(OnMongoDB):
         with pytest.raises(ConfigurationError, match="is not a valid role name"):
             store.init_database(runtime_role=name)
 
-    def test_a_user_who_may_not_make_a_role_is_told_who_may(
+    def test_without_the_right_to_make_a_role_the_error_says_who_has_it(
         self, store: MongoUpstoxStorage, mongo: MongoDatabase
     ) -> None:
         store.store_token(USER)

@@ -53,7 +53,7 @@ class TestAReplicaSet:
                 assert db.client.options.retry_reads
         assert "readPreference is primary" in caplog.text
 
-    def test_the_name_of_the_database_decides_and_a_difference_is_told(
+    def test_the_name_of_the_database_decides_and_a_difference_is_reported(
         self, url: str, keys: KeyRing, caplog: pytest.LogCaptureFixture
     ) -> None:
         for named, overridden in {"": {}, "tokens": {}, "admin": {}, "hunter2hunter2": {"database": "tokens"}}.items():
@@ -76,7 +76,7 @@ def test_a_name_that_differs_only_in_case_is_a_clear_error(mongo: MongoDatabase,
             MongoUpstoxStorage(mongo.url, other, keys=keys, **options)  # type: ignore[arg-type]
 
 
-def test_nor_does_a_user_who_cannot_see_the_other_one_get_an_unclear_error(mongo: MongoDatabase, keys: KeyRing) -> None:
+def test_a_user_who_cannot_see_the_other_database_gets_a_clear_error(mongo: MongoDatabase, keys: KeyRing) -> None:
     MongoUpstoxStorage(*mongo, keys=keys).close()
     rights: Any = [{"role": "dbOwner", "db": mongo.name.upper()}]
     user = another_user(mongo, rights)

@@ -42,7 +42,7 @@ class TestPooled(OnASQLiteFile, StoreContract):
     # How many connections
 
     @pytest.mark.parametrize("size", [1, 3])
-    def test_who_comes_when_all_are_in_use_is_told_so_in_time(self, open_store: OpenStore, size: int) -> None:
+    def test_a_thread_that_finds_all_in_use_gets_the_error_in_time(self, open_store: OpenStore, size: int) -> None:
         store = self.pooled(open_store, pool_size=size, timeout=1)
         with borrowed(store, size):
             begin = time.monotonic()
@@ -51,7 +51,7 @@ class TestPooled(OnASQLiteFile, StoreContract):
             assert 1 <= time.monotonic() - begin < 1.5
         assert store.get_valid_token(USER) is None
 
-    def test_who_waits_gets_the_first_that_comes_free(self, open_store: OpenStore) -> None:
+    def test_a_waiting_thread_gets_the_first_free_connection(self, open_store: OpenStore) -> None:
         store = self.pooled(open_store, pool_size=1, timeout=10)
         token = store.store_token()["token"]
         with ThreadPoolExecutor(1) as thread:

@@ -97,7 +97,7 @@ class Shared(BehindAPooler):
         )
         assert backend.connections.run(shown) == [{"commit": "on", "level": "read committed"}]
 
-    def test_who_lost_his_lock_still_stores_his_token(self, open_store: OpenStore) -> None:
+    def test_a_caller_that_lost_its_lock_still_stores_its_token(self, open_store: OpenStore) -> None:
         def login_while_the_session_dies(_: str | None) -> Any:
             holders = "SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'advisory' AND database = "
             ours = "(SELECT oid FROM pg_database WHERE datname = current_database())"

@@ -178,7 +178,7 @@ class TestPostgreSQL(OnPostgreSQL):
         store = open_store(login=login_while_the_session_dies)
         assert store.store_token(USER)["token"] == living(store)["token"]
 
-    def test_who_has_lost_the_lock_goes_on_by_another_connection_and_begins_no_login(
+    def test_a_caller_that_lost_its_lock_uses_another_connection_and_begins_no_login(
         self, store: PostgreSQLUpstoxStorage, open_store: OpenStore
     ) -> None:
         with store.backend.lock(USER):
@@ -194,7 +194,7 @@ class TestPostgreSQL(OnPostgreSQL):
         with store.backend.lock(USER):
             pass
 
-    def test_who_got_no_answer_in_time_goes_on_by_another_connection(self, open_store: OpenStore) -> None:
+    def test_a_caller_without_an_answer_goes_on_over_another_connection(self, open_store: OpenStore) -> None:
         store = open_store(timeout=0.5)
         assert isinstance(store, PostgreSQLUpstoxStorage)
         with store.backend.lock(USER):

@@ -232,7 +232,7 @@ class TestPostgreSQL(OnPostgreSQL):
         told = bare(self.url, "SELECT recorded_by FROM upstox_token_audit ORDER BY id")
         assert told == [{"recorded_by": None}, {"recorded_by": urlsplit(self.url).username}, {"recorded_by": role}]
 
-    def test_a_runtime_role_is_told_who_takes_an_older_schema_forward_and_how(self) -> None:
+    def test_a_runtime_role_learns_who_upgrades_an_older_schema_and_how(self) -> None:
         role = f"runtime_{urlsplit(self.url).path[-12:]}"
         bare(self.url, f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
         try:

@@ -189,7 +189,7 @@ class SettingsOfOthers(RowsInPostgreSQL, CountsLogins):
 
 
 class TestPostgreSQL(OnPostgreSQL, SettingsOfOthers):
-    def test_a_missing_function_is_not_told_as_worth_another_attempt(self, store: PostgreSQLUpstoxStorage) -> None:
+    def test_a_missing_function_is_not_reported_as_worth_another_attempt(self, store: PostgreSQLUpstoxStorage) -> None:
         with pytest.raises(ConfigurationError, match="SQLSTATE 42883"):
             store.backend.connections.run("SELECT no_such_function()")
         with pytest.raises(StoreUnavailable, match="SQLSTATE 40001"):
@@ -201,7 +201,7 @@ class TestHybrid(OnHybrid, SettingsOfOthers):
 
 
 @pytest.mark.usefixtures("own_servers")
-def test_a_server_without_a_free_connection_is_told_as_that() -> None:
+def test_too_many_connections_are_reported_as_such() -> None:
     with PostgreSQLServer(settings={"max_connections": "10", "fsync": "off"}) as server:
         store: TokenStorage = PostgreSQLUpstoxStorage(server.url)
         health: Any = store.get_storage_status()

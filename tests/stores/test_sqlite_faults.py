@@ -105,7 +105,7 @@ class TestSQLite(OnSQLite):
 
     # Connections
 
-    def test_threads_share_a_few_connections_and_none_stays_open(self, store: SQLiteUpstoxStorage) -> None:
+    def test_threads_share_a_few_connections_and_all_are_closed(self, store: SQLiteUpstoxStorage) -> None:
         store.store_token()
         for _ in range(5):
             with ThreadPoolExecutor(8) as threads:
