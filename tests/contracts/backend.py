@@ -274,6 +274,25 @@ class BackendContract(OnAStore):
             storing.result()
         assert [user_id for user_id in users if store.backend.find_in_doubt(user_id)] == []
 
+    @pytest.mark.parametrize("ends", [True, False])
+    def test_a_token_that_is_merged_while_a_login_without_a_user_id_runs_gets_its_mark(
+        self, store: TokenStorage, open_store: Callable[..., TokenStorage], ends: bool
+    ) -> None:
+        nameless, now = open_store(), store.backend.context.now()
+        store.backend.insert(made_up(store, OTHERS[0]))
+        (token,) = store.backend.read_tokens(OTHERS[0])
+        with nameless.backend.lock("-account-x"):
+            nameless.backend.begin_login(None, "-account-x", now, {})
+            with store.backend.lock(USER):
+                store.backend.merge(USER, [replace(token, user_id=USER, in_doubt=False)], [])
+            assert self.found(store), "that login is still running"
+            if ends:
+                nameless.backend.end_login("-account-x", in_doubt=False)
+        assert self.found(store) == ends, "if that login was killed, it may have replaced this token at Upstox"
+        with store.backend.lock(OTHERS[1]):
+            store.backend.merge(OTHERS[1], [replace(token, user_id=OTHERS[1], in_doubt=False)], [])
+        assert self.found(store, OTHERS[1]), "that login was over before this token came"
+
     def test_a_token_in_doubt_is_moved_as_such(self, store: TokenStorage) -> None:
         store.backend.insert(replace(made_up(store, USER), issued_at=store.backend.context.now()))
         with store.backend.lock(USER):

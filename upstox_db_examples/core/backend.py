@@ -320,5 +320,5 @@ class Backend(ABC):
 
         A token that already exists may have been used or revoked since the caller read it. So its use count only
         grows, it can end but never come back, and its ciphertext stays unchanged. An entry whose generation is missing
-        belongs to no token.
+        belongs to no token. An active token gets the mark of a login without a user id that is running now.
         """

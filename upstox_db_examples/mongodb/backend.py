@@ -408,6 +408,10 @@ class MongoBackend(Backend):
             merge_records(db, living)
             for token in living:
                 make_active(db, token)
+            if living:
+                running = list_running(db)
+                over = frozenset(note for note in running if not self._leases.lives(db, **mark_of(note)))
+                self._update_mark(db, {"_id": user_id}, None, over)
             which = {"_id": user_id, "generation": {"$in": [token.generation for token in ended]}}
             if ended:
                 db.active_tokens.update_one(which, {"$unset": dict.fromkeys((*ONLY_ACTIVE, "login"), 1)})

@@ -196,8 +196,9 @@ WHERE (a.user_id = %(user_id)s OR (%(user_id)s IS NULL AND a.user_id IS NULL))
       AND (a.performed_at, a.id) > (%(performed_at)s, %(position)s)
 ORDER BY a.performed_at, a.id LIMIT %(limit)s
 """
-# Two statements in one message are one transaction.
+# The statements in one message are one transaction. The merged token gets the mark of a login that is running now.
 PUT_IN = f"""
+SELECT pg_advisory_xact_lock_shared({_RUNNING_LOCK});
 INSERT INTO upstox_tokens AS t ({COPIED}, access_token, is_active, login_lock)
 SELECT {COPIED}, access_token, is_active, login_lock FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
 ORDER BY generation
@@ -206,6 +207,10 @@ ON CONFLICT (user_id, generation) DO UPDATE SET
     login_lock = CASE WHEN excluded.is_active THEN t.login_lock END,
     usage_count = greatest(t.usage_count, excluded.usage_count),
     last_used_at = greatest(t.last_used_at, excluded.last_used_at);
+UPDATE upstox_tokens SET login_lock = running.mark
+FROM (SELECT sealed::bigint AS mark FROM upstox_login_notes
+      WHERE starts_with(name, 'running ') AND NOT pg_try_advisory_xact_lock_shared(sealed::bigint) LIMIT 1) AS running
+WHERE user_id = %(user_id)s AND is_active AND login_lock IS NULL;
 {_AUDIT}
 SELECT t.id, %(user_id)s, e.entry ->> 'action', e.entry ->> 'actor', (e.entry ->> 'performed_at')::timestamptz,
        e.entry -> 'metadata'

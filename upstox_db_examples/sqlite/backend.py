@@ -320,6 +320,9 @@ class SQLiteBackend(Backend):
         rows = [{**each, "performed_at": to_seconds(each["performed_at"])} for each in moved]
         with self._transaction() as conn:
             conn.executemany(queries.PUT_IN, [columns_of(token) for token in tokens])
+            mark = self._mark_of_running(conn, self._list_logins_that_are_over(conn))
+            if tokens and mark:
+                conn.execute(queries.MARK_MERGED, (mark, user_id))
             conn.executemany(queries.PUT_IN_AUDIT, rows)
 
     def _one(self, sql: str, *values: object) -> sqlite3.Row | None:

@@ -195,6 +195,7 @@ ON CONFLICT (user_id, generation) DO UPDATE SET
     usage_count = max(usage_count, excluded.usage_count),
     last_used_at = nullif(max(coalesce(last_used_at, 0), coalesce(excluded.last_used_at, 0)), 0)
 """
+MARK_MERGED = "UPDATE upstox_tokens SET login_mark = ? WHERE user_id = ? AND is_active AND login_mark IS NULL"
 PUT_IN_AUDIT = """
 INSERT INTO upstox_token_audit (token_id, user_id, action, actor, performed_at, metadata)
 VALUES ((SELECT id FROM upstox_tokens WHERE user_id = :user_id AND generation = :generation), :user_id, :action, :actor,
