@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -191,7 +192,11 @@ class SmallPooler:
             if self._mode == "session":
                 return self._connect()
             self._changed.wait_for(lambda: self._free or self._closed)
-            return self._free.pop()  # the one that was used last, as PgBouncer does
+            session = self._free.pop()  # the one that was used last, as PgBouncer does
+            if select.select([session], [], [], 0)[0]:  # The server has ended it.
+                session.close()
+                session = self._connect()
+            return session
 
     def _take_back(self, session: socket.socket, *, reset: bool = False) -> None:
         if reset:
