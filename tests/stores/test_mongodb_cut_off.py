@@ -27,11 +27,13 @@ class TestMongoDB(OnMongoDB):
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         stored = store.store_token(USER)
-        with pytest.raises(TokenNotStored), cut_off_before(monkeypatch, "find_one_and_replace"):
-            store.store_token(USER)
-        living(store)
-        active = {"exists": True, "expires_at": stored["expires_at"], "usage_count": 1}
-        assert store.get_user_dashboard(USER)["active_token"] == active
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            with pytest.raises(StorageError), cut_off_before(monkeypatch, "find_one_and_replace"):
+                store.backend.insert(made_up(store, USER, 2))
+            living(store)
+            active = {"exists": True, "expires_at": stored["expires_at"], "usage_count": 1}
+            assert store.get_user_dashboard(USER)["active_token"] == active
 
     def test_records_that_are_behind_cost_one_login_and_no_token(
         self, store: MongoUpstoxStorage, upstox: LocalUpstox

@@ -34,20 +34,25 @@ def forms(secret: str | bytes) -> Iterator[bytes]:
         yield base64.urlsafe_b64encode(whole)
 
 
+def windows(secret: str | bytes) -> set[bytes]:
+    return {form[at : at + WINDOW] for form in forms(secret) for at in range(max(1, len(form) - WINDOW + 1))}
+
+
 @functools.cache
-def windows(secret: str | bytes) -> frozenset[bytes]:
-    return frozenset(form[at : at + WINDOW] for form in forms(secret) for at in range(max(1, len(form) - WINDOW + 1)))
+def _to_be_found(secrets: tuple[str | bytes, ...]) -> tuple[set[bytes], set[bytes]]:
+    """Return the windows of the secrets, and all parts of them."""
+    sought = set[bytes]().union(*map(windows, secrets))
+    return sought, {window[at : at + PART] for window in sought for at in range(len(window) - PART + 1)}
 
 
 def find(secrets: str | Iterable[str | bytes], haystack: bytes) -> set[bytes]:
     """Return the windows of the secrets that are in there. Short secrets and raw bytes are searched for as a whole."""
     each = [secrets] if isinstance(secrets, str) else list(secrets)
-    sought = set[bytes]().union(*map(windows, each))
+    sought, parts = _to_be_found(tuple(each))
     short = {raw for raw in each if isinstance(raw, bytes) and raw in haystack}
     short |= {window for window in sought if len(window) < WINDOW and window in haystack}
     # Every form of a secret is printable, and most of a database is not. So it is enough to search the printable runs.
     # Each window has a part of eight bytes at a multiple of eight, so it is enough to look closely around such parts.
-    parts = {window[at : at + PART] for window in sought for at in range(len(window) - PART + 1)}
     return short | {
         window
         for run in PRINTABLE.findall(haystack)
