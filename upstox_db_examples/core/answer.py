@@ -7,6 +7,7 @@ new. A bad profile field must never cost a token, because the login has already 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
@@ -204,12 +205,27 @@ def _flat(answer: object) -> dict[str, Any] | None:
             return {}
     own = [name for name in getattr(answer, "__dict__", ()) if isinstance(name, str) and not name.startswith("_")]
     fields = {}
-    for name in dict.fromkeys([*own, *EXPECTED, *NOT_PROFILE]):
+    for name in dict.fromkeys([*own, *_names_to_ask_for(answer)]):
         with contextlib.suppress(Exception):  # A custom property may fail in any way.
             fields[name] = getattr(answer, name)
     if isinstance(answer, type) or not ("access_token" in fields or {"success", "data"} <= fields.keys()):
         return None
     return fields
+
+
+def _names_to_ask_for(answer: object) -> Iterable[str]:
+    """Return the names of fields that an object may have besides those in its `__dict__`."""
+    kind = type(answer)
+    if "__pydantic_fields__" not in kind.__dict__:
+        return (*EXPECTED, *NOT_PROFILE)
+    # A pydantic model has nothing else, and to ask it for each field that it lacks would take half the time of a login.
+    of_class = _names_of_class(kind)  # type: ignore[arg-type]  # mypy does not know that classes can be hashed
+    return [*(getattr(answer, "__pydantic_extra__", None) or ()), *of_class]
+
+
+@functools.lru_cache(maxsize=64)
+def _names_of_class(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in (*EXPECTED, *NOT_PROFILE) if any(name in each.__dict__ for each in kind.__mro__))
 
 
 def _token(value: object) -> Secret | None:

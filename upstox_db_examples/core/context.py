@@ -6,8 +6,9 @@ import functools
 import getpass
 import os
 import socket
+import time
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 
 from .checks import require_aware
 
@@ -19,7 +20,7 @@ class Context:
         login_wait: how long to wait for a lock, in seconds.
     """
 
-    def __init__(self, clock: Callable[[], datetime], actor: str | None, login_wait: float) -> None:
+    def __init__(self, clock: Callable[[], datetime] | None, actor: str | None, login_wait: float) -> None:
         self._clock, self._actor = clock, actor
         self.login_wait = login_wait
 
@@ -30,6 +31,8 @@ class Context:
 
     def now(self) -> datetime:
         """Return the current time in UTC and in whole seconds, which every store can keep."""
+        if self._clock is None:
+            return datetime.fromtimestamp(int(time.time()), UTC)
         return require_aware(self._clock(), "The result of clock").replace(microsecond=0)
 
 

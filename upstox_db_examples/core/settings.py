@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TypedDict
 
 from .checks import require_positive
@@ -62,5 +61,4 @@ class Settings:
         login_wait = options.get("login_wait", 60.0)
         require_positive("login_wait", login_wait)
         require_positive("renew_pause", self.renew_pause)
-        clock = options.get("clock") or functools.partial(datetime.now, UTC)
-        self.context = Context(clock, options.get("actor"), login_wait)
+        self.context = Context(options.get("clock"), options.get("actor"), login_wait)

@@ -100,6 +100,18 @@ class PooledConnections(SQLiteConnections):
     def count_idle(self) -> int:
         return self.pool.counts()[1]
 
+    def _read(self, sql: str, values: tuple[object, ...]) -> list[sqlite3.Row]:
+        self.refuse_if_closed()
+        self.refuse_another_file()
+        try:
+            with self.pool.borrow() as conn:
+                conn.thread = threading.get_ident()
+                rows = conn.execute(sql, values).fetchall()
+                conn.thread = None
+        except (PoolTimeout, PoolClosed) as error:
+            raise self.translate_error(error) from error
+        return rows
+
     def translate_error(self, error: PoolTimeout | PoolClosed | sqlite3.Error) -> StorageError:
         """Translate this error into one of ours."""
         if isinstance(error, PoolClosed):

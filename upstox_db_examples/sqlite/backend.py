@@ -77,7 +77,7 @@ class SQLiteBackend(Backend):
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self.connections.lend() as conn:
+        with self.connections.turn_to_write(), self.connections.lend() as conn:
             # IMMEDIATE, because a read that turns into a write fails at once if another writer came first.
             conn.execute("BEGIN IMMEDIATE")
             self.connections.refuse_another_log(conn)
@@ -126,14 +126,15 @@ class SQLiteBackend(Backend):
         return read_token(row)
 
     def _find_unaudited(self, user_id: str, alive_after: int, locked: bool) -> StoredToken | None:
-        rows = self._rows(queries.FIND, user_id, alive_after)
+        read, values = self.connections.read, (user_id, alive_after)
+        rows = read(queries.FIND, values)
         while rows and (mark := rows[0]["login_mark"]) is not None:
             if locked:
                 return None
             if self._is_held(mark):
                 break
             # The login is over. If its mark is still there, nobody knows how it ended. If not, there is news to read.
-            rows = self._rows(queries.FIND, user_id, alive_after)
+            rows = read(queries.FIND, values)
             if rows and rows[0]["login_mark"] == mark:
                 return None
         return read_token(rows[0]) if rows else None
@@ -202,9 +203,8 @@ class SQLiteBackend(Backend):
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         mark = f"{lock} {uuid.uuid4().hex}"
-        # First, because on a full disk the mark could not be removed again, and a living token would stay in doubt.
-        self.check_room()
         with self._transaction() as conn:
+            self._check_room(conn)
             self._audit_entry(conn, None, user_id, "login", now, metadata)
             values = {"user_id": user_id, "lock": lock, "mark": mark}
             conn.execute(queries.MARK if user_id else queries.MARK_ALL, values)
@@ -258,20 +258,20 @@ class SQLiteBackend(Backend):
         with self._transaction() as conn:
             conn.execute(queries.ERASE_NOTE, (name,))
 
-    def check_room(self) -> None:
-        """Find out that the disk is full before a login is spent: write as much as the token needs, and roll back.
+    def _check_room(self, conn: sqlite3.Connection) -> None:
+        """Find out that the disk is full before a login is spent: write as much as the token needs, and take it back.
 
-        With a cache of one page, SQLite writes it to the log at once. It does not count there, and the next transaction
-        overwrites it. (A checkpoint of the log would show it as well, but waits for the disk three more times.)
+        With a cache of one page, SQLite writes it to the log at once. It does not count there, and the rest of the
+        transaction overwrites it. (A checkpoint of the log would show it as well, but waits for the disk three more
+        times.)
         """
-        with self.connections.lend() as conn:
-            conn.execute("PRAGMA cache_size = 1")
-            try:
-                conn.execute("BEGIN IMMEDIATE")
-                conn.execute(queries.RECORD, (None, None, "room", "", 0, _FILLER))
-                conn.execute("ROLLBACK")
-            finally:
-                conn.execute(f"PRAGMA cache_size = {CACHE}")
+        conn.execute("PRAGMA cache_size = 1")
+        try:
+            conn.execute("SAVEPOINT room")
+            conn.execute(queries.RECORD, (None, None, "room", "", 0, _FILLER))
+            conn.execute("ROLLBACK TO room")
+        finally:
+            conn.execute(f"PRAGMA cache_size = {CACHE}")
 
     def read_history(self, user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
         rows = self._rows(queries.HISTORY, to_seconds(now), user_id, limit)
@@ -330,8 +330,7 @@ class SQLiteBackend(Backend):
         return rows[0] if rows else None
 
     def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        with self.connections.lend() as conn:
-            return conn.execute(sql, values).fetchall()
+        return self.connections.read(sql, values)
 
     def _audit_entry(
         self,

@@ -8,21 +8,27 @@ import shlex
 import sqlite3
 import stat
 import threading
+import time
 import weakref
 from collections import deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ..core.addresses import looks_like_no_file
 from ..core.environment import expand_home
 from ..core.errors import ConfigurationError, DatabaseMissing, InvalidInput, StorageError, StoreUnavailable
 from ..core.files import Identity, identity_of
+from ..core.pool import Pool, PoolTimeout
 from ..core.token import Secret
 from .forks import Connection, close_before_forks, is_pending
 
 logger = logging.getLogger(__name__)
 
 BUSY_SECONDS = 5.0  # how long a statement waits for another writer
+# Seconds that a read waits if another thread is reading. SQLite gives Python's lock away several times in each read, so
+# 32 threads that read at the same time mostly take the lock from each other, and read half as much as one thread does.
+TURN = 0.005
 
 
 class SQLiteConnections:
@@ -35,9 +41,12 @@ class SQLiteConnections:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._name = path, str(path)
         self._idle: deque[Connection] = deque()  # The last one used is on top.
         self._closed = False
+        self.is_reading = False  # a thread is in the middle of a read
+        # A pool with one place is a lock that is fair, can time out, and survives Ctrl-C and a fork.
+        self.writers = Pool(object, lambda _: None, size=1, timeout=BUSY_SECONDS)
         self._identity: Identity | None = None  # which file it is, as soon as a connection has opened it
         # As in the guide, you need not close a store: its connections are closed when it is garbage-collected.
         weakref.finalize(self, _close_all, self._idle)
@@ -54,6 +63,36 @@ class SQLiteConnections:
             StoreUnavailable, ConfigurationError: the translation of SQLite's error.
         """
         return _Lent(self, translate)
+
+    def read(self, sql: str, values: tuple[object, ...]) -> list[sqlite3.Row]:
+        """Return the rows of a SELECT. This does what `lend` does, in half the time: every read comes through here.
+
+        Raises:
+            StoreUnavailable, ConfigurationError: the translation of SQLite's error.
+        """
+        if self.is_reading:
+            time.sleep(TURN)
+        # Not a lock: Ctrl-C could leave it locked. A wrong value here costs one pause.
+        self.is_reading = True
+        try:
+            return self._read(sql, values)
+        except sqlite3.Error as error:
+            raise translate_error(error, self.path) from error
+        finally:
+            self.is_reading = False
+
+    @contextmanager
+    def turn_to_write(self) -> Iterator[None]:
+        """Hold the turn to write. SQLite lets its writers sleep and try again; in here they have a queue.
+
+        Raises:
+            StoreUnavailable: the other writers of this process took too long.
+        """
+        try:
+            with self.writers.borrow():
+                yield
+        except PoolTimeout as error:
+            raise StoreUnavailable(f"{self.path} {_TRANSLATIONS['SQLITE_BUSY'][1]}") from error
 
     def close(self) -> None:
         self._closed = True
@@ -81,7 +120,7 @@ class SQLiteConnections:
         Raises:
             ConfigurationError: it was.
         """
-        if self._identity is not None and (now := identity_of(self.path)) != self._identity:
+        if self._identity is not None and (now := identity_of(self._name)) != self._identity:
             raise ConfigurationError(
                 f"{self.path} was {'replaced' if now else 'moved or deleted'} while this program had it open, so what "
                 f"is written now might be lost. Stop every program that uses it, see that the right file is there, "
@@ -99,7 +138,7 @@ class SQLiteConnections:
         Raises:
             StoreUnavailable: it was. The connection must be closed.
         """
-        now = identity_of(f"{self.path}-wal") or (0, 0)
+        now = identity_of(f"{self._name}-wal") or (0, 0)
         if conn.log is None:
             conn.log = now
         elif conn.log != now:
@@ -108,6 +147,16 @@ class SQLiteConnections:
                 "might be lost. Try again. Nobody may delete that file, and a program that has the database open may "
                 "not open and close its file by other means, as to copy it."
             )
+
+    def _read(self, sql: str, values: tuple[object, ...]) -> list[sqlite3.Row]:
+        conn = self._take()
+        try:
+            rows = conn.execute(sql, values).fetchall()
+        except BaseException:
+            conn.close()
+            raise
+        self._give_back(conn)
+        return rows
 
     def _take(self) -> Connection:
         self.refuse_if_closed()

@@ -11,16 +11,20 @@ from typing import Any
 
 from ..core.token import StoredToken
 
+_FIELDS = tuple(field.name for field in fields(StoredToken))
+_TIMES = ("created_at", "expires_at", "last_used_at", "issued_at")
+_JSON = ("products", "exchanges", "metadata")
+
 
 def columns_of(token: StoredToken) -> dict[str, object]:
     """Convert a token to columns: times become seconds, lists and dicts become JSON."""
     # Not with `asdict`, because its deep copies take three times as long.
-    columns: dict[str, object] = {field.name: getattr(token, field.name) for field in fields(token)}
-    for name, value in columns.items():
-        if isinstance(value, datetime):
-            columns[name] = to_seconds(value)
-        elif isinstance(value, list | dict):
-            columns[name] = json.dumps(value)
+    columns: dict[str, object] = {name: getattr(token, name) for name in _FIELDS}
+    for name in _TIMES:
+        if columns[name] is not None:
+            columns[name] = to_seconds(getattr(token, name))
+    for name in _JSON:
+        columns[name] = json.dumps(columns[name])
     return columns
 
 
@@ -67,9 +71,9 @@ def read_every_column(row: sqlite3.Row) -> StoredToken:
     """Read a token with all its columns."""
     columns = {name: row[name] for name in row.keys()}  # noqa: SIM118  # Iterating over a Row gives its values.
     columns["in_doubt"] = bool(columns["in_doubt"])
-    for name in ("created_at", "expires_at", "last_used_at", "issued_at"):
+    for name in _TIMES:
         columns[name] = None if columns[name] is None else to_moment(columns[name])
-    for name in ("products", "exchanges", "metadata"):
+    for name in _JSON:
         columns[name] = json.loads(columns[name])
     return StoredToken(**columns)
 
