@@ -39,6 +39,7 @@ class PostgreSQLBackend(Backend):
     def __init__(self, connections: PostgreSQLConnections, context: Context) -> None:
         super().__init__(context, connections.where)
         self.connections, self._run = connections, connections.run
+        self._run_prepared = connections.run_prepared  # for what each read or login needs
         self.locks = PostgreSQLLocks(connections)
         self._harmless = HarmlessLogins()
 
@@ -134,7 +135,7 @@ class PostgreSQLBackend(Backend):
         # A read that saw a mark may find its lock free because that login has just succeeded. So we ask again before
         # we believe that there is no token. Nobody replaces a token three times meanwhile.
         for _ in range(3):
-            if rows := self._run(sql, **values, metadata=json.dumps(metadata)):
+            if rows := self._run_prepared(sql, **values, metadata=json.dumps(metadata)):
                 return read_token(rows[0])
         return None
 
@@ -142,7 +143,7 @@ class PostgreSQLBackend(Backend):
         return next(map(read_token, self._run(queries.IN_DOUBT, user_id=user_id)), None)
 
     def find_newest(self, user_id: str) -> StoredToken | None:
-        return next(map(read_token, self._run(queries.NEWEST, user_id=user_id)), None)
+        return next(map(read_token, self._run_prepared(queries.NEWEST, user_id=user_id)), None)
 
     def find_by_account(self, account: str) -> list[StoredToken]:
         return [read_token(row) for row in self._run(queries.OF_ACCOUNT, account=account)]
@@ -159,11 +160,12 @@ class PostgreSQLBackend(Backend):
             "now": token.created_at,
         }
         try:
-            rows = self._run(queries.STORE, **columns, **ended, **begun, harmless=list(self._harmless.marks))
+            rows = self._run_prepared(queries.STORE, **columns, **ended, **begun, harmless=list(self._harmless.marks))
         except StoreUnavailable as error:
             if violated_constraint(error) in queries.SUPERSEDED:
                 raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             raise
+        self.locks.logins.pop(token.user_id.upper(), None)  # The mark went with the earlier token.
         return replace(token, token_id=int(rows[0]["token_id"]), in_doubt=rows[0]["in_doubt"])
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
@@ -174,9 +176,10 @@ class PostgreSQLBackend(Backend):
         key, over = self.locks.begin_login(lock)
         self._harmless.marks = frozenset({*over, str(key)})
         entry = {"action": "login", "actor": self.context.actor, "now": now, "metadata": json.dumps(metadata)}
-        rows = self._run(
-            queries.MARK if user_id else queries.MARK_ALL, user_id=user_id, key=key, note=RUNNING + lock, **entry
-        )
+        if user_id:
+            rows = self._run_prepared(queries.MARK, user_id=user_id, key=key, **entry)
+        else:
+            rows = self._run(queries.MARK_ALL, user_id=None, key=key, note=RUNNING + lock, **entry)
         return [row["user_id"] for row in rows]
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
@@ -190,6 +193,8 @@ class PostgreSQLBackend(Backend):
         note = None if user_id or in_doubt else RUNNING + lock  # One that stays counts as one of a killed login.
         values = {"mark": 0 if in_doubt else None, "note": note, "harmless": list(self._harmless.marks)}
         rows = self._run(queries.UNMARK, key=key, user_id=user_id, **values)
+        if user_id is None:
+            self.locks.logins.pop(lock, None)
         return [row["user_id"] for row in rows]
 
     def clear_doubt(self, token: StoredToken) -> None:
@@ -216,7 +221,7 @@ class PostgreSQLBackend(Backend):
         return [row["performed_at"].astimezone(UTC) for row in rows]
 
     def read_notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
-        (row,) = self._run(queries.NOTES, names=list(names))
+        (row,) = self._run_prepared(queries.NOTES, names=list(names))
         return row["now"], row["notes"]
 
     def write_note(self, name: str, text: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import psycopg2
 import psycopg2.extras
+from psycopg2.errors import DuplicatePreparedStatement, InvalidSqlStatementName
 from psycopg2.extensions import POLL_OK, POLL_READ, TRANSACTION_STATUS_IDLE, connection
 
 from ..core.errors import ConfigurationError, StoreUnavailable
@@ -23,6 +24,7 @@ from ..core.pool import Pool, PoolClosed, PoolTimeout
 from ..core.token import Secret
 from .dsn import read_dsn
 from .errors import translate_error
+from .prepared import PreparingConnection, message
 from .session import FIND_SCHEMA, session_settings, transaction_settings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class PostgreSQLConnections:
         self.timeout, self.size = timeout, pool_size
         self.schema: str | None = None
         self.pooled = self.closed = False
+        self._prepares = True
         self._sessions: dict[weakref.ref[connection], tuple[object, ...]] = {}
         # A returned connection has no transaction to roll back, because each message is its own transaction.
         self._pool: Pool[connection] = Pool(
@@ -65,6 +68,23 @@ class PostgreSQLConnections:
         with self.session() as conn:
             return self.answer(conn, sql, **values)
 
+    def run_prepared(self, sql: str, **values: Any) -> list[dict[str, Any]]:
+        """Do the same as `run`, but the server plans the statements once for each connection."""
+        with self.session() as conn:
+            if self.pooled or not self._prepares:
+                return self.answer(conn, sql, **values)
+            this, known = message(sql), cast(PreparingConnection, conn).known
+            try:
+                rows = self.answer(conn, this.for_session(known), **values)
+            except (InvalidSqlStatementName, DuplicatePreparedStatement) as error:
+                # Something in between changes the sessions, and nobody noticed. Nothing was executed.
+                logger.info("%s keeps no prepared statements (%s), so none are used", self.where, error.pgcode)
+                self._prepares = False
+            else:
+                known |= this.names
+                return rows
+        return self.run(sql, **values)
+
     def answer(
         self, conn: connection, sql: str, *, seconds: float | None = None, **values: object
     ) -> list[dict[str, Any]]:
@@ -74,7 +94,7 @@ class PostgreSQLConnections:
             sql = f"{first}; {sql}"
         with conn.cursor() as cursor:
             cursor.execute(sql, values or None)
-            _wait(conn, seconds or self.timeout)
+            wait_for_answer(conn, seconds or self.timeout)
             return cast(list[dict[str, Any]], cursor.fetchall()) if cursor.description else []
 
     @contextmanager
@@ -128,10 +148,10 @@ class PostgreSQLConnections:
 
     def _connect_to(self, host: Secret, seconds: float) -> connection:
         rows_as_dicts = psycopg2.extras.RealDictCursor
-        conn = self._open(lambda: psycopg2.connect(host.reveal(), async_=True, cursor_factory=rows_as_dicts))
+        conn = self._open(lambda: psycopg2.connect(host.reveal(), PreparingConnection, rows_as_dicts, async_=True))
         deadline = time.monotonic() + seconds
         try:
-            _wait(conn, seconds)
+            wait_for_answer(conn, seconds)
             self._make_ours(conn, deadline)
         except BaseException:
             conn.close()
@@ -199,7 +219,7 @@ class PostgreSQLConnections:
             raise translate_error(error, self.where, self.timeout, pooled=self.pooled) from error
 
 
-def _wait(conn: connection, seconds: float) -> None:
+def wait_for_answer(conn: connection, seconds: float) -> None:
     """Wait until the connection has its answer.
 
     Raises:
