@@ -13,7 +13,7 @@ import pymongo
 import pytest
 from pymongo.errors import PyMongoError
 
-from upstox_db_examples import KeyRing, MongoUpstoxStorage, StorageError
+from upstox_db_examples import KeyRing, MongoUpstoxStorage, StorageError, StoreUnavailable
 from upstox_db_examples.local.servers import MongoDBServer
 
 from ..support.databases import notes
@@ -37,6 +37,18 @@ class Member(MongoDBServer):
     def direct(self, seconds: float = 1) -> pymongo.MongoClient[Any]:
         return pymongo.MongoClient("127.0.0.1", self.port, directConnection=True, timeoutMS=1000 * seconds)
 
+    def fetch_nothing_more(self) -> None:
+        """Replicate no write of the primary that comes from now on."""
+        self._set_failpoint("alwaysOn")
+
+    def fetch_again(self) -> None:
+        self._set_failpoint("off")
+
+    def _set_failpoint(self, mode: str) -> None:
+        login: Any = {"username": "root", "password": self._password(), "directConnection": True}
+        with pymongo.MongoClient[Any]("127.0.0.1", self.port, **login) as client:
+            client.admin.command("configureFailPoint", "stopReplProducer", mode=mode)
+
     @property
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
@@ -47,10 +59,10 @@ class Member(MongoDBServer):
         return False
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def members() -> Iterator[list[Member]]:
     with contextlib.ExitStack() as stack:
-        members = [stack.enter_context(Member()) for _ in range(3)]
+        members = [stack.enter_context(Member(settings={"enableTestCommands": "1"})) for _ in range(3)]
         config = {
             "_id": "rs0",
             "members": [{"_id": number, "host": each.host} for number, each in enumerate(members)],
@@ -73,11 +85,40 @@ def primary(members: list[Member]) -> Member:
     raise AssertionError("no member became the primary")
 
 
+@pytest.fixture
+def url(members: list[Member]) -> str:
+    hosts = ",".join(each.host for each in members)
+    return f"mongodb://root:{members[0]._password()}@{hosts}/?replicaSet=rs0&authSource=admin"
+
+
 @pytest.mark.usefixtures("own_servers")
 @pytest.mark.slow
-def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Member], keys: KeyRing) -> None:
-    hosts = ",".join(each.host for each in members)
-    url = f"mongodb://root:{members[0]._password()}@{hosts}/?replicaSet=rs0&authSource=admin"
+def test_a_lease_that_only_a_dead_primary_knew_begins_no_login(members: list[Member], url: str, keys: KeyRing) -> None:
+    user_id = "EF0001"
+    options: Any = {"keys": keys, "login": made_up_login, "timeout": 15}
+    with MongoUpstoxStorage(url, **options) as cut_off, MongoUpstoxStorage(url, **options) as other:
+        now = cut_off.store_token(user_id) and cut_off.backend.context.now()
+        killed = primary(members)
+        secondaries = [each for each in members if each is not killed]
+        for each in secondaries:
+            each.fetch_nothing_more()
+        with cut_off.backend.lock(user_id):  # The primary takes this alone: a lease is not waited for ...
+            killed.kill()
+            primary(secondaries)
+            for each in secondaries:
+                each.fetch_again()
+            with other.backend.lock(user_id):  # ... so the next primary gives it to somebody else ...
+                other.backend.begin_login(user_id, user_id, now, {})
+                with pytest.raises(StoreUnavailable, match="another caller took over"):
+                    cut_off.backend.begin_login(user_id, user_id, now, {})  # ... and this finds out before the login.
+                other.backend.end_login(user_id, in_doubt=False)
+        killed.start()
+        assert [entry["action"] for entry in other.get_audit_trail(user_id)] == ["login", "created", "login"]
+
+
+@pytest.mark.usefixtures("own_servers")
+@pytest.mark.slow
+def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Member], url: str, keys: KeyRing) -> None:
     users = ["CD0001", "CD0002", "CD0003"]
     acknowledged: dict[str, list[str]] = {user_id: [] for user_id in users}
     stalls: list[float] = []
@@ -133,7 +174,7 @@ def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Memb
             newest_first = list(history)
             assert newest_first.index(active) <= newest_first.index(acknowledged[user_id][-1])
         with pymongo.MongoClient[Any](url) as client:
-            assert client.upstox_db.active_tokens.count_documents({}) == len(users)
+            assert client.upstox_db.active_tokens.count_documents({"_id": {"$in": users}}) == len(users)
     assert stale == 0
     assert min(map(len, acknowledged.values())) > 20
     assert max(stalls) < 15

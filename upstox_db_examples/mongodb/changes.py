@@ -15,6 +15,7 @@ from ..core.errors import StoreUnavailable
 from ..core.token import StoredToken
 from .connection import Document, index_keys
 from .documents import ATTEMPTS, FIRST_ENTRY, GENERATION_KEYS, NOT_ACTIVE, active_of, is_free, record_of
+from .lease import SOON
 
 
 def take_over(db: Database[Document], record: Document, now: datetime) -> ObjectId | None:
@@ -111,12 +112,15 @@ def make_active(db: Database[Document], token: StoredToken) -> None:
 
 
 def end_records(db: Database[Document], entries: list[Document]) -> int:
-    """End the records of these audit entries' tokens. Return how many were active until now."""
+    """End the records of these audit entries' tokens. Return how many were active until now.
+
+    Of its writes only one is waited for, that of the entries into the audit trail: it brings the earlier ones along.
+    """
     ending = [
         UpdateOne({"_id": e["token_id"], "is_active": True}, {"$set": {"is_active": False}, "$push": {"audit": e}})
         for e in entries
     ]
-    ended = db.tokens.bulk_write(ending, ordered=False).modified_count
+    ended = db.tokens.with_options(write_concern=SOON).bulk_write(ending, ordered=False).modified_count
     move_audit(db, [entry["token_id"] for entry in entries])
     return ended
 
@@ -131,7 +135,8 @@ def move_audit(db: Database[Document], token_ids: list[ObjectId]) -> None:
     except BulkWriteError as error:
         if any(fault["code"] != 11000 for fault in error.details["writeErrors"]):
             raise
-    db.tokens.bulk_write(
+    # If this is lost, the entries are in both places, and are shown once.
+    db.tokens.with_options(write_concern=SOON).bulk_write(
         [
             UpdateOne(
                 {"_id": record["_id"]},

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pymongo import ReturnDocument
 from pymongo.database import Database
+from pymongo.write_concern import WriteConcern
 
 from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import StorageError, StoreUnavailable, TokenNotStored
@@ -23,6 +24,10 @@ from ..core.forks import start_anew_in_children
 logger = logging.getLogger(__name__)
 
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+# For writes that need not be waited for. A journal and an oplog keep the order of writes, so a later write that is
+# waited for brings the earlier ones along: `prove_held` a taken lease, before any login. A release that is lost only
+# means that the lease ends by itself.
+SOON = WriteConcern(w=1)
 
 
 class _Lease(NamedTuple):
@@ -118,7 +123,7 @@ class Leases:
     def prove_held(self) -> None:
         """Check the leases just before anything that must not happen twice.
 
-        That is a login, or writing back what was read under the lease.
+        That is a login, or writing back what was read under the lease. Afterwards the lease is durable, too.
 
         Raises:
             StoreUnavailable: another caller has taken over a lease of this thread.
@@ -130,7 +135,7 @@ class Leases:
         """Take the lease if it is free. This is one atomic change, by the server's clock ($$NOW)."""
         free = {"$lte": [{"$ifNull": ["$until", LONG_AGO]}, "$$NOW"]}
         with self._database() as db:
-            after = db.leases.find_one_and_update(
+            after = db.leases.with_options(write_concern=SOON).find_one_and_update(
                 {"_id": lease.name},
                 [
                     {"$set": {"free": free}},
@@ -170,7 +175,7 @@ class Leases:
     def _release(self, lease: _Lease) -> None:
         try:
             with self._database() as db:
-                db.leases.delete_one({"_id": lease.name, "owner": lease.owner})
+                db.leases.with_options(write_concern=SOON).delete_one({"_id": lease.name, "owner": lease.owner})
         except StorageError as error:
             logger.warning("The lease of %s is not released and stays up to %g s: %s", lease.name, self._seconds, error)
 
