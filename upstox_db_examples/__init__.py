@@ -1,5 +1,6 @@
 """Keep Upstox access tokens in a real database: one class for each storage pattern."""
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,6 @@ from .core.settings import Options
 from .core.store import TokenStorage
 from .core.token import ExpiryPolicy, Secret, TokenResult
 from .patterns import PATTERNS, import_store, open_store
-from .transfer.file import Counts
-from .transfer.transfer import export_tokens, import_tokens, migrate
 
 if TYPE_CHECKING:
     from .hybrid import HybridUpstoxStorage
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     from .pooled import PooledUpstoxStorage
     from .postgresql import PostgreSQLUpstoxStorage
     from .sqlite import SQLiteUpstoxStorage
+    from .transfer.file import Counts
+    from .transfer.transfer import export_tokens, import_tokens, migrate
 
 __all__ = [
     "Accounts",
@@ -78,7 +79,13 @@ __all__ = [
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
+_TRANSFER = ("Counts", "export_tokens", "import_tokens", "migrate")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _TRANSFER:
+        globals()[name] = getattr(importlib.import_module(f"{__name__}.transfer"), name)
+        return globals()[name]
     # A store is imported on first use, because a program that uses SQLite needs no other database's driver.
     for folder, pattern in PATTERNS.items():
         if name in (folder, pattern.store):

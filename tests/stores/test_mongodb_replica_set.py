@@ -97,7 +97,8 @@ def test_a_lease_that_only_a_dead_primary_knew_begins_no_login(members: list[Mem
     user_id = "EF0001"
     options: Any = {"keys": keys, "login": made_up_login, "timeout": 15}
     with MongoUpstoxStorage(url, **options) as cut_off, MongoUpstoxStorage(url, **options) as other:
-        now = cut_off.store_token(user_id) and cut_off.backend.context.now()
+        cut_off.store_token(user_id)
+        now = cut_off.backend.context.now()
         killed = primary(members)
         secondaries = [each for each in members if each is not killed]
         for each in secondaries:

@@ -21,6 +21,7 @@ from upstox_db_examples import (
 )
 from upstox_db_examples.core.token import Secret, StoredToken
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.postgresql.prepared import message
 from upstox_db_examples.postgresql.rows import read_token
 
 from ..contracts.backend import made_up
@@ -47,7 +48,8 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
         store.store_token()
         messages = count_messages(monkeypatch)
         store.store_token()
-        assert len([sql for sql in messages if "INSERT INTO upstox_tokens" in sql]) == 1
+        names = message(postgresql.queries.STORE).names
+        assert len([sql for sql in messages if all(name in sql for name in names)]) == 1
         commits = "SELECT count(DISTINCT xmin::text) AS commits FROM upstox_token_audit WHERE token_id IS NOT NULL"
         assert bare(self.url, commits) == [{"commits": 2}], "created; then deactivated and created in one commit"
 

@@ -25,7 +25,9 @@ from upstox_db_examples import (
 from upstox_db_examples.local.certificates import make_certificates
 from upstox_db_examples.local.servers import PostgreSQLServer
 from upstox_db_examples.local.upstox import LocalUpstox
+from upstox_db_examples.postgresql import queries
 from upstox_db_examples.postgresql.connections import PostgreSQLConnections
+from upstox_db_examples.postgresql.prepared import message
 
 from ..support.certificates import expired_certificates
 from ..support.leaks import shown_with_locals
@@ -73,6 +75,25 @@ class TestPostgreSQL(OnPostgreSQL):
             list(threads.map(store.store_token, everybody))
         assert backends() == before
         assert len(before) >= 4
+
+    @pytest.mark.parametrize(
+        "meddling",
+        [
+            "DEALLOCATE ALL",  # as a pooler that nobody noticed: this session does not know the names ...
+            "PREPARE {name} AS SELECT 1",  # ... or somebody else has used them
+        ],
+    )
+    def test_a_session_whose_prepared_statements_changed_is_used_without_them(
+        self, open_store: OpenStore, store: PostgreSQLUpstoxStorage, meddling: str
+    ) -> None:
+        store.store_token()
+        other = open_store() if "PREPARE" in meddling else store
+        assert isinstance(other, PostgreSQLUpstoxStorage)
+        connections, (name,) = other.backend.connections, message(queries.FIND).names
+        with connections.session() as conn:
+            connections.answer(conn, meddling.format(name=name))
+        assert [living(other)["usage_count"] for _ in range(3)] == [1, 2, 3]
+        assert other.store_token()["token"] == living(store)["token"]
 
     def test_backends_that_were_killed_are_replaced_silently(self, store: PostgreSQLUpstoxStorage) -> None:
         token = store.store_token()["token"]

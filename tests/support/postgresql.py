@@ -10,6 +10,7 @@ import psycopg2.extras
 import pytest
 
 from upstox_db_examples import PostgreSQLUpstoxStorage, TokenStorage
+from upstox_db_examples.postgresql.connections import PostgreSQLConnections
 
 from .stores import Counts, OnAStore, OpenStore
 
@@ -59,13 +60,13 @@ def as_role(url: str, role: str, password: str) -> str:
 def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record what the store sends from now on: one entry per round trip to the server."""
     messages: list[str] = []
-    real = psycopg2.extras.RealDictCursor.execute
+    real = PostgreSQLConnections.answer
 
-    def counted(cursor: Any, query: str, vars: Any = None) -> Any:
-        messages.append(query)
-        return real(cursor, query, vars)
+    def counted(self: PostgreSQLConnections, conn: Any, sql: str, **values: Any) -> Any:
+        messages.append(sql)
+        return real(self, conn, sql, **values)
 
-    monkeypatch.setattr(psycopg2.extras.RealDictCursor, "execute", counted)
+    monkeypatch.setattr(PostgreSQLConnections, "answer", counted)
     return messages
 
 

@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -198,6 +197,8 @@ def _make_key_file(file: Path) -> None:
     A temporary file has mode 0600 from the start, and a link fails if the name is taken. So of two processes that
     start at once, the slower one uses the other's key. A rename would replace that key.
     """
+    import tempfile  # Only here: most programs never make a key.
+
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:

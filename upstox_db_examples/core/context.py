@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import getpass
 import os
-import socket
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -38,6 +36,9 @@ class Context:
 
 @functools.cache
 def _user_and_host() -> str:
+    import getpass
+    import socket
+
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # A container may run as a user id without a name.

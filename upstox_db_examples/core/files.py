@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -102,6 +101,8 @@ def write_whole(path: Path) -> Iterator[Path]:
     Raises:
         StoreUnavailable: the file cannot be written. An existing file at `path` stays.
     """
+    import tempfile  # Only here, for it takes as long as the rest of this package.
+
     temporary = None
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -109,6 +108,8 @@ class Accounts:
             ConfigurationError: the file cannot be read, is readable by others, or is not TOML.
             LoginRefused: the credentials of an account cannot work.
         """
+        import tomllib
+
         text = read_secret_file(path, "the accounts file")
         try:
             return cls(tomllib.loads(text.reveal()), **options)

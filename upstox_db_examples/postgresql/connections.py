@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import psycopg2
-import psycopg2.extras
 from psycopg2.errors import DuplicatePreparedStatement, InvalidSqlStatementName
 from psycopg2.extensions import POLL_OK, POLL_READ, TRANSACTION_STATUS_IDLE, connection
 
@@ -95,7 +94,10 @@ class PostgreSQLConnections:
         with conn.cursor() as cursor:
             cursor.execute(sql, values or None)
             wait_for_answer(conn, seconds or self.timeout)
-            return cast(list[dict[str, Any]], cursor.fetchall()) if cursor.description else []
+            if not cursor.description:
+                return []
+            names = [column.name for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
 
     @contextmanager
     def session(self) -> Iterator[connection]:
@@ -147,8 +149,7 @@ class PostgreSQLConnections:
         return self._connect_to(last, seconds)
 
     def _connect_to(self, host: Secret, seconds: float) -> connection:
-        rows_as_dicts = psycopg2.extras.RealDictCursor
-        conn = self._open(lambda: psycopg2.connect(host.reveal(), PreparingConnection, rows_as_dicts, async_=True))
+        conn = self._open(lambda: psycopg2.connect(host.reveal(), PreparingConnection, async_=True))
         deadline = time.monotonic() + seconds
         try:
             wait_for_answer(conn, seconds)

@@ -15,7 +15,6 @@ Rejected: connections in the child past the table, by another name of the file o
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sqlite3
 import threading
@@ -94,6 +93,8 @@ def is_pending() -> bool:
 
 
 def _before() -> None:
+    import ctypes  # noqa: F401 - for the child, which must not import anything: another thread may hold the lock.
+
     me, deadline = threading.get_ident(), time.monotonic() + WAIT
     _forking.add(me)
     while True:
@@ -115,6 +116,8 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
+    import ctypes
+
     _forking.clear()
     _inherited.clear()
     _inherited.update(files_open_here())
