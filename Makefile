@@ -10,6 +10,9 @@
 SHELL := /bin/sh
 BIN := .venv/bin
 ELSEWHERE := /opt/homebrew/bin/python3 /usr/local/bin/python3
+# Bytecode is kept, also where the machine says otherwise, as many containers do. `make test` starts hundreds of Pythons,
+# and each of them would compile the drivers again, for half a second.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: lab test notebooks check docs bench clean
 
 # A token may travel between the notebook and its kernel: so that is encrypted, where the kernel can.

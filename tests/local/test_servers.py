@@ -220,13 +220,13 @@ def test_nothing_is_left_of_a_server_that_was_killed_while_it_wrote(server: Post
                 conn.autocommit = True
                 while not stop.is_set():
                     conn.cursor().execute("INSERT INTO written SELECT repeat('x', 2000) FROM generate_series(1, 500)")
-            time.sleep(0.01)
+            time.sleep(0.1)
 
     with ThreadPoolExecutor(8) as threads:
         for _ in range(8):
             threads.submit(keep_writing)
         try:
-            for _ in range(10):
+            for _ in range(4):
                 main = psutil.Process(server.process.pid)
                 wait_until(lambda main=main: len(main.children(recursive=True)) > 8)  # type: ignore[misc]
                 time.sleep(0.1)

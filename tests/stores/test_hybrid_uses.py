@@ -21,7 +21,7 @@ from ..support import processes
 from ..support.clocks import Clock
 from ..support.hybrid import OnHybrid
 from ..support.naive import FoldsAgain, TellsRedisLast
-from ..support.postgresql import bare, counts
+from ..support.postgresql import bare, counting
 from ..support.processes import USER, Address
 from ..support.stores import Counts, OpenStore, living
 
@@ -125,7 +125,7 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
         stop = threading.Event()
 
         def counted() -> Counts:
-            found = counts(postgres_url)
+            found = count()
             handed_out = store.get_valid_token(USER)
             if handed_out:
                 assert not found.active or handed_out["token_id"] >= found.active[0], "a stale token was handed out"
@@ -140,10 +140,10 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
             while not stop.is_set():
                 store.get_valid_token(USER)
                 reads += 1
-                time.sleep(0.001)
+                time.sleep(0.005)
             return reads
 
-        with address.open() as store, ThreadPoolExecutor(1) as thread:
+        with counting(postgres_url) as count, address.open() as store, ThreadPoolExecutor(1) as thread:
             reading = thread.submit(keep_reading)
             try:
                 yield counted

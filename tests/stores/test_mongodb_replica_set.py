@@ -21,6 +21,7 @@ from ..support.processes import made_up_login
 
 PASSWORD = "the key that all members share"
 ELECTION_SECONDS = 2
+PAUSE = 0.02  # seconds between two calls of a thread: a steady load, and time for the other tests
 
 
 class Member(MongoDBServer):
@@ -128,7 +129,7 @@ def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Memb
 
     def keep_storing(user_id: str) -> None:
         nonlocal errors
-        while not stop.is_set():
+        while not stop.wait(PAUSE):
             begin = time.monotonic()
             try:
                 acknowledged[user_id].append(store.store_token(user_id)["token_id"])
@@ -138,7 +139,7 @@ def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Memb
 
     def keep_reading(user_id: str) -> None:
         nonlocal stale, errors, reads
-        while not stop.is_set():
+        while not stop.wait(PAUSE):
             known = len(acknowledged[user_id])
             begin = time.monotonic()
             try:

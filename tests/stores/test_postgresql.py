@@ -75,7 +75,7 @@ class TestPostgreSQL(OnPostgreSQL, StoreContract):
 
     @pytest.mark.slow
     def test_each_query_uses_an_index_with_many_old_tokens(self, store: PostgreSQLUpstoxStorage) -> None:
-        fill(self.url, 300_000, store.backend.context.now())
+        fill(self.url, 50_000, store.backend.context.now())
         now = store.backend.context.now()
         values = {
             "user_id": USER, "now": now, "alive_after": now, "harmless": [], "note": None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from upstox_db_examples.local.servers import PostgreSQLServer
 
 from ..contracts.reliability import ReliabilityContract
 from ..contracts.server import ServerContract
-from ..support.postgresql import counts
+from ..support.postgresql import counting
 from ..support.processes import Address
 from ..support.stores import Counts
 
@@ -30,8 +30,9 @@ class TestPostgreSQLUnderCrowdsAndKills(ReliabilityContract):
         return Address("upstox_db_examples:PostgreSQLUpstoxStorage", (postgres_url,))
 
     @pytest.fixture
-    def count(self, postgres_url: str) -> Callable[[], Counts]:
-        return lambda: counts(postgres_url)
+    def count(self, postgres_url: str) -> Iterator[Callable[[], Counts]]:
+        with counting(postgres_url) as count:
+            yield count
 
 
 class TestAServerThatFails(ServerContract):

@@ -66,7 +66,15 @@ def find(secrets: str | Iterable[str | bytes], haystack: bytes) -> set[bytes]:
 def files_with(secrets: str | Iterable[str | bytes], folder: Path) -> list[str]:
     """Return the files below the folder that contain a window of a secret."""
     each = [secrets] if isinstance(secrets, str) else list(secrets)
-    return sorted(str(file) for file in folder.rglob("*") if file.is_file() and find(each, file.read_bytes()))
+    return sorted(str(file) for file in folder.rglob("*") if file.is_file() and find(each, content(file)))
+
+
+def content(file: Path) -> bytes:
+    """Return what is in the file, without the room at its end that a database reserves in megabytes of zeros.
+
+    Some zeros stay, because the bytes of a key may end with zeros as well.
+    """
+    return file.read_bytes().rstrip(b"\0") + bytes(WINDOW * 2)
 
 
 def shown_with_locals(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -70,16 +72,30 @@ def count_messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return messages
 
 
-def counts(url: str) -> Counts:
-    """Count the rows in the two tables."""
+@contextlib.contextmanager
+def counting(url: str) -> Iterator[Callable[[], Counts]]:
+    """Yield a function that counts the rows in the two tables, over one connection."""
     created = "SELECT token_id FROM upstox_token_audit WHERE action = 'created'"
     orphans = (
         f"SELECT (SELECT count(*) FROM upstox_tokens WHERE id NOT IN ({created})) + "
         f"(SELECT count(*) FROM ({created}) AS c WHERE token_id NOT IN (SELECT id FROM upstox_tokens)) AS orphans"
     )
-    rows = bare(url, f"SELECT id, generation, is_active, ({orphans}) AS orphans FROM upstox_tokens")
-    active = [row["id"] for row in rows if row["is_active"]]
-    return Counts(active, {row["id"]: row["generation"] for row in rows}, rows[0]["orphans"] if rows else 0)
+    with contextlib.closing(psycopg2.connect(url)) as conn:
+        conn.autocommit = True
+
+        def counts() -> Counts:
+            with conn.cursor() as cursor:
+                cursor.execute(f"SELECT id, generation, is_active, ({orphans}) FROM upstox_tokens")
+                rows = cursor.fetchall()
+            active = [row[0] for row in rows if row[2]]
+            return Counts(active, {row[0]: row[1] for row in rows}, rows[0][3] if rows else 0)
+
+        yield counts
+
+
+def counts(url: str) -> Counts:
+    with counting(url) as count:
+        return count()
 
 
 def ask(url: str, sql: str = "SELECT 1") -> object:

@@ -38,16 +38,7 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
 
 # Use a fork server: a plain fork is not safe in a process with threads, and spawn takes a second each time.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "tests.support.processes",
-        "upstox_db_examples.postgresql",
-        "upstox_db_examples.mongodb",
-        "upstox_db_examples.hybrid",
-        "tests.support.naive",
-        "tests.support.every_step",
-    ]
-)
+_context.set_forkserver_preload(["tests.support.ready_to_fork"])
 
 
 class Address(NamedTuple):

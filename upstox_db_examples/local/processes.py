@@ -117,7 +117,7 @@ class Server(ABC):
                 why = [line for line in said.splitlines() if "in use" in line.lower()]
                 last_words = why[-2:] + said.splitlines()[-5:]
                 raise StoreUnavailable(f"{self.name} did not start: {' / '.join(last_words)}")
-            time.sleep(0.01)
+            time.sleep(0.03)
 
     def stop(self) -> None:
         """Stop as an administrator would: sessions end, and the data is safe."""
