@@ -43,14 +43,14 @@ Put an address with a password into UPSTOX_DB_STORE: all users of a machine can 
 Examples
   TOKEN=$(upstox-db token) || exit
   upstox-db status --store upstox.db
-  45 8 * * 1-5  . $HOME/upstox.env; upstox-db login --keep      (in a crontab)
+  45 8 * * 1-5  . $HOME/upstox.env; upstox-db login --keep     (in a crontab)
 
 \b
 Exit codes
   0  done
-  1  try again: a store or Upstox did not answer, a limit is not over, or there
-     is no working token yet
-  2  wrong usage: an unknown command or option, or a value that it cannot take
+  1  try again: a store or Upstox did not answer, a limit is not over, or
+     there is no working token yet
+  2  wrong usage: an unknown command or option, or an impossible value
   3  fix something first: credentials, a name, a path, a key or a server
 
 \b
@@ -61,7 +61,7 @@ Try it without an account, in two terminals
 Complete commands and options with the Tab key
   eval "$(_UPSTOX_DB_COMPLETE=bash_source upstox-db)"     (in ~/.bashrc)
   eval "$(_UPSTOX_DB_COMPLETE=zsh_source upstox-db)"      (in ~/.zshrc)
-  _UPSTOX_DB_COMPLETE=fish_source upstox-db | source      (in config.fish)
+  _UPSTOX_DB_COMPLETE=fish_source upstox-db | source      (for fish)
 """
 
 
@@ -94,7 +94,7 @@ class Commands(click.Group):
         """Write the help's end. Only here the table of the stores is needed."""
         from .patterns import PATTERNS
 
-        stores = "".join(f"  {each.address:<42} {each.what}\n" for each in PATTERNS.values())
+        stores = "".join(f"  {each.address:<38} {each.what}\n" for each in PATTERNS.values())
         self.epilog = HELP.format(stores=stores)
         super().format_epilog(ctx, formatter)
 

@@ -59,17 +59,16 @@ def doctor(ctx: click.Context) -> None:
     from .cli_doctor_stores import check_store
 
     found: list[Finding] = []
-    for check in (check_versions, check_variables, check_totp, check_keys, check_clock, check_store):
-        found += guarded(check, store)
+    for what, check in {**CHECKS, "store": check_store}.items():
+        found += guarded(what, check, store)
     width = max(len(each.what) for each in found)
     lines = [f"{each.verdict:<9}  {each.what:<{width}}  {each.text}" for each in found]
     store.result("\n".join(lines), [each._asdict() for each in found])
     ctx.exit(max(CODES[each.verdict] for each in found))
 
 
-def guarded(check: Callable[[OpenStore], Iterator[Finding]], store: OpenStore) -> Iterator[Finding]:
+def guarded(what: str, check: Callable[[OpenStore], Iterator[Finding]], store: OpenStore) -> Iterator[Finding]:
     """Make this check. An error of ours is its last finding, and the other checks go on."""
-    what = check.__name__.removeprefix("check_")
     try:
         for finding in check(store):
             what = finding.what
@@ -204,3 +203,12 @@ def seconds_ahead(base_domain: str) -> tuple[float | None, str]:
         return None, type(error).__name__
     # The header has whole seconds, so on average it is half a second older than the answer.
     return (begin + time.time()) / 2 - (theirs + 0.5), ""
+
+
+CHECKS: dict[str, Callable[[OpenStore], Iterator[Finding]]] = {
+    "versions": check_versions,
+    "variables": check_variables,
+    "TOTP": check_totp,
+    "keys": check_keys,
+    "clock": check_clock,
+}

@@ -67,7 +67,7 @@ class Stops(NamedTuple):
 @click.argument("users", metavar="[USER]...", nargs=-1)
 @click.pass_context
 def status(ctx: click.Context, users: tuple[str, ...]) -> None:
-    """Show each user's token, what stops logins, and whether each database answers.
+    """Show whether each user's token and each database works.
 
     For each user it shows whether a token works and until when, the last login, and what Upstox refused. The token
     itself is never shown, no use is counted, and Upstox is not asked. USER is an Upstox user id such as AB1234. The
