@@ -202,7 +202,7 @@ def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     store = ctx.ensure_object(OpenStore)
     if ctx.parent is None or ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE:
         setattr(store, str(param.name), value)
-    if param.name == "verbose" and store.verbose and not ctx.resilient_parsing:
+    if ctx.parent is not None and param.name == "verbose" and value:
         log(ctx, verbose=True)
 
 

@@ -86,7 +86,10 @@ def check_writing(opened: TokenStorage) -> Iterator[Finding]:
 
 
 def check_keys_of_tokens(opened: TokenStorage) -> Iterator[Finding]:
-    known = KeyRing.default().key_ids if has_keys() else []
+    try:
+        known = KeyRing.default().key_ids if has_keys() else []
+    except StorageError:  # The check of the keys has told it.
+        return
     if unknown := [key for key in opened.keys_in_use() if key not in known]:
         told = "Put it back (UPSTOX_DB_KEYS, or the key file), or log in again."
         yield Finding("keys", FIX, f"The store has tokens under {', '.join(unknown)}, which this machine lacks. {told}")

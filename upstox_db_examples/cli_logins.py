@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -20,8 +20,10 @@ from .core.errors import (
     StorageError,
     TokenNotStored,
 )
-from .core.store import TokenStorage
-from .core.token import TokenResult
+
+if TYPE_CHECKING:
+    from .core.store import TokenStorage
+    from .core.token import TokenResult
 
 
 @command("token", "TOKEN=$(upstox-db token) || exit", "upstox-db token AB1234 --masked --no-login")

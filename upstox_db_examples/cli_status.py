@@ -56,6 +56,11 @@ class Stop(NamedTuple):
     exit_code: int
 
 
+IN_DOUBT = Stop(
+    "A login that is running or broke off may have replaced this token. To ask Upstox, run: upstox-db token", TRY_AGAIN
+)
+
+
 class Stops(NamedTuple):
     """What stops logins of anybody (`others`), and of each user."""
 
@@ -134,7 +139,7 @@ def look_at(store: OpenStore, opened: TokenStorage, users: list[str]) -> tuple[l
         if token is not None and alive:
             unreadable = why_unreadable(opened, token) if keys else "There is no key here that could read the token."
             state = "unreadable" if unreadable else "in doubt" if token.in_doubt else state
-            stop = Stop(unreadable, FIX_FIRST) if unreadable else stop
+            stop = Stop(unreadable, FIX_FIRST) if unreadable else stop or (IN_DOUBT if token.in_doubt else None)
         code = DONE if state == "works" else stop.exit_code if stop else TRY_AGAIN
         until, last = (token.expires_at if token and alive else None), (token.created_at if token else None)
         rows.append(Row(user, state, until, last, stop and stop.text, code))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_common import ArgumentOrVariable, OpenStore, command, list_users, many
-from .cli_output import on_terminal
+from .cli_output import on_terminal, print_error
 from .core.environment import expand_home
 from .core.errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
 from .core.token import IST
@@ -72,7 +72,8 @@ def backup(store: OpenStore, file: str, keep: int | None) -> None:
     target = stamped(wanted, now) if keep else wanted
     with using_a_path():
         counts = export_tokens(opened, target, progress=on_terminal())
-        removed = remove_older(list_backups(wanted), keep) if keep else []
+        # The new one is kept whatever its name says: the clock may have been wrong before.
+        removed = remove_older([each for each in list_backups(wanted) if each != target], keep - 1) if keep else []
     working = count_working(opened, now)
     told = [describe_counts(counts)]
     told += [f"Wrote {target}, and removed {many(len(removed), 'older backup')}."] if keep else []
@@ -105,17 +106,20 @@ def list_backups(path: Path) -> list[Path]:
 
 
 def remove_older(backups: list[Path], keep: int) -> list[Path]:
-    """Remove all but the newest of these backups. Leave alone what is no backup in spite of its name."""
+    """Remove all but the newest of these backups, and return which. Leave alone what is no backup but has the name."""
     from .transfer.file import kind_of
 
     removed = []
-    for each in backups[:-keep]:
+    for each in backups[: len(backups) - keep]:
         try:
             kind_of(each)
+        except StorageError:
+            continue
+        try:
             each.unlink()
             removed.append(each)
-        except (StorageError, OSError):
-            continue
+        except OSError as error:
+            print_error(f"{each} is older than the backups to keep, but cannot be removed: {error.strerror}.")
     return removed
 
 

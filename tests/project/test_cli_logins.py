@@ -183,8 +183,8 @@ def test_a_token_that_login_could_not_store_is_in_an_encrypted_file_and_can_be_s
     assert run("save", str(file)).returncode == 3, "the store is still broken"
     assert file.exists()
     rename_table(tmp_path / "upstox.db", "away", "upstox_tokens")
-    saved = good(run("save", str(file)))
-    assert saved.startswith("AB1234: eyJ0…(")
+    saved = in_json(run("save", str(file), "--json"))
+    assert (saved["user_id"], saved["token"][:6]) == (USER, "eyJ0…(")
     assert not file.exists()
     assert upstox.is_living(good(run("token")).strip())
     assert upstox.logins() == 1

@@ -97,6 +97,7 @@ def test_a_token_in_doubt_or_under_a_key_that_is_not_here_does_not_count_as_work
     doubted = run("status")
     assert doubted.returncode == 1
     assert "AB1234  in doubt" in doubted.stdout
+    assert "To ask Upstox, run: upstox-db token\n" in doubted.stdout
     without = run("token", "--no-login")
     assert (without.returncode, without.stdout) == (1, "")
     assert "may have replaced it" in without.stderr

@@ -87,10 +87,16 @@ def test_the_newest_backups_are_kept_and_nothing_else_is_removed(run: Run, tmp_p
         mine.name, "upstox.export", old[2].name, Path(told["file"]).name,
     }  # fmt: skip
     assert good(run("--store", "restored.db", "restore", told["file"])).startswith("1 user, 1 token (1 new)")
+    future = folder / "upstox-29990101-000000.export"  # The clock was wrong once.
+    old[2].rename(future)
     time.sleep(1)
     said = good(run("backup", "--keep", "2", "backups/upstox.export")).splitlines()
     assert said[0] == "1 user, 1 token, 2 audit entries."
     assert re.fullmatch(r"Wrote backups/upstox-\d+-\d+\.export, and removed 1 older backup\.", said[1])
+    kept = {each.name for each in folder.iterdir()} - {mine.name, "upstox.export"}
+    assert kept == {future.name, Path(said[1].split()[1].rstrip(",")).name}, (
+        "the new one stays, whatever the clock said"
+    )
     assert run("backup", "--keep", "0", "all.export").returncode == 2
 
 

@@ -45,8 +45,9 @@ def main(pattern: str, user: str) -> None:
 
     Unlike at Upstox, you can log in more than once in 30 seconds.
     """
-    # A kill by default would leave the folder behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # By default these would leave the folder behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="upstox-local-")))
         upstox = stack.enter_context(LocalUpstox(totp_once=False, limits=False))
