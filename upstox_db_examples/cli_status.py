@@ -68,7 +68,7 @@ class Stops(NamedTuple):
     users: dict[str, Stop]
 
 
-@command("status", "upstox-db status", "upstox-db status AB1234 --json", "upstox-db status AB1234 || upstox-db login")
+@command("status", "upstox-db status", "upstox-db status AB1234 --json", "upstox-db status || upstox-db login --keep")
 @click.argument("users", metavar="[USER]...", nargs=-1)
 @click.pass_context
 def status(ctx: click.Context, users: tuple[str, ...]) -> None:
@@ -79,14 +79,15 @@ def status(ctx: click.Context, users: tuple[str, ...]) -> None:
     default is all users.
 
     The exit code is 0 if each database answers and each of these users has a working token. It is 1 if a database does
-    not answer, or a login is due. It is 3 if somebody has to fix something before a login can help.
+    not answer, or a login is due. It is 3 if somebody has to fix something first; then do not log in by a script, because
+    five wrong PINs lock the account.
     """
     store: OpenStore = ctx.obj
     opened = store()
     health = opened.get_storage_status()
     details = health.get("details", {})
     codes = [TRY_AGAIN for value in health.values() if str(value).startswith("error")]
-    rows: list[Row] = []
+    rows: list[Row] | None = None  # None: they cannot be read now
     lines: list[str] = []
     others: list[Stop] = []
     try:
@@ -104,10 +105,14 @@ def status(ctx: click.Context, users: tuple[str, ...]) -> None:
     waiting = details.get("redis", {}).get("uses_waiting")
     lines += [f"waiting uses: {waiting}"] if waiting is not None else []
     lines += [f"{name}: {each['warning']}" for name, each in details.items() if "warning" in each]
-    data = {**health, "users": [in_json(row) for row in rows], "problems": [each.text for each in others]}
-    data |= {"waiting_uses": waiting}
+    data = {
+        **health,
+        "users": None if rows is None else [in_json(row) for row in rows],
+        "problems": [each.text for each in others],
+        "waiting_uses": waiting,
+    }
     store.result("\n".join(lines), data)
-    ctx.exit(max([DONE, *codes, *(row.exit_code for row in rows)]))
+    ctx.exit(max([DONE, *codes, *(row.exit_code for row in rows or ())]))
 
 
 COLUMNS = ("user", "token", "until", "left", "last login")
@@ -204,9 +209,9 @@ def what_stops_logins(store: OpenStore, opened: TokenStorage, newest: dict[str, 
 @command("users", "upstox-db users", "for user in $(upstox-db users); do upstox-db token $user --masked; done")
 @click.pass_obj
 def users(store: OpenStore) -> None:
-    """List the users of the store, one a line.
+    """List the users of the store, one on each line.
 
-    These are all who ever had a token or an audit entry here.
+    It lists everyone who has ever had a token or an audit entry here.
     """
     found = list_users(store())
     if found or store.as_json:
@@ -214,7 +219,7 @@ def users(store: OpenStore) -> None:
 
 
 def limited(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    number = click.IntRange(1, 2**31 - 1)
+    number = click.IntRange(1, 2_000_000_000)
     return click.option(
         "--limit", metavar="N", type=number, default=default, show_default=True, help="How many to show at most."
     )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ..support.command import call, good
+from ..support.command import avoid_the_end_of_the_day, call, good
 
 
 @pytest.mark.parametrize(("pattern", "ending"), [("sqlite", signal.SIGINT), ("hybrid", signal.SIGTERM)])
@@ -21,6 +21,7 @@ from ..support.command import call, good
 def test_its_export_lines_let_the_command_run_until_it_ends(
     pattern: str, ending: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    avoid_the_end_of_the_day()
     command = [sys.executable, "-u", "-m", "upstox_db_examples.local", pattern]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout

@@ -12,7 +12,7 @@ import pytest
 from upstox_db_examples import KeyRing
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
-from ..support.command import USER, Execute, Run, call
+from ..support.command import USER, Execute, Run, avoid_the_end_of_the_day, call
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def upstox() -> Iterator[LocalUpstox]:
 @pytest.fixture
 def run(tmp_path: Path, upstox: LocalUpstox, account: Account, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that calls the command in this process, in the test's folder, with this account and a key."""
+    avoid_the_end_of_the_day()
     KeyRing.from_file(tmp_path / "keys")
     monkeypatch.chdir(tmp_path)
     for name, value in {**account.environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain, "UPSTOX_USER_ID": USER}.items():
