@@ -79,8 +79,8 @@ def status(ctx: click.Context, users: tuple[str, ...]) -> None:
     default is all users.
 
     The exit code is 0 if each database answers and each of these users has a working token. It is 1 if a database does
-    not answer, or a login is due. It is 3 if somebody has to fix something first. A script must not log in then, because
-    five wrong PINs lock the account.
+    not answer, or a login is due. It is 3 if somebody has to fix something first. A script must not log in then: five
+    wrong PINs lock the account.
     """
     store: OpenStore = ctx.obj
     opened = store()
