@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from .cli import OpenStore, command, describe
-from .cli_output import print_error, print_result, report, require_output
+from .cli_common import NoLivingToken, OpenStore, command, known_user, list_users, masked, name_users
+from .cli_output import print_error, require_output
 from .core.environment import expand_home, strip_invisible
 from .core.errors import (
     ConfigurationError,
@@ -20,30 +20,36 @@ from .core.errors import (
     StorageError,
     TokenNotStored,
 )
-from .core.store import TokenStorage
-from .token_file import read_token_file, write_token_file
+
+if TYPE_CHECKING:
+    from .core.store import TokenStorage
+    from .core.token import TokenResult
 
 
-@command("token", "TOKEN=$(upstox-db token) || exit", "upstox-db token AB1234 --masked")
+@command("token", "TOKEN=$(upstox-db token) || exit", "upstox-db token AB1234 --masked --no-login")
 @click.argument("user", required=False)
-@click.option("--masked", is_flag=True, help="Print whose token it is and when it expires, but not the token.")
+@click.option("--masked", "mask", is_flag=True, help="Print whose token it is and when it expires, but not the token.")
+@click.option("--no-login", is_flag=True, help="Never log in: if there is no working token, end with exit code 1.")
 @click.pass_obj
-def token(store: OpenStore, user: str | None, masked: bool) -> None:
+def token(store: OpenStore, user: str | None, mask: bool, no_login: bool) -> None:
     """Print the working token; log in if there is none.
 
     Nothing else is printed, so a script can use the output. USER is an Upstox user id such as AB1234. The default is
     the account of the credentials.
     """
     require_output()
+    if no_login:
+        show(store, stored_token(store, user), mask)
+        return
     opened = open_for(store, user)
     try:
         result = opened.get_or_create_token(user)
     except TokenNotStored as error:
-        if masked:
+        if mask:
             rescue(opened, error)
-        print_unsaved(opened, error)
+        print_unsaved(store, opened, error)
     else:
-        print_result(describe(result) if masked else result["token"])
+        show(store, result, mask)
 
 
 @command("login", "upstox-db login --keep", "upstox-db --accounts accounts.toml login AB1234")
@@ -66,7 +72,7 @@ def login(store: OpenStore, user: str | None, keep: bool) -> None:
     except StorageError as error:
         rescue(opened, error)
     else:
-        report(describe(result))
+        store.report(store.describe(result), masked(result))
 
 
 @command("renew", 'TOKEN=$(printf %s "$TOKEN" | upstox-db renew AB1234) || exit')
@@ -86,9 +92,9 @@ def renew(store: OpenStore, user: str) -> None:
     try:
         result = opened.renew_token(user, refused)
     except TokenNotStored as error:
-        print_unsaved(opened, error)
+        print_unsaved(store, opened, error)
     else:
-        print_result(result["token"])
+        show(store, result, mask=False)
 
 
 @command("save", "upstox-db save ~/.config/upstox_db_examples/unsaved-AB1234-1f2e3d4c.token")
@@ -100,10 +106,12 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
 
     Then the file is removed. If the store has a token that Upstox issued later, that one stays.
     """
+    from .token_file import read_token_file
+
     opened, file = store(new=True), expand_home(file)
     result = opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)
     file.unlink()
-    report(describe(result))
+    store.report(store.describe(result), masked(result))
 
 
 @command("logout", "upstox-db logout AB1234")
@@ -116,8 +124,49 @@ def logout(store: OpenStore, user: str) -> None:
 
     USER is an Upstox user id such as AB1234.
     """
-    ended = store().log_out(user)
-    report(f"{user}: logged out at Upstox." if ended else f"{user}: no token was stored, or it had already ended.")
+    opened = store()
+    user = known_user(opened, user)
+    ended = opened.log_out(user)
+    told = "logged out at Upstox" if ended else "no token was stored, or it had already ended"
+    store.report(f"{user}: {told}.", {"user_id": user, "ended": ended})
+
+
+def show(store: OpenStore, result: TokenResult, mask: bool) -> None:
+    """Print a token, or whose it is and how long it lives."""
+    if mask:
+        store.result(store.describe(result), masked(result))
+    else:
+        store.result(result["token"], dict(result))
+
+
+def stored_token(store: OpenStore, user: str | None) -> TokenResult:
+    """Return the working token that is stored.
+
+    Raises:
+        NoLivingToken: there is none now.
+        InvalidInput: the store does not know this user, or nobody says whose token is wanted. That a store has only
+            one user does not say it: whoever can delete its other rows would choose the account that a program trades
+            with.
+    """
+    from .core.settings import Settings
+    from .core.users import Users
+
+    opened = store()
+    user = user or Users(opened.backend, opened.cipher, Settings("", {"login": store.login})).guess(last=False)
+    if user is None:
+        raise InvalidInput(
+            "Name the user, or set UPSTOX_USER_ID: there are no credentials here that tell whose token is wanted. "
+            + name_users(list_users(opened))
+        )
+    if found := opened.get_valid_token(user):
+        return found
+    user = known_user(opened, user)
+    newest = opened.backend.find_newest(user)
+    if newest and newest.in_doubt:
+        why = "A login that is running or broke off may have replaced it. Without --no-login, Upstox is asked."
+    else:
+        why = "Log in with upstox-db token, or wait until another program has done so."
+    raise NoLivingToken(f"{user} has no token that is known to work. {why}")
 
 
 def open_for(store: OpenStore, user: str | None) -> TokenStorage:
@@ -146,6 +195,8 @@ def rescue(store: TokenStorage, error: StorageError) -> NoReturn:
     """
     if error.token is None or isinstance(error, LoginSuperseded):  # The store has a later token.
         raise error
+    from .token_file import write_token_file
+
     file = write_token_file(error.token, error.user_id, store.cipher.ring)
     reason = error.__cause__ if isinstance(error, TokenNotStored) else error
     whose = error.user_id or "an unnamed user"
@@ -156,10 +207,10 @@ def rescue(store: TokenStorage, error: StorageError) -> NoReturn:
     raise error
 
 
-def print_unsaved(store: TokenStorage, error: TokenNotStored) -> None:
+def print_unsaved(store: OpenStore, opened: TokenStorage, error: TokenNotStored) -> None:
     """Print the unsaved token. It works, nobody else has it, and a script that waits for a token can use it."""
     try:
-        print_result(error.token.reveal())
+        store.result(error.token.reveal(), {"token": error.token.reveal(), "user_id": error.user_id})
     except ConfigurationError:
-        rescue(store, error)
+        rescue(opened, error)
     print_error(f"The token was not stored, so the next call will log in again: {error.__cause__}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -64,7 +65,9 @@ def test_the_list_has_each_file_with_its_lines_and_writes_nothing(tmp_path: Path
     assert told.exit_code == 0
     assert told.output == copy(pattern, "--list").output
     assert list(tmp_path.iterdir()) == []
-    assert copy(pattern, "mine").exit_code == 0
+    listed = json.loads(copy(pattern, "--list", "--json").output)
+    made = json.loads(copy(pattern, "mine", "--json").output)
+    assert made["copied"] == len(listed)
     *rows, total = [line.split() for line in told.output.splitlines()]
     lines = {name: len(text.splitlines()) for name, text in content(tmp_path / "mine").items()}
     assert {row[1]: int(row[0]) for row in rows} == lines

@@ -67,9 +67,9 @@ class Notes:
             LoginLimited: Upstox told a program on this store to wait, and that time is not over.
             LoginRefused: Upstox refused these credentials, and they have not changed since.
         """
-        now, notes = self._read("limit", f"limit {applicant.who}", f"refusal {applicant.who}")
+        now, notes = self.read("limit", f"limit {applicant.who}", f"refusal {applicant.who}")
         for name in ("limit", f"limit {applicant.who}"):
-            if (note := notes.get(name)) and (left := _left(note, now)) > 0:
+            if (note := notes.get(name)) and (left := seconds_left(note, now)) > 0:
                 raise LoginLimited(
                     f"Wait {left:.0f} s to log in: Upstox told a program on this store to wait ({note['code']}).",
                     note["code"],
@@ -80,9 +80,9 @@ class Notes:
         note = notes.get(name)
         if note is None or deliberate or note["credentials"] != applicant.credentials:
             return name if note else None
-        if note["seconds"] is None or _left(note, now) > 0:
+        if note["seconds"] is None or seconds_left(note, now) > 0:
             when = datetime.fromtimestamp(note["at"], UTC).isoformat(timespec="seconds")
-            pause = "" if note["seconds"] is None else f" for {_left(note, now):.0f} s"
+            pause = "" if note["seconds"] is None else f" for {seconds_left(note, now):.0f} s"
             raise LoginRefused(
                 f"Upstox refused these credentials at {when} ({note['code']}), so no program on this store will try "
                 f"them on its own{pause}: {note['why']} Once that is fixed, log in once with 'upstox-db login' or "
@@ -109,7 +109,7 @@ class Notes:
 
     def since_renewal(self, user_id: str) -> float:
         """Return how many seconds ago this user's token was renewed; infinity if it never was."""
-        now, notes = self._read(f"renewal {user_id}")
+        now, notes = self.read(f"renewal {user_id}")
         note = notes.get(f"renewal {user_id}")
         return max(0.0, now - note["at"]) if note else float("inf")
 
@@ -117,7 +117,12 @@ class Notes:
         """Record that this user's token was renewed now."""
         self._write(f"renewal {user_id}", {})
 
-    def _read(self, *names: str) -> tuple[float, dict[str, dict[str, Any]]]:
+    def read(self, *names: str) -> tuple[float, dict[str, dict[str, Any]]]:
+        """Return the database's own clock, in seconds since 1970, and those of the named notes that can be read.
+
+        A refusal's or limit's note has `at` (by that clock), `code`, `seconds` (how long it holds; None: until somebody
+        fixes it), `why` and `credentials` (the digest).
+        """
         now, sealed = self._backend.read_notes(names)
         notes = {}
         for name, text in sealed.items():
@@ -136,7 +141,7 @@ class Notes:
         return Binding(name, EPOCH, 0, f"login note of {self._backend.store_kind}")
 
 
-def _left(note: dict[str, Any], now: float) -> float:
+def seconds_left(note: dict[str, Any], now: float) -> float:
     """Return the seconds left for this note: never more than at the start, even if the database's clock goes back."""
     seconds: float = note["seconds"] or 0.0
     return min(seconds, float(note["at"]) + seconds - now)
