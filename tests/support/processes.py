@@ -46,6 +46,7 @@ _context.set_forkserver_preload(
         "upstox_db_examples.hybrid",
         "tests.support.naive",
         "tests.support.every_step",
+        "tests.support.minimal",
     ]
 )
 
