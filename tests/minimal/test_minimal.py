@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,14 @@ def test_of_12_processes_at_once_one_logs_in(
     "shape",
     [
         {"missing": ["poa"]},
-        {"null": ["poa", "ddpi", "is_active"]},
-        {"missing": ["user_id", "user_name", "exchanges"], "changed": {"products": "D"}, "added": {"new": 1}},
+        {
+            "missing": ["user_id", "exchanges"],
+            "null": ["poa", "ddpi"],
+            "changed": {"products": "D"},
+            "added": {"new": 1},
+        },
     ],
-    ids=["no poa", "null", "others"],
+    ids=["no poa", "other fields"],
 )
 def test_a_profile_field_that_is_missing_or_odd_costs_no_token(
     storage: Any, smallest: Smallest, upstox: LocalUpstox, shape: dict[str, Any]
@@ -64,14 +69,24 @@ def test_a_profile_field_that_is_missing_or_odd_costs_no_token(
     assert upstox.logins() == 1
 
 
+@contextlib.contextmanager
+def in_zone(zone: str) -> Iterator[None]:
+    """Put the machine into this time zone."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TZ", zone)
+            time.tzset()
+            yield
+    finally:
+        time.tzset()
+
+
 def test_no_dead_token_is_handed_out_at_half_past_three_whatever_the_machines_zone(
-    storage: Any, smallest: Smallest, upstox: LocalUpstox, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    storage: Any, smallest: Smallest, upstox: LocalUpstox, clock: Clock
 ) -> None:
     user = smallest.account.user_id
-    try:
-        for day, zone in enumerate(("Asia/Kolkata", "America/New_York", "Pacific/Auckland"), start=6):
-            monkeypatch.setenv("TZ", zone)
-            time.tzset()
+    for day, zone in enumerate(("Asia/Kolkata", "America/New_York", "Pacific/Auckland"), start=6):
+        with in_zone(zone):
             clock.set(day, 2, 30)
             for dies in (ist(day, 3, 30), ist(day + 1, 3, 30)):  # A token from 02:30 lives for an hour.
                 token = obtain(storage, user)
@@ -82,9 +97,6 @@ def test_no_dead_token_is_handed_out_at_half_past_three_whatever_the_machines_zo
                 assert (storage.get_valid_token(user), upstox.is_living(token)) == (token, True)
                 clock.now = dies
                 assert (storage.get_valid_token(user), upstox.is_living(token)) == (None, False)
-    finally:
-        monkeypatch.undo()
-        time.tzset()
 
 
 def test_a_login_that_lasts_past_half_past_three_leaves_no_dead_token(

@@ -58,7 +58,7 @@ class MongoTokens:
         self.cipher, self.client = AESGCM(key), MongoClient[dict[str, Any]](url, tz_aware=True)
         self.tokens = self.client[database].minimal_tokens
         self.leases = self.client[database].minimal_leases
-        # MongoDB deletes dead tokens by its own clock. The hour is for a clock that is fast: it must delete none early.
+        # MongoDB deletes dead tokens, by its own clock. It gives them an hour's grace, in case that clock is fast.
         self.tokens.create_index("expires_at", expireAfterSeconds=3600)
 
     def get_valid_token(self, user_id: str) -> str | None:

@@ -3,8 +3,8 @@
     storage = PooledTokens("upstox.db", bytes.fromhex(os.environ["TOKEN_KEY"]), {"AB1234": credentials})
     storage.store_token_batch(["AB1234"])  # in the morning; then threads call get_valid_token("AB1234") all day
 
-Make the key once, with `openssl rand -hex 32`. SQLite sees only ciphertext, which fits one user and one expiry. A
-token is handed out until 03:30 in India, when it dies. One process logs in, and the others wait for its token.
+The credentials are the arguments of UpstoxTOTP. Make the key once, with `openssl rand -hex 32`. SQLite sees only
+ciphertext for one user and expiry. Tokens are handed out until 03:30 in India. One process logs in; the others wait.
 
 The full pattern, upstox_db_examples.pooled, does more. It renews a token that Upstox refuses, keeps a new token even
 if the database fails, does not repeat a refused login, changes keys, keeps history and an audit trail, and hides
@@ -75,7 +75,7 @@ class PooledTokens:
 
     def find(self, db: sqlite3.Connection, user_id: str) -> str | None:
         sql = "SELECT token, expires_at FROM minimal_tokens WHERE user_id = ? AND expires_at > ?"
-        for sealed, expires_at in db.execute(sql, (user_id, datetime.now(UTC).timestamp())):
+        for sealed, expires_at in db.execute(sql, (user_id, datetime.now(UTC).timestamp())):  # one row, or none
             return self.cipher.decrypt(sealed[:12], sealed[12:], f"{user_id} {expires_at}".encode()).decode()
         return None
 
