@@ -8,7 +8,7 @@ PostgreSQL has the truth. Redis answers from copies, which it keeps for a minute
 and expiry. A token is handed out until 03:30 in India, when it dies. One process logs in, and the others wait.
 
 The full pattern, upstox_db_examples.hybrid, does more. It renews a token that Upstox refuses, reads on while PostgreSQL
-is down, keeps a new token even if the database fails, does not repeat a refused login, changes keys, keeps an audit
+is down, loses no new token if the database fails, does not repeat a refused login, changes keys, keeps an audit
 trail, and hides tokens in output and tracebacks. minimal/README.md in that package tells what happens without that.
 """
 

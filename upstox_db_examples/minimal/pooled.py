@@ -6,7 +6,7 @@
 The credentials are the arguments of UpstoxTOTP. Make the key once, with `openssl rand -hex 32`. SQLite sees only
 ciphertext for one user and expiry. Tokens are handed out until 03:30 in India. One process logs in; the others wait.
 
-The full pattern, upstox_db_examples.pooled, does more. It renews a token that Upstox refuses, keeps a new token even
+The full pattern, upstox_db_examples.pooled, does more. It renews a token that Upstox refuses, loses no new token
 if the database fails, does not repeat a refused login, changes keys, keeps history and an audit trail, and hides
 tokens in output and tracebacks. minimal/README.md in that package tells what happens without that.
 """

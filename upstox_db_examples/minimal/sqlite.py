@@ -6,7 +6,7 @@
 Make the key once, with `openssl rand -hex 32`. SQLite sees only ciphertext, which fits one user and one expiry. A
 token is handed out until 03:30 in India, when it dies. One process logs in, and the others wait for its token.
 
-The full pattern, upstox_db_examples.sqlite, does more. It renews a token that Upstox refuses, keeps a new token even
+The full pattern, upstox_db_examples.sqlite, does more. It renews a token that Upstox refuses, loses no new token
 if the database fails, does not repeat a refused login, changes keys, keeps history and an audit trail, makes backups,
 and hides tokens in output and tracebacks. minimal/README.md in that package tells what happens without that.
 """
