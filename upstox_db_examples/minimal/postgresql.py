@@ -7,8 +7,8 @@ Make the key once, with `openssl rand -hex 32`. PostgreSQL sees only ciphertext,
 token is handed out until 03:30 in India, when it dies. One process logs in, and the others wait for its token. The
 statement that reads a token also writes an audit entry, so that nobody gets a token without one.
 
-The full pattern, upstox_db_examples.postgresql, does more. It renews a token that Upstox refuses, keeps a new token
-even if the database fails, does not repeat a refused login, changes keys, keeps history and statistics, and hides
+The full pattern, upstox_db_examples.postgresql, does more. It renews a token that Upstox refuses, loses no new token
+if the database fails, does not repeat a refused login, changes keys, keeps history and statistics, and hides
 tokens in output and tracebacks. minimal/README.md in that package tells what happens without that.
 """
 
