@@ -4,44 +4,68 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .cli_common import OpenStore, command, many
-from .copy_files import write
-from .copy_pattern import Copy, collect, lines_of_use, packages
+from .copy_files import write, write_file
+from .copy_pattern import Copy, collect, collect_minimal, lines_of_minimal_use, lines_of_use, packages
 from .core.environment import expand_home
 from .patterns import PATTERNS
 
 
-@command("copy", "upstox-db copy postgresql --list", "upstox-db copy postgresql my_tokens")
+@command(
+    "copy",
+    "upstox-db copy postgresql --list",
+    "upstox-db copy postgresql my_tokens",
+    "upstox-db copy --minimal postgresql tokens.py",
+)
 @click.argument("pattern", metavar="PATTERN", type=click.Choice(list(PATTERNS)))
-@click.argument("folder", metavar="FOLDER", required=False, type=click.Path(path_type=Path))
+@click.argument("target", metavar="FOLDER|FILE", required=False, type=click.Path(path_type=Path))
 @click.option("--list", "listed", is_flag=True, help="Print what would be copied, and write nothing.")
+@click.option(
+    "--minimal", is_flag=True, help="Copy the smallest version of the pattern: one file of at most 100 lines."
+)
 @click.pass_obj
-def copy(store: OpenStore, pattern: str, folder: Path | None, listed: bool) -> None:
-    """Copy a pattern's code into a package of your own.
+def copy(store: OpenStore, pattern: str, target: Path | None, listed: bool, minimal: bool) -> None:
+    """Copy a pattern's code into a package of your own, or its smallest version into a file.
 
     PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. FOLDER becomes a package that does not need this one, so
     it must have a valid Python name. Only files that the pattern imports are copied. If a file already exists and
     differs, nothing is written. The command can be run again.
+
+    With --minimal, give a FILE such as tokens.py, in a folder that exists.
     """
-    found = collect(pattern)
+    target = expand_home(target) if target else None
+    found = collect_minimal(pattern, target.name if target else f"{pattern}.py") if minimal else collect(pattern)
     if listed:
         store.result(listing(found), count_lines(found))
-    elif folder is None:
-        raise click.UsageError("Give a FOLDER, or --list.")
+    elif target is None:
+        raise click.UsageError("Give a FILE, or --list." if minimal else "Give a FOLDER, or --list.")
+    elif minimal:
+        use, (needed, _) = lines_of_minimal_use(found, target), packages(found)
+        written = write_file(found.files[target.name], target)
+        told = [f"{target}: {'copied' if written else 'was there already'}."]
+        data: dict[str, Any] = {"file": str(target), "copied": int(written), "there_already": int(not written)}
+        report(store, told, data, needed, [], use)
     else:
-        folder = expand_home(folder)
-        use, (needed, optional) = lines_of_use(found, folder), packages(found)
-        written = write(found.files, folder)
+        use, (needed, optional) = lines_of_use(found, target), packages(found)
+        written = write(found.files, target)
         there = len(found.files) - written
-        told = [f"{folder}: {many(written, 'file')} copied" + (f", {there} were there already." if there else ".")]
-        told += [f"Install what it needs: pip install {shlex.join(needed)}"]
-        told += [f"Optional: {shlex.join(optional)}"] if optional else []
-        told += ["Use it like this:", "", *(f"    {line}" for line in use)]
-        data = {"folder": str(folder), "copied": written, "there_already": there, "needs": needed}
-        store.report("\n".join(told), data | {"optional": optional, "use": use})
+        told = [f"{target}: {many(written, 'file')} copied" + (f", {there} were there already." if there else ".")]
+        data = {"folder": str(target), "copied": written, "there_already": there}
+        report(store, told, data, needed, optional, use)
+
+
+def report(
+    store: OpenStore, told: list[str], data: dict[str, Any], needed: list[str], optional: list[str], use: list[str]
+) -> None:
+    """Print what was copied, what to install for it, and how to use it."""
+    told += [f"Install what it needs: pip install {shlex.join(needed)}"]
+    told += [f"Optional: {shlex.join(optional)}"] if optional else []
+    told += ["Use it like this:", "", *(f"    {line}" for line in use)]
+    store.report("\n".join(told), data | {"needs": needed, "optional": optional, "use": use})
 
 
 def count_lines(found: Copy) -> dict[str, int]:
@@ -56,4 +80,4 @@ def listing(found: Copy) -> str:
         f"{lines[name]:>6}  {name:<28}{f'for {found.reasons[name]}' if found.reasons[name] else ''}".rstrip()
         for name in sorted(lines)
     ]
-    return "\n".join([*rows, f"{sum(lines.values()):>6}  lines in {len(lines)} files"])
+    return "\n".join([*rows, f"{sum(lines.values()):>6}  lines in {many(len(lines), 'file')}"])

@@ -51,5 +51,19 @@ def write(files: Mapping[str, bytes], folder: Path) -> int:
     return len(due)
 
 
+def write_file(content: bytes, file: Path) -> int:
+    """Write one file into a folder that exists. Return 0 if it was there already, and 1 otherwise.
+
+    Raises:
+        ConfigurationError: there is no such folder, a different file has this name, or it cannot be written.
+    """
+    with suppress(OSError):  # `write` reports what cannot be looked at.
+        if not file.parent.is_dir():
+            raise ConfigurationError(f"There is no folder {file.parent}. Make it first. Nothing was copied.")
+        if file.is_file() and file.read_bytes() != content:
+            raise ConfigurationError(f"{file} is there and differs. Choose another name, or move it away.")
+    return write({file.name: content}, file.parent)
+
+
 def _part(target: Path) -> Path:
     return target.with_name(f".{target.name}.part")

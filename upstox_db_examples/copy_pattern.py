@@ -45,8 +45,7 @@ def collect(pattern: str) -> Copy:
     Raises:
         InvalidInput: there is no such pattern.
     """
-    if pattern not in PATTERNS:
-        raise InvalidInput(f"There is no pattern {pattern!r}. Choose one of {', '.join(PATTERNS)}.")
+    _require(pattern)
     root = resources.files(__package__)
     due, copy = [(f"{pattern}/__init__.py", "")], Copy(pattern, {}, {}, set())
     for name, reason in due:  # The list grows in the loop, so files nearest to the pattern come first.
@@ -70,6 +69,24 @@ def collect(pattern: str) -> Copy:
             copy.files[name], copy.reasons[name] = content, f"{folder_name}/__init__.py"
     copy.files["__init__.py"], copy.reasons["__init__.py"] = _init(copy).encode(), ""
     return copy
+
+
+def collect_minimal(pattern: str, name: str) -> Copy:
+    """Collect the smallest version of this pattern: one file, which gets this name.
+
+    Raises:
+        InvalidInput: there is no such pattern.
+    """
+    _require(pattern)
+    content = resources.files(__package__).joinpath("minimal", f"{pattern}.py").read_bytes()
+    imports = [node for node in ast.parse(content).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [getattr(node, "module", None) or node.names[0].name for node in imports]
+    return Copy(pattern, {name: content}, {name: ""}, {module.partition(".")[0] for module in modules})
+
+
+def _require(pattern: str) -> None:
+    if pattern not in PATTERNS:
+        raise InvalidInput(f"There is no pattern {pattern!r}. Choose one of {', '.join(PATTERNS)}.")
 
 
 def _data(folder: Traversable, name: str) -> Iterator[tuple[str, bytes]]:
@@ -113,16 +130,36 @@ def lines_of_use(copy: Copy, folder: Path) -> list[str]:
     Raises:
         InvalidInput: Python cannot import a folder with this name, or the folder would hide another module.
     """
-    pattern = PATTERNS[copy.pattern]
-    names = [folder.absolute().name]
+    pattern, name = PATTERNS[copy.pattern], _import_name(copy, folder, "package", "folder")
+    last = 'token = storage.get_or_create_token()["token"]'
+    return [f"from {name} import {pattern.store}", f"storage = {pattern.store}({pattern.example})", last]
+
+
+def lines_of_minimal_use(copy: Copy, file: Path) -> list[str]:
+    """Return the lines of a program that uses this copy of a smallest version: the example in its docstring.
+
+    Raises:
+        InvalidInput: this is not the name of a Python file, or the file would hide another module.
+    """
+    if file.suffix != ".py":
+        raise InvalidInput(f"{file.name!r} is not the name of a Python file. It has to end with .py.")
+    name = _import_name(copy, file.with_suffix(""), "module", "file")
+    tree = ast.parse(copy.files[file.name])
+    (store,) = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    example = [line.strip() for line in (ast.get_docstring(tree) or "").splitlines() if line.startswith("    ")]
+    return ["import os", f"from {name} import {store}", *example]
+
+
+def _import_name(copy: Copy, place: Path, kind: str, what: str) -> str:
+    """Return the name by which Python imports the copy. It is longer if the copy lies in a package."""
+    names = [place.absolute().name]
     with suppress(OSError):  # An unreadable folder does not count as a package; `write` reports it.
-        for parent in folder.absolute().parents:
+        for parent in place.absolute().parents:
             if not (parent / "__init__.py").is_file():
                 break
             names.insert(0, parent.name)
     if not names[-1].isidentifier() or keyword.iskeyword(names[-1]):
-        raise InvalidInput(f"{names[-1]!r} cannot be the name of a Python package. Choose another folder.")
+        raise InvalidInput(f"{names[-1]!r} cannot be the name of a Python {kind}. Choose another {what}.")
     if len(names) == 1 and names[0] in sys.stdlib_module_names | copy.outside:
-        raise InvalidInput(f"A package {names[0]!r} would hide a module that the copy needs. Choose another folder.")
-    last = 'token = storage.get_or_create_token()["token"]'
-    return [f"from {'.'.join(names)} import {pattern.store}", f"storage = {pattern.store}({pattern.example})", last]
+        raise InvalidInput(f"A {kind} {names[0]!r} would hide a module that the copy needs. Choose another {what}.")
+    return ".".join(names)

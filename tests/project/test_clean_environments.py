@@ -114,7 +114,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_all_of_the_package(wheel: Path) -> None:
     package = ROOT / "upstox_db_examples"
-    due = {str(file.relative_to(ROOT)) for file in package.rglob("*") if file.suffix in (".py", ".lua", ".typed")}
+    due = {
+        str(file.relative_to(ROOT)) for file in package.rglob("*") if file.suffix in (".py", ".lua", ".typed", ".md")
+    }
     assert {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name} == due
 
 

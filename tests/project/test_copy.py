@@ -17,7 +17,8 @@ import upstox_db_examples
 from upstox_db_examples import InvalidInput
 from upstox_db_examples.cli import main
 from upstox_db_examples.copy_files import write
-from upstox_db_examples.copy_pattern import collect, packages
+from upstox_db_examples.copy_pattern import collect, collect_minimal, packages
+from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.patterns import PATTERNS
 
 from ..support.project import ROOT, run
@@ -182,6 +183,76 @@ def test_a_copy_that_breaks_off_leaves_nothing_and_can_be_run_again(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
     assert copy("sqlite", "deep/mine").exit_code == 0
     assert write(collect("sqlite").files, tmp_path / "deep/mine") == 0
+
+
+# The smallest version
+
+
+@each_pattern
+def test_the_smallest_version_is_one_file_that_can_be_imported_from_a_package(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "trader").mkdir()
+    (tmp_path / "trader" / "__init__.py").touch()
+    told = copy("--minimal", pattern, "trader/tokens.py")
+    assert (told.exit_code, told.stderr) == (0, "")
+    original = ROOT / "upstox_db_examples" / "minimal" / f"{pattern}.py"
+    assert content(tmp_path / "trader") == {"__init__.py": b"", "tokens.py": original.read_bytes()}
+    done, install, _, _, *lines = told.output.splitlines()
+    assert done == "trader/tokens.py: copied."
+    assert install.startswith("Install what it needs: pip install 'cryptography>=44' 'upstox-totp>=1.0.8'")
+    assert [driver in install for driver in ("psycopg2-binary", "pymongo", "redis", "tqdm")] == [
+        pattern in ("postgresql", "hybrid"),
+        pattern == "mongodb",
+        pattern == "hybrid",
+        False,
+    ]
+    assert lines[1].startswith("    from trader.tokens import ")
+    assert ast.parse("\n".join(line.strip() for line in lines))
+    assert all(line in original.read_text() for line in lines[2:])
+
+
+def test_a_copy_of_the_smallest_version_runs_without_this_package(tmp_path: Path) -> None:
+    lines = [line.strip() for line in copy("--minimal", "sqlite", "tokens.py").output.splitlines()[-4:]]
+    code = [*lines, "import sys", "print(len(token) > 100, [name for name in sys.modules if 'upstox_db' in name])"]
+    with LocalUpstox() as upstox:
+        account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+        done = run("\n".join(code), tmp_path, TOKEN_KEY="ab" * 32, **account)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True []\n", "")
+
+
+def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    assert copy("--minimal", "sqlite", "mine.py").exit_code == 0
+    assert copy("--minimal", "sqlite", "mine.py").output.startswith("mine.py: was there already.\nInstall what it")
+    refused = copy("--minimal", "pooled", "mine.py")
+    assert (refused.exit_code, refused.stdout) == (3, "")
+    assert refused.stderr == "ConfigurationError: mine.py is there and differs. Choose another name, or move it away.\n"
+    assert "SQLiteTokens" in (tmp_path / "mine.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("no/mine.py", "ConfigurationError: There is no folder no. Make it first. Nothing was copied."),
+        ("folder.py", "ConfigurationError: folder.py cannot be read or written: Is a directory. Nothing was copied."),
+        ("mine", "InvalidInput: 'mine' is not the name of a Python file. It has to end with .py."),
+        ("my-own.py", "InvalidInput: 'my-own' cannot be the name of a Python module. Choose another file."),
+        ("token.py", "InvalidInput: A module 'token' would hide a module that the copy needs. Choose another file."),
+        ("redis.py", "InvalidInput: A module 'redis' would hide a module that the copy needs. Choose another file."),
+    ],
+)
+def test_a_file_that_cannot_be_written_or_imported_is_refused(tmp_path: Path, file: str, told: str) -> None:
+    (tmp_path / "folder.py").mkdir()
+    refused = copy("--minimal", "hybrid", file)
+    assert (refused.exit_code, refused.stdout, refused.stderr) == (3, "", f"{told}\n")
+    assert [each.name for each in tmp_path.rglob("*")] == ["folder.py"]
+
+
+def test_the_smallest_version_is_listed_and_needs_a_file(tmp_path: Path) -> None:
+    listed = copy("--minimal", "hybrid", "--list").output.splitlines()
+    assert [line.split() for line in listed] == [["100", "hybrid.py"], ["100", "lines", "in", "1", "file"]]
+    assert copy("--minimal", "hybrid").exit_code == 2
+    with pytest.raises(InvalidInput, match="no pattern 'core'"):
+        collect_minimal("core", "mine.py")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_folder_or_with_an_unknown_pattern_it_is_a_wrong_command(tmp_path: Path) -> None:

@@ -159,7 +159,9 @@ def test_the_summary_counts_what_was_not_run(tmp_path: Path, selected: str, proc
     assert f"\nNot run, of the tests collected: {told}\n" in done.stdout
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "upstox_db_examples/minimal/README.md"]
+)
 def test_links_lead_somewhere(document: str) -> None:
     file = ROOT / document
     to = r'([^)#:\s]*)(?:#([^)\s]+))?(?: "(.+?)")?'

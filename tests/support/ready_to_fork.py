@@ -16,9 +16,20 @@ import upstox_totp._api.app_token
 
 from upstox_db_examples import hybrid, mongodb, postgresql
 
-from . import every_step, naive, processes
+from . import every_step, minimal, naive, processes
 
-__all__ = ["dotenv", "every_step", "hybrid", "mongodb", "naive", "postgresql", "processes", "pymongo", "upstox_totp"]
+__all__ = [
+    "dotenv",
+    "every_step",
+    "hybrid",
+    "minimal",
+    "mongodb",
+    "naive",
+    "postgresql",
+    "processes",
+    "pymongo",
+    "upstox_totp",
+]
 
 # A collection in a forked process then leaves these hundred thousands of objects alone, and copies none of their pages.
 gc.collect()
