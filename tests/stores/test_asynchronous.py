@@ -253,7 +253,7 @@ def test_a_token_that_cannot_be_stored_is_in_the_error_of_a_cancelled_call(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_who_only_waits_for_anothers_login_leaves_at_once(open_sqlite: Open, upstox: LocalUpstox, backend: str) -> None:
-    tokens = AsyncTokenStorage(open_sqlite(), login_threads=1)
+    tokens = AsyncTokenStorage(open_sqlite())
     holding = Held(upstox)
 
     async def main() -> None:
@@ -277,7 +277,7 @@ def test_a_cancelled_batch_begins_no_other_login(open_sqlite: Open, upstox: Loca
     store = open_sqlite(login=Accounts(made, base_domain=upstox.base_domain))
 
     async def main() -> None:
-        pace = Pace([(1, 600.0)])  # The second account would have to wait for ten minutes.
+        pace = Pace([(1, 60.0)])  # The second account would have to wait for a minute.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(partial(AsyncTokenStorage(store).store_token_batch, IDS, progress=False, pace=pace))
             while held(store, IDS[0]) is None:
@@ -286,7 +286,7 @@ def test_a_cancelled_batch_begins_no_other_login(open_sqlite: Open, upstox: Loca
 
     begun = time.monotonic()
     run(backend, main)
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 30
     assert (upstox.logins(), held(store, IDS[1])) == (1, None)
 
 
