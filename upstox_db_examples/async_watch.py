@@ -23,7 +23,7 @@ class Watch(Protocol):
 class AsyncWatch:
     """A watch over one user's token, made by `AsyncTokenStorage.watch`. `close` it, or use `async with`.
 
-    The next token is waited for on a thread of its own. A wait that is cancelled ends the watch.
+    It waits for the next token on a thread of its own. When that wait is cancelled, the watch ends.
 
     Raises:
         StoreUnavailable: at the first token, if too many watches run.

@@ -66,16 +66,17 @@ class AsyncTokenStorage[Store: TokenStorage]:
     **Why threads, and not five native drivers.** One login at a time, the mark of a running login, and what happens to
     a token that cannot be stored: that part must be right, and native drivers would need a second version of all of it.
     They would gain little. The login itself (upstox-totp, on curl) and SQLite block in any case, and asyncpg and the
-    asynchronous clients of MongoDB and Redis work under asyncio only. A thread adds about a tenth of a millisecond to a
-    read, and a program that holds its token reads it a few times a day: see `StoredTokenAuth`.
+    asynchronous clients of MongoDB and Redis work under asyncio only. A thread adds about 0.2 ms to a read, and a
+    program that holds its token reads it a few times a day: see `StoredTokenAuth`.
 
-    One of these serves a whole program, also one with several event loops. Each loop has its own threads.
+    One of these serves a whole program, even one with several event loops. Each loop has its own threads.
 
     Args:
         store: the store. Other threads may use it at the same time.
-        threads: how many calls run at the same time, besides logins. More threads slow the event loop down.
-        login_threads: how many users' logins run or wait at the same time. They take no thread from the others, and
-            callers who wait for one user's login take only one of these threads.
+        threads: how many calls run at the same time, apart from logins. With more threads, the event loop waits longer
+            for its turn.
+        login_threads: how many users log in at the same time. These threads are separate from the others. All callers
+            who wait for the login of one user take up one of them.
         watches: how many watches run at the same time. Each has a thread of its own.
 
     Raises:
@@ -99,7 +100,7 @@ class AsyncTokenStorage[Store: TokenStorage]:
     async def run[**P, R](
         self, function: Callable[Concatenate[Store, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Call `function(store, ...)` on a thread: for several steps at once, or for a method of your own store."""
+        """Call `function(store, ...)` on a thread, for several steps in one go or for a store of your own."""
         return await self._calls.run(Call(function, self._store, *args, **kwargs))
 
     # What every store has
@@ -126,7 +127,7 @@ class AsyncTokenStorage[Store: TokenStorage]:
     async def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
         """See `TokenStorage.get_or_create_token`. A thousand tasks that want one token make one login.
 
-        Each of them reads the token itself and does not share one read, so that the audit trail names each use.
+        Then each of them reads the token. They do not share one read, because the audit trail has to show each use.
         """
         if user_id is not None and (token := await self.get_valid_token(user_id)):
             return token
@@ -151,21 +152,21 @@ class AsyncTokenStorage[Store: TokenStorage]:
     async def store_token_batch(
         self, user_ids: Iterable[str], *, replace: bool = False, progress: bool = True, pace: Pace = PACE
     ) -> list[BatchResult]:
-        """See `TokenStorage.store_token_batch`. When cancelled, it finishes the login that runs and begins no other."""
+        """See `TokenStorage.store_token_batch`. A cancelled batch finishes the login that runs, and begins no other."""
         until = _UntilCancelled(pace)
         call = Call(self._store.store_token_batch, user_ids, replace=replace, progress=progress, pace=until)
         return await self._logins.run(call, on_cancel=until.cancelled.set)
 
     def _in_turn[R](self, user_id: object, call: Call[R]) -> Coroutine[Any, Any, R]:
-        # The others wait here, without a thread, and a cancelled one leaves at once.
+        # One caller per user gets a thread. The others wait here without one, and can be cancelled at once.
         return self._after(self._turns.setdefault(str(user_id).upper(), Lane(1)), call)
 
     async def _after[R](self, turn: Lane, call: Call[R]) -> R:
         async with turn.limiter:
             return await self._logins.run(call)
 
-    # What only some stores have. Type checkers refuse it for the others. At run time `__getattr__` finds it, because
-    # to name these classes here would need all drivers.
+    # What only some stores have. Type checkers refuse it for the others. At run time, `__getattr__` finds it: a list of
+    # these methods would import every driver.
 
     if TYPE_CHECKING:
         backup = _awaitable(SQLiteUpstoxStorage.backup)
@@ -191,9 +192,10 @@ class AsyncTokenStorage[Store: TokenStorage]:
         work: Callable[[connection], R],
     ) -> R: ...
     async def get_connection[R](self: Any, work: Callable[[Any], R]) -> R:
-        """Call `work(connection)` on a thread, inside of the store's `with store.get_connection() as connection`.
+        """Call `work(connection)` on a thread, inside `with store.get_connection() as connection`.
 
-        To hand the connection out would let its driver block the event loop. MongoDB's store has no such method.
+        The connection is not handed out, because its driver would block the event loop. MongoDB's store has no such
+        method.
         """
 
         def with_connection(store: Any) -> R:
@@ -204,7 +206,7 @@ class AsyncTokenStorage[Store: TokenStorage]:
         return done
 
     def watch(self, user_id: str) -> AsyncWatch:
-        """Return an iterator over the user's present token and each later one; see the store's `watch`.
+        """Return an iterator over the user's present token and each later one, as the store's `watch` does.
 
             async with tokens.watch("AB1234") as changes:
                 async for token in changes: ...
@@ -226,7 +228,7 @@ class AsyncTokenStorage[Store: TokenStorage]:
 
 
 class _UntilCancelled(Pace):
-    """The pace that a caller gave, until that caller is cancelled. Others may share that pace."""
+    """The pace that the caller gave, until the caller is cancelled. Other batches may share that pace."""
 
     def __init__(self, pace: Pace) -> None:
         self._pace, self.cancelled = pace, threading.Event()

@@ -1,4 +1,4 @@
-"""Worker threads for asyncio and trio: with a bound, and with calls that a cancellation does not cut in two."""
+"""Worker threads for asyncio and trio. Their number is bounded, and a cancellation does not interrupt their work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .core.errors import StorageError
 
 
 class Call[R]:
-    """A call with its arguments. Its repr shows none, because a traceback with local variables would show a token."""
+    """A function and its arguments. The repr hides them: a traceback that prints local variables would show a token."""
 
     __slots__ = ("_args", "_function", "_kwargs")
 
@@ -59,7 +59,7 @@ class Lane:
             on_cancel: is called on a thread if a call that has begun is cancelled. It may make the call end sooner.
 
         Raises:
-            StorageError: in place of the cancellation, if the error holds a token that no database has.
+            StorageError: in place of the cancellation, if the call failed with a token that no database has.
         """
         future = Future[R]()
         async with self.limiter:
@@ -72,7 +72,7 @@ class Lane:
                     await _until_done(future, on_cancel)
                 error = future.exception()
                 if isinstance(error, StorageError) and error.token is not None:
-                    raise error from None
+                    raise error from error.__cause__
                 raise
         try:
             return future.result()
@@ -93,8 +93,10 @@ def _settle[R](future: Future[R], call: Callable[[], R]) -> None:
 
 async def _until_done(future: Future[Any], on_cancel: Callable[[], object]) -> None:
     def finish() -> None:
-        on_cancel()
-        wait([future])
+        try:
+            on_cancel()
+        finally:
+            wait([future])
 
     while not future.done():
         # A scope does not hold asyncio's `Task.cancel` back, and `asyncio.run` cancels every task when it ends.

@@ -32,7 +32,7 @@ TOTP_SECONDS = 30  # a one-time password works once; a new one comes after this 
 
 
 class BatchStopped(BaseException):
-    """A batch was told to stop before its next login. No `Exception`: the batch would take it for a failed account."""
+    """A batch was told to stop before its next login. An `Exception` would count as one more failed account."""
 
 
 class Pace:
@@ -116,7 +116,7 @@ class Pace:
     ) -> float:
         """Wait for this account's turn and return when it came. A new limit may come during a sleep, so check again."""
         longest = max((seconds for _, seconds in self._limits), default=0.0)
-        # A wait may take half an hour. An event ends it at once, unless the caller brought a clock of its own.
+        # A wait may take half an hour, and an event ends it at once. A sleep of the caller's own stays as it is.
         sleep = stopped.wait if stopped and self._sleep is time.sleep else self._sleep
         while True:
             if stopped and stopped.is_set():
