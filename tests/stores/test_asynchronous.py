@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, assert_type
 
 import anyio
-import anyio.from_thread
-import anyio.to_thread
 import pytest
 from psycopg2.extensions import connection
 
@@ -38,7 +36,7 @@ from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from ..support.clocks import AT_ONCE, Clock
 from ..support.leaks import shown_with_locals
-from ..support.loops import BACKENDS, WAYS_TO_CANCEL, at_once, drivers_seen_here, run
+from ..support.loops import BACKENDS, WAYS_TO_CANCEL, HeldLogin, at_once, drivers_seen_here, run
 from ..support.processes import KEY, USER, Address, jwt, response, token_data
 from ..support.stores import held, opening
 
@@ -68,29 +66,6 @@ def open_sqlite(tmp_path: Path, upstox: LocalUpstox, account: Account, clock: Cl
     connect = partial(SQLiteUpstoxStorage, tmp_path / "upstox.db", keys=KEY)
     with opening(connect, login=login, clock=clock, actor="tests") as open_one:
         yield open_one
-
-
-class Held:
-    """Holds requests of a login at the local Upstox until the test lets them go."""
-
-    def __init__(self, upstox: LocalUpstox) -> None:
-        self._arrived, self._go = threading.Event(), threading.Event()
-        upstox.on_step = self._wait
-
-    def _wait(self, step: int, what: str) -> None:
-        if (step, what) == (6, "answer"):  # The token is made, and not yet sent.
-            self._arrived.set()
-            assert self._go.wait(30)
-
-    async def arrived(self) -> None:
-        assert await anyio.to_thread.run_sync(self._arrived.wait, 30)
-
-    def go(self) -> None:
-        self._go.set()
-
-    async def go_soon(self) -> None:
-        await self.arrived()
-        threading.Timer(0.1, self.go).start()
 
 
 def free(store: TokenStorage) -> bool:
@@ -178,7 +153,7 @@ def test_a_cancelled_call_finishes_the_login_that_has_begun(open_each: Open, ups
     tokens = AsyncTokenStorage(store)
     cancelled: list[bool] = []
     for number, (backend, cancel) in enumerate(WAYS_TO_CANCEL):
-        holding = Held(upstox)
+        holding = HeldLogin(upstox)
 
         async def log_in() -> None:
             try:
@@ -187,7 +162,7 @@ def test_a_cancelled_call_finishes_the_login_that_has_begun(open_each: Open, ups
                 cancelled.append(True)
                 raise
 
-        async def main(holding: Held = holding, cancel: Any = cancel) -> None:
+        async def main(holding: HeldLogin = holding, cancel: Any = cancel) -> None:
             await cancel(log_in, holding.go_soon)
             assert upstox.is_living(str(held(store))), "the token is stored when the cancelled call has ended"
             assert free(store)
@@ -200,7 +175,7 @@ def test_a_login_that_hangs_takes_no_thread_from_the_reads(open_each: Open, upst
     made = {user_id: upstox.add_account(user_id).credentials() for user_id in [USER, *IDS]}
     store = open_each(login=Accounts(made, base_domain=upstox.base_domain))
     store.store_token(USER)
-    holding = Held(upstox)
+    holding = HeldLogin(upstox)
 
     async def main() -> None:
         tokens = AsyncTokenStorage(store, threads=1, login_threads=2)
@@ -227,7 +202,7 @@ def test_a_token_that_cannot_be_stored_is_in_the_error_of_a_cancelled_call(
     open_sqlite: Open, upstox: LocalUpstox, monkeypatch: pytest.MonkeyPatch, backend: str, cancel: Any
 ) -> None:
     store = open_sqlite()
-    holding = Held(upstox)
+    holding = HeldLogin(upstox)
     caught: list[TokenNotStored] = []
 
     async def log_in() -> None:
@@ -254,7 +229,7 @@ def test_a_token_that_cannot_be_stored_is_in_the_error_of_a_cancelled_call(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_who_only_waits_for_anothers_login_leaves_at_once(open_sqlite: Open, upstox: LocalUpstox, backend: str) -> None:
     tokens = AsyncTokenStorage(open_sqlite())
-    holding = Held(upstox)
+    holding = HeldLogin(upstox)
 
     async def main() -> None:
         async with anyio.create_task_group() as tasks:
@@ -424,9 +399,9 @@ def test_a_watch_gives_each_token_and_ends_when_it_is_closed(watched: Watched, b
                     tasks.start_soon(changes.close)
             assert [token and token["token"] for token in seen] == [None, stored["token"], None]
         assert watched.made[0].thread != threading.get_ident()
-        with anyio.move_on_after(0.1) as scope:
+        with anyio.CancelScope() as scope:
             async for _ in (second := tokens.watch(USER)):
-                assert len(watched.made) == 2
+                scope.deadline = anyio.current_time() + 0.05
         assert scope.cancelled_caught
         assert watched.made[1].closed, "a cancelled wait ends the watch"
         assert [token async for token in second] == []

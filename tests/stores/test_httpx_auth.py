@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import anyio
 import httpx
 import pytest
 import requests
@@ -30,7 +29,7 @@ from upstox_db_examples.local.web import Answer, Shown, WebServer
 
 from ..support.clocks import Clock
 from ..support.leaks import shown_with_locals
-from ..support.loops import BACKENDS, at_once, drivers_seen_here, run
+from ..support.loops import BACKENDS, WAYS_TO_CANCEL, HeldLogin, at_once, drivers_seen_here, run
 from ..support.processes import KEY, USER, Address
 from ..support.project import run as run_code
 from ..support.stores import held, opening
@@ -361,18 +360,20 @@ def test_a_crowd_that_waits_for_a_failing_login_shares_its_failure(open_sqlite: 
     assert len(tries) <= 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "cancel"), WAYS_TO_CANCEL)
 def test_a_cancelled_request_finishes_a_login_that_has_begun(
-    store: TokenStorage, upstox: LocalUpstox, backend: str
+    store: TokenStorage, upstox: LocalUpstox, backend: str, cancel: Any
 ) -> None:
-    upstox.login_seconds = 0.3
+    holding = HeldLogin(upstox)
 
     async def main() -> None:
         auth = StoredTokenAuth(store, USER, hosts=HERE)
         async with httpx.AsyncClient(auth=auth, **PLAIN) as client:
-            with anyio.move_on_after(0.2) as scope:
+
+            async def get() -> None:
                 await client.get(profile(upstox))
-            assert scope.cancelled_caught
+
+            await cancel(get, holding.go_soon)
             assert upstox.is_living(str(held(store)))
             assert (await client.get(profile(upstox))).status_code == 200
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
 import anyio
+import anyio.to_thread
+
+from upstox_db_examples.local.upstox import LocalUpstox
 
 BACKENDS = ("asyncio", "trio")
 DRIVERS = ("sqlite3", "psycopg2", "pymongo", "redis", "curl_cffi", "cryptography")
@@ -52,6 +56,29 @@ def drivers_seen_here() -> Iterator[set[str]]:
         yield seen
     finally:
         sys.setprofile(None)
+
+
+class HeldLogin:
+    """Holds back the answer to a login at the local Upstox, whose token is made already, until the test lets it go."""
+
+    def __init__(self, upstox: LocalUpstox) -> None:
+        self._arrived, self._go = threading.Event(), threading.Event()
+        upstox.on_step = self._wait
+
+    def _wait(self, step: int, what: str) -> None:
+        if (step, what) == (6, "answer"):
+            self._arrived.set()
+            assert self._go.wait(30)
+
+    async def arrived(self) -> None:
+        assert await anyio.to_thread.run_sync(self._arrived.wait, 30)
+
+    def go(self) -> None:
+        self._go.set()
+
+    async def go_soon(self) -> None:
+        await self.arrived()
+        threading.Timer(0.1, self.go).start()
 
 
 async def cancel_scope(job: Callable[[], Coroutine[Any, Any, None]], begun: Callable[[], Awaitable[Any]]) -> None:
