@@ -1,12 +1,12 @@
 """The stores for asyncio and trio: each public method is awaitable and runs on a worker thread."""
 
-from __future__ import annotations
+# There is no `from __future__ import annotations` here: pdoc cannot resolve a class's type parameters in text.
 
 import contextlib
 import functools
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Concatenate, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Final, Self, cast, overload
 from weakref import WeakSet, WeakValueDictionary
 
 from anyio import CancelScope
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 def _awaitable[Store: TokenStorage, **P, R](
     method: Callable[Concatenate[Store, P], R],
-) -> Callable[Concatenate[AsyncTokenStorage[Store], P], Coroutine[Any, Any, R]]:
+) -> "Callable[Concatenate[AsyncTokenStorage[Store], P], Coroutine[Any, Any, R]]":
     """Return the awaitable form of a store's method. Type checkers see the method's own signature."""
     name = method.__name__
 
     @functools.wraps(method, assigned=("__name__", "__doc__", "__annotations__"))
-    async def on_a_thread(self: AsyncTokenStorage[Store], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def on_a_thread(self: "AsyncTokenStorage[Store]", /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self.run(cast("Callable[Concatenate[Store, P], R]", _method(name)), *args, **kwargs)
 
     return on_a_thread
@@ -79,6 +79,9 @@ class AsyncTokenStorage[Store: TokenStorage]:
             who wait for the login of one user take up one of them.
         watches: how many watches run at the same time. Each has a thread of its own.
 
+    Attributes:
+        store: the store itself, for code that runs on other threads.
+
     Raises:
         InvalidInput: a number is not a whole number of at least 1.
     """
@@ -86,22 +89,17 @@ class AsyncTokenStorage[Store: TokenStorage]:
     def __init__(self, store: Store, *, threads: int = 4, login_threads: int = 8, watches: int = 64) -> None:
         if any(type(number) is not int or number < 1 for number in (threads, login_threads, watches)):
             raise InvalidInput("threads, login_threads and watches must be whole numbers of at least 1.")
-        self._store = store
+        self.store: Final = store
         self._calls, self._logins = Lane(threads), Lane(login_threads)
         self._turns: WeakValueDictionary[str, Lane] = WeakValueDictionary()
         self._most_watches = watches
         self._watches: WeakSet[AsyncWatch] = WeakSet()
 
-    @property
-    def store(self) -> Store:
-        """The store itself, for code that runs on other threads."""
-        return self._store
-
     async def run[**P, R](
         self, function: Callable[Concatenate[Store, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:
         """Call `function(store, ...)` on a thread, for several steps in one go or for a store of your own."""
-        return await self._calls.run(Call(function, self._store, *args, **kwargs))
+        return await self._calls.run(Call(function, self.store, *args, **kwargs))
 
     # What every store has
 
@@ -122,7 +120,7 @@ class AsyncTokenStorage[Store: TokenStorage]:
 
     async def store_token(self, user_identifier: str | None = None) -> TokenResult:
         """See `TokenStorage.store_token`."""
-        return await self._in_turn(user_identifier, Call(self._store.store_token, user_identifier))
+        return await self._in_turn(user_identifier, Call(self.store.store_token, user_identifier))
 
     async def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
         """See `TokenStorage.get_or_create_token`. A thousand tasks that want one token make one login.
@@ -131,30 +129,30 @@ class AsyncTokenStorage[Store: TokenStorage]:
         """
         if user_id is not None and (token := await self.get_valid_token(user_id)):
             return token
-        return await self._in_turn(user_id, Call(self._store.get_or_create_token, user_id))
+        return await self._in_turn(user_id, Call(self.store.get_or_create_token, user_id))
 
     async def renew_token(self, user_id: str, refused_token: str | Secret | Mapping[str, Any]) -> TokenResult:
         """See `TokenStorage.renew_token`."""
-        call = Call(self._store.renew_token, user_id, refused_token)
+        call = Call(self.store.renew_token, user_id, refused_token)
         del refused_token  # A traceback that prints local variables must not show it.
         return await self._in_turn(user_id, call)
 
     async def save_token(self, response: object, *, verify: bool = False) -> TokenResult:
         """See `TokenStorage.save_token`."""
-        call = Call(self._store.save_token, response, verify=verify)
+        call = Call(self.store.save_token, response, verify=verify)
         del response
         return await self._logins.run(call)
 
     async def log_out(self, user_id: str) -> bool:
         """See `TokenStorage.log_out`."""
-        return await self._in_turn(user_id, Call(self._store.log_out, user_id))
+        return await self._in_turn(user_id, Call(self.store.log_out, user_id))
 
     async def store_token_batch(
         self, user_ids: Iterable[str], *, replace: bool = False, progress: bool = True, pace: Pace = PACE
     ) -> list[BatchResult]:
         """See `TokenStorage.store_token_batch`. A cancelled batch finishes the login that runs, and begins no other."""
         until = _UntilCancelled(pace)
-        call = Call(self._store.store_token_batch, user_ids, replace=replace, progress=progress, pace=until)
+        call = Call(self.store.store_token_batch, user_ids, replace=replace, progress=progress, pace=until)
         return await self._logins.run(call, on_cancel=until.cancelled.set)
 
     def _in_turn[R](self, user_id: object, call: Call[R]) -> Coroutine[Any, Any, R]:
@@ -178,18 +176,18 @@ class AsyncTokenStorage[Store: TokenStorage]:
     else:
 
         def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
-            if name.startswith("_") or not callable(getattr(type(self._store), name, None)):
-                raise AttributeError(f"{type(self._store).__name__} has no method {name!r}", name=name, obj=self)
+            if name.startswith("_") or not callable(getattr(type(self.store), name, None)):
+                raise AttributeError(f"{type(self.store).__name__} has no method {name!r}", name=name, obj=self)
             return functools.partial(self.run, _method(name))
 
     @overload
     async def get_connection[R](
-        self: AsyncTokenStorage[SQLiteUpstoxStorage], work: Callable[[sqlite3.Connection], R]
+        self: "AsyncTokenStorage[SQLiteUpstoxStorage]", work: "Callable[[sqlite3.Connection], R]"
     ) -> R: ...
     @overload
     async def get_connection[R](
-        self: AsyncTokenStorage[PostgreSQLUpstoxStorage] | AsyncTokenStorage[HybridUpstoxStorage],
-        work: Callable[[connection], R],
+        self: "AsyncTokenStorage[PostgreSQLUpstoxStorage] | AsyncTokenStorage[HybridUpstoxStorage]",
+        work: "Callable[[connection], R]",
     ) -> R: ...
     async def get_connection[R](self: Any, work: Callable[[Any], R]) -> R:
         """Call `work(connection)` on a thread, inside `with store.get_connection() as connection`.
@@ -214,10 +212,10 @@ class AsyncTokenStorage[Store: TokenStorage]:
         Raises:
             AttributeError: the store has no `watch`.
         """
-        return AsyncWatch(Call(cast(Any, self._store).watch, user_id), self._watches, self._most_watches)
+        return AsyncWatch(Call(cast(Any, self.store).watch, user_id), self._watches, self._most_watches)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._store!r})"
+        return f"{type(self).__name__}({self.store!r})"
 
     async def __aenter__(self) -> Self:
         return self
