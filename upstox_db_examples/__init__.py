@@ -29,6 +29,8 @@ from .core.token import ExpiryPolicy, Secret, TokenResult
 from .patterns import PATTERNS, import_store, open_store
 
 if TYPE_CHECKING:
+    from .asynchronous import AsyncTokenStorage
+    from .httpx_auth import StoredTokenAuth
     from .hybrid import HybridUpstoxStorage
     from .mongodb import MongoUpstoxStorage
     from .pooled import PooledUpstoxStorage
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accounts",
+    "AsyncTokenStorage",
     "BackupDamaged",
     "BatchResult",
     "ConfigurationError",
@@ -64,6 +67,7 @@ __all__ = [
     "Secret",
     "StorageError",
     "StoreUnavailable",
+    "StoredTokenAuth",
     "TokenNotStored",
     "TokenRefused",
     "TokenResult",
@@ -77,6 +81,12 @@ __all__ = [
 
 # The application decides what is logged and where. Without this handler, Python would print warnings to stderr.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+# What only some programs need: its module, the packages that it needs, and the extras that install them.
+_NEEDED_BY_SOME = {
+    "AsyncTokenStorage": ("asynchronous", "anyio", "pip install '.[async]'"),
+    "StoredTokenAuth": ("httpx_auth", "httpx or requests", "pip install '.[httpx]' or pip install '.[requests]'"),
+}
 
 
 _TRANSFER = ("Counts", "export_tokens", "import_tokens", "migrate")
@@ -92,4 +102,12 @@ def __getattr__(name: str) -> Any:
             store = import_store(folder)  # This also sets the folder's name.
             globals()[pattern.store] = store
             return globals()[name]
+    if name in _NEEDED_BY_SOME:
+        module, packages, command = _NEEDED_BY_SOME[name]
+        try:
+            globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+        except ModuleNotFoundError as error:
+            message = f"{name} needs {packages}. In a clone of this project, run: {command}"
+            raise ModuleNotFoundError(message, name=error.name) from error
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

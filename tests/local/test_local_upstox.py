@@ -106,6 +106,15 @@ class TestLogin:
         assert not upstox.is_living(token)
         assert ask(upstox, "DELETE", "/api/v2/logout", headers={"Authorization": f"Bearer {token}"})[0] == 401
 
+    def test_an_order_needs_a_living_token(self, upstox: LocalUpstox, account: Account) -> None:
+        headers = {"Authorization": f"Bearer {log_in(for_the_sdk(upstox), account).access_token}"}
+        for number in (1, 2):
+            status, body, _ = ask(upstox, "POST", "/api/v3/order/place", whole={}, headers=headers)
+            assert (status, body["data"]) == (200, {"order_ids": [f"AB1234-{number}"]})
+        upstox.kill_token("AB1234")
+        status, body, _ = ask(upstox, "POST", "/api/v3/order/place", whole={}, headers=headers)
+        assert (status, code_in(body), upstox.orders("AB1234")) == (401, "UDAPI100050", 2)
+
     @pytest.mark.parametrize("token", ["", "made-up"])
     def test_a_token_it_did_not_make_is_refused(self, upstox: LocalUpstox, account: Account, token: str) -> None:
         log_in(upstox, account)

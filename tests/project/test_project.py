@@ -43,7 +43,7 @@ def test_sqlite_needs_no_driver(tmp_path: Path) -> None:
     code = (
         "import sys; import upstox_db_examples as u; u.SQLiteUpstoxStorage('x.db').get_valid_token('AB1234')\n"
         "u.PooledUpstoxStorage('x.db').get_valid_token('AB1234')\n"
-        "drivers = ('psycopg2', 'tqdm', 'pymongo', 'redis', 'upstox_totp')\n"
+        "drivers = ('psycopg2', 'tqdm', 'pymongo', 'redis', 'upstox_totp', 'anyio', 'httpx', 'requests')\n"
         "print([name for name in drivers if name in sys.modules])"
     )
     done = run(code, tmp_path)

@@ -31,6 +31,10 @@ ROUNDS = 3  # how many login attempts an account gets, if a retry can help
 TOTP_SECONDS = 30  # a one-time password works once; a new one comes after this time
 
 
+class BatchStopped(BaseException):
+    """A batch was told to stop before its next login. An `Exception` would count as one more failed account."""
+
+
 class Pace:
     """Decides when the next login may begin. Safe to share between threads.
 
@@ -65,17 +69,27 @@ class Pace:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def turn(self, user_id: str, others: Callable[[float], list[float]] | None = None) -> Iterator[None]:
+    def turn(
+        self,
+        user_id: str,
+        others: Callable[[float], list[float]] | None = None,
+        *,
+        stopped: threading.Event | None = None,
+    ) -> Iterator[None]:
         """Wait for this account's turn; the caller logs in inside the `with` block.
 
         Args:
             user_id: the account.
             others: takes a number of seconds and returns how many seconds ago other programs began logins within that
                 time. Upstox counts those logins as well.
+            stopped: once this is set, no turn comes.
+
+        Raises:
+            BatchStopped: `stopped` is set.
 
         A `LoginLimited` raised inside the block holds all accounts back, or only this one if Upstox limits only it.
         """
-        begin = self._wait(user_id, others)
+        begin = self._wait(user_id, others, stopped)
         held_until = 0.0
         try:
             yield
@@ -97,10 +111,16 @@ class Pace:
             next_code = self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS
             self._next_turn[user_id] = max(next_code, held_until)
 
-    def _wait(self, user_id: str, others: Callable[[float], list[float]] | None) -> float:
+    def _wait(
+        self, user_id: str, others: Callable[[float], list[float]] | None, stopped: threading.Event | None
+    ) -> float:
         """Wait for this account's turn and return when it came. A new limit may come during a sleep, so check again."""
         longest = max((seconds for _, seconds in self._limits), default=0.0)
+        # A wait may take half an hour, and an event ends it at once. A sleep of the caller's own stays as it is.
+        sleep = stopped.wait if stopped and self._sleep is time.sleep else self._sleep
         while True:
+            if stopped and stopped.is_set():
+                raise BatchStopped
             elsewhere = others(longest) if others and self._limits else []
             with self._lock:
                 now = self._clock()
@@ -111,7 +131,7 @@ class Pace:
                     self._begun.append(now)
                     return now
             logger.info("Waiting %.0f s before the login of %s", wait, user_id)
-            self._sleep(max(wait, 0.001))  # The clock might not notice a shorter sleep.
+            sleep(max(wait, 0.001))  # The clock might not notice a shorter sleep.
 
 
 # The whole process shares one pace, because Upstox counts logins across all batches and stores.

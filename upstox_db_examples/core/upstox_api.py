@@ -22,6 +22,7 @@ from .token import Secret
 logger = logging.getLogger(__name__)
 
 REAL = "https://{stage}.upstox.com"
+THIS_MACHINE = ("127.0.0.1", "::1", "localhost")
 # curl's names for the failures that happen before a request is sent on a new connection.
 NOT_SENT = (
     *("UNSUPPORTED_PROTOCOL", "URL_MALFORMAT", "COULDNT_RESOLVE_PROXY", "COULDNT_RESOLVE_HOST", "COULDNT_CONNECT"),
@@ -54,7 +55,7 @@ def checked_base_domain(base_domain: str | None) -> str:
 
 
 def is_this_machine(base_domain: str) -> bool:
-    return urlsplit(base_domain).hostname in ("127.0.0.1", "::1", "localhost")
+    return urlsplit(base_domain).hostname in THIS_MACHINE
 
 
 def ask(

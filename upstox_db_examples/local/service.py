@@ -34,6 +34,7 @@ class Service:
     def __init__(self, now: Callable[[], datetime], totp_once: bool) -> None:
         self.users: dict[str, User] = {}
         self.logins: Counter[str] = Counter()
+        self.orders: Counter[str] = Counter()
         self.shape = Shape()
         self._now = now
         self._totp_once = totp_once
@@ -159,6 +160,11 @@ class Service:
     def _show_profile(self, shown: Shown) -> Answer:
         return Answer({"status": "success", "data": self._bearer(shown).account.profile()})
 
+    def _place_order(self, shown: Shown) -> Answer:
+        user_id = self._bearer(shown).account.user_id
+        self.orders[user_id] += 1
+        return Answer({"status": "success", "data": {"order_ids": [f"{user_id}-{self.orders[user_id]}"]}})
+
     def _logout(self, shown: Shown) -> Answer:
         self._bearer(shown).token = None
         return Answer({"status": "success", "data": True})
@@ -214,6 +220,7 @@ ROUTES: dict[str, tuple[int, Callable[[Service, Shown], Answer]]] = {
     "POST /api/v2/totp-login/authorization/token": (7, Service._one_call),
     "GET /login": (0, Service._page),
     "GET /api/v2/user/profile": (0, Service._show_profile),
+    "POST /api/v3/order/place": (0, Service._place_order),
     "DELETE /api/v2/logout": (0, Service._logout),
 }
 

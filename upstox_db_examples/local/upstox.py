@@ -19,8 +19,9 @@ The official one-call login is separate. It counts as step 7:
 
 A token also arrives when the user approves an access token request in Upstox's own app: see `LocalUpstox.notify`.
 
-In addition, `GET /api/v2/user/profile` tells whether a token lives, and `DELETE /api/v2/logout` ends it. Steps 1 to 6
-have no limit: use `fail()` to simulate one.
+In addition, `GET /api/v2/user/profile` tells whether a token lives, `POST /api/v3/order/place` takes any order, and
+`DELETE /api/v2/logout` ends a token. Each answers 401 and UDAPI100050 to a dead token. Steps 1 to 6 have no limit: use
+`fail()` to simulate one.
 
 **The answer with the token** is what real accounts get, not what the documentation shows: by default it has no `poa`,
 its `ddpi` is null, and it has an unknown field. The SDK's own model (upstox-totp 1.0.8) requires `poa` and `ddpi`, so
@@ -138,6 +139,11 @@ class LocalUpstox:
         """Count the login attempts, for one user or for all, failed ones included: requests of steps 2 and 7."""
         with self._lock:
             return self._attempts[user_id] if user_id else self._attempts.total()
+
+    def orders(self, user_id: str) -> int:
+        """Count the orders that this user has placed."""
+        with self._lock:
+            return self._service.orders[user_id]
 
     def is_living(self, token: str) -> bool:
         """Tell whether Upstox would still accept this access token."""

@@ -43,8 +43,9 @@ class Handler(BaseHTTPRequestHandler):
         shown["session"] = session.value if session else ""
         shown["bearer"] = self.headers.get("Authorization", "").removeprefix("Bearer ")
         shown["x-api-key"] = self.headers.get("x-api-key", "")
+        method = "GET" if self.command == "HEAD" else self.command
         try:
-            answer = self.server.answer(f"{self.command} {url.path}", shown)
+            answer = self.server.answer(f"{method} {url.path}", shown)
         except Exception:
             self.hang_up()
             raise
@@ -60,14 +61,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def hang_up(self) -> None:
         """Send half an answer, because curl silently repeats a request whose connection ends without a byte."""
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n")
         self.close_connection = True
 
-    do_GET = do_POST = do_DELETE = _serve
+    do_GET = do_HEAD = do_POST = do_DELETE = _serve
 
     def log_message(self, *_: object) -> None:
         """Log nothing."""
