@@ -90,7 +90,7 @@ class Inherited(Directive):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("inherited", Inherited)
-    app.connect("doctree-read", link_pages)
+    app.connect("doctree-read", link_pages, priority=100)  # before Sphinx collects downloads
     app.connect("env-merge-info", merge_linked_files)
     app.connect("html-collect-pages", make_code_pages)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
