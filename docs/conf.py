@@ -4,9 +4,7 @@ The source folder is the repository itself, so a link works on the site as it wo
 notebook is shown with its committed outputs, which the tests compare.
 """
 
-
 import sys
-
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,14 @@ html_title = project
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "site_code"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "notebooks/*.ipynb", "benchmarks/*.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/**.md",
+    "notebooks/*.ipynb",
+    "benchmarks/*.md",
+]
 exclude_patterns = [".*", "build", "dist", "tests", "upstox_db_examples", "**/.ipynb_checkpoints"]
 templates_path = ["_templates"]
 

@@ -36,6 +36,15 @@ class TokenStorage:
     Attributes:
         backend: the operations on the database. Callers rarely need it; export, import and migrate use it.
         cipher: encrypts and decrypts this store's tokens.
+
+    Example:
+        >>> from upstox_db_examples import SQLiteUpstoxStorage
+        >>> with SQLiteUpstoxStorage("upstox.db") as storage:
+        ...     result = storage.get_or_create_token("AB1234")  # logs in, because there is no token yet
+        ...     again = storage.get_or_create_token("AB1234")  # finds that token
+        ...     newer = storage.renew_token("AB1234", again)  # after Upstox has answered 401
+        >>> again["token"] == result["token"], newer["token"] == result["token"]
+        (True, False)
     """
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
