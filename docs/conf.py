@@ -40,8 +40,6 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
-# Every link must lead to a page, a heading or a file.
-nitpicky = False
 
 default_role = "py:obj"
 autodoc_member_order = "bysource"
