@@ -56,7 +56,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "index.html"}
 html_copy_source = False
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 html_domain_indices = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
