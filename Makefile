@@ -31,7 +31,8 @@ notebooks: .venv/all
 
 # A broken link is a warning, and a warning is an error. Nothing is executed: notebooks are shown with their outputs.
 docs: .venv/dev
-	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --conf-dir docs --doctree-dir build/doctrees . build/docs
+	@rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --conf-dir docs --doctree-dir build/doctrees . build/docs
 	@echo "The site is in build/docs/index.html"
 
 check: .venv/dev
