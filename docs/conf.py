@@ -32,8 +32,9 @@ include_patterns = [
     "docs/**.md",
     "notebooks/*.ipynb",
     "benchmarks/*.md",
+    "upstox_db_examples/*/README.md",
 ]
-exclude_patterns = [".*", "build", "dist", "tests", "upstox_db_examples", "**/.ipynb_checkpoints"]
+exclude_patterns = [".*", "build", "dist", "tests", "**/.ipynb_checkpoints"]
 templates_path = ["_templates"]
 
 nb_execution_mode = "off"
