@@ -2,7 +2,7 @@
 # make test       set up and run all the tests
 # make notebooks  run all the notebooks without a window; the files in the repository stay as they are
 # make check      lint and types
-# make docs       the API reference, from the docstrings, into build/docs
+# make docs       the site: these pages, the notebooks and the API reference, into build/docs/index.html
 # make bench      measure all stores beside the guide's code, the bare drivers and py-key-value: about seven minutes
 #                 (make bench BENCH_OPTIONS=--quick: one minute, written to build/benchmarks)
 # make PYTHON=/path/to/python3.13 ...   to choose the interpreter yourself
@@ -32,12 +32,11 @@ notebooks: .venv/all
 		$(BIN)/jupyter nbconvert --log-level=WARN $(ENCRYPTED) --to notebook --execute --output-dir "$$folder" notebooks/*.ipynb && \
 		echo "All notebooks ran: $$(cd notebooks && ls *.ipynb | tr '\n' ' ')"
 
-# What the package exports, and the modules beside it that a reader calls. All classes are imported first, for those
-# that need a driver are imported when they are asked for.
+# A broken link is a warning, and a warning is an error. Nothing is executed: notebooks are shown with their outputs.
 docs: .venv/dev
-	$(BIN)/python -W error -c "import pathlib, pdoc, upstox_db_examples as u; [getattr(u, name) for name in u.__all__]; \
-		u.__all__ += ['local']; pdoc.render.configure(docformat='google'); \
-		pdoc.pdoc('upstox_db_examples', '!upstox_db_examples.local.(certificates|web|accounts|answers|service)', output_directory=pathlib.Path('build/docs'))"
+	@rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --conf-dir docs --doctree-dir build/doctrees . build/docs
+	@echo "The site is in build/docs/index.html"
 
 check: .venv/dev
 	$(BIN)/ruff check .

@@ -92,7 +92,7 @@ def _write(folder: Path, text: str, rows: Sequence[report.Row]) -> None:
     report.into(file, text)
     report.draw(rows, folder / "benchmarks.svg")
     if folder == HERE:
-        report.into(HERE.parent / "README.md", report.short(rows))
+        report.into(HERE.parent / "docs" / "choosing.md", report.short(rows))
 
 
 def _versions(servers: Servers) -> dict[str, str]:

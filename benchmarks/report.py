@@ -190,7 +190,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def short(rows: Sequence[Row]) -> str:
-    """Return only the ratios for one thread and the most tokens, for the README of the project."""
+    """Return only the ratios for one thread and the most tokens, for the page that compares the stores."""
     most = max(row.tokens for row in rows)
     chosen = [row for row in rows if row.crowd == 1 and row.tokens == most]
     head = ["", *(f"{above} ÷ {below}" for above, below in RATIOS)]

@@ -110,7 +110,12 @@ def open_store(address: str, **options: Unpack[Options]) -> TokenStorage:
     Raises:
         InvalidInput: there is no store for this address.
         ModuleNotFoundError: the store's driver is not installed.
-        and the errors of the store's class.
+        StorageError: as for the store's class.
+
+    Example:
+        >>> with open_store("sqlite:///upstox.db", actor="morning job") as storage:
+        ...     print(type(storage).__name__, storage.get_valid_token("AB1234"))
+        SQLiteUpstoxStorage None
     """
     text = Secret(address)
     del address  # A traceback that prints local variables must not show its password.

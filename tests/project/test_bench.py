@@ -121,7 +121,7 @@ def test_the_smallest_run_writes_the_table_and_the_picture(
 def test_the_committed_table_has_the_shape_that_the_command_writes() -> None:
     has_the_shape((ROOT / "benchmarks" / "README.md").read_text(), (1000, 1_000_000))
     is_a_picture(ROOT / "benchmarks" / "benchmarks.svg")
-    summary = (ROOT / "README.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    summary = (ROOT / "docs" / "choosing.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     assert [re.match(r"\| ([\w ]+) \|", line)[1] for line in summary.strip().splitlines()[2:]] == [  # type: ignore[index]
         f"{store} {operation}" for store, operation in ASKED
     ]

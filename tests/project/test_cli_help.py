@@ -160,21 +160,21 @@ def test_every_example_runs_as_it_stands_but_for_the_url(
     assert "created" in good(run("--store", postgres_url, "audit", USER))
 
 
-def test_the_readmes_commands_run(
+def test_the_commands_of_the_pages_run(
     run: Run, execute: Execute, account: Account, tmp_path: Path, upstox: LocalUpstox
 ) -> None:
     good(run("init"))  # This test's folder and environment are those of `run`.
-    readme = (ROOT / "README.md").read_text()
-    (script,) = [block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "upstox-db token" in block]
+    page = (ROOT / "docs" / "command.md").read_text()
+    (script,) = [block for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) if "upstox-db token" in block]
     done = execute("sh", "-ec", script.replace("status;", 'status; echo "$TOKEN";'), PATH=PATH)
     good(done)
     (token,) = re.findall(r"^eyJ\S+$", done.stdout, re.MULTILINE)
     assert upstox.is_living(token)
-    (make_key,) = re.findall(r"^python -c .*$", readme, re.MULTILINE)
-    assert len(KeyRing.from_text(good(execute("sh", "-c", make_key, PATH=PATH)), "the README").key_ids) == 1
+    (make_key,) = re.findall(r"^python -c .*$", (ROOT / "docs" / "keys.md").read_text(), re.MULTILINE)
+    assert len(KeyRing.from_text(good(execute("sh", "-c", make_key, PATH=PATH)), "the page").key_ids) == 1
     settings = {**account.environ(), "UPSTOX_DB_STORE": str(tmp_path / "upstox.db"), "PATH": PATH}
     (tmp_path / "upstox.env").write_text("".join(f"export {name}='{value}'\n" for name, value in settings.items()))
-    crontab = re.findall(r"^\d+ \d+ \S+ \S+ \S+ +(\. .*)$", readme, re.MULTILINE)
+    crontab = re.findall(r"^\d+ \d+ \S+ \S+ \S+ +(\. .*)$", page, re.MULTILINE)
     assert len(crontab) == 3
     for line in crontab:
         good(execute("sh", "-c", line, HOME=str(tmp_path), PATH=os.environ["PATH"]))

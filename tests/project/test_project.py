@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import inspect
-import json
 import os
 import pkgutil
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import assert_type
 
 import pytest
 
 import upstox_db_examples
-from upstox_db_examples.core.login import FIELDS
 from upstox_db_examples.hybrid import HybridUpstoxStorage
-from upstox_db_examples.local.upstox import LocalUpstox
 from upstox_db_examples.mongodb import MongoUpstoxStorage
 from upstox_db_examples.patterns import PATTERNS
 from upstox_db_examples.pooled import PooledUpstoxStorage
 from upstox_db_examples.postgresql import PostgreSQLUpstoxStorage
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 
-from ..support.databases import ENGINES, MongoDatabase
 from ..support.project import PYPROJECT, ROOT, run
 
 
@@ -82,34 +76,6 @@ def test_a_missing_driver_is_named_with_what_to_install(
     assert told == f"ModuleNotFoundError: {name} needs {package}. {clone}"
 
 
-def test_the_readme_code_runs(tmp_path: Path, postgres_url: str, mongo: MongoDatabase, redis_server: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    code = "\n".join(blocks)
-    for theirs, ours in (
-        ('"postgresql://user:password@host/database"', repr(postgres_url)),
-        ('"mongodb://user:password@host/", "upstox_db"', f"{mongo.url!r}, {mongo.name!r}"),
-        ('"redis://:password@host/0"', repr(redis_server)),
-    ):
-        assert theirs in code
-        code = code.replace(theirs, ours)
-    assert "@host" not in code
-    code += "\nassert all(store.get_valid_token('ZZ9999') is None for store in stores)"
-    with LocalUpstox() as upstox:
-        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
-        done = run(code, tmp_path, **environment)
-    assert done.stderr == ""
-    assert done.returncode == 0
-
-
-def test_the_readme_names_the_credentials_and_the_images_that_the_tests_use() -> None:
-    readme = (ROOT / "README.md").read_text()
-    (accounts,) = re.findall(r"```toml\n(.*?)```", readme, flags=re.DOTALL)
-    (account,) = tomllib.loads(accounts).values()
-    others = re.findall(r"\w+_?\w+", accounts.partition("# and ")[2])
-    assert {*account, *others} == set(FIELDS)
-    assert re.findall(r"docker run .* (\w+:[\d.]+)", readme) == [engine.image for engine in ENGINES]
-
-
 def make_with(tmp_path: Path, *interpreters: str) -> subprocess.CompletedProcess[str]:
     """Run `make` with only these interpreters. Each of them prints its name and accepts any command."""
     for name in ("Makefile", "pyproject.toml"):
@@ -159,60 +125,6 @@ def test_the_summary_counts_what_was_not_run(tmp_path: Path, selected: str, proc
     assert f"\nNot run, of the tests collected: {told}\n" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "upstox_db_examples/minimal/README.md"]
-)
-def test_links_lead_somewhere(document: str) -> None:
-    file = ROOT / document
-    to = r'([^)#:\s]*)(?:#([^)\s]+))?(?: "(.+?)")?'
-    links = [*re.findall(rf"\]\({to}\)", file.read_text()), *re.findall(rf"(?m)^\[[^]]+\]: {to}$", file.read_text())]
-    assert [link for link, _, _ in links if not (file.parent / link).exists()] == []
-    places_in = {link: places(file.parent / (link or file)) for link, place, _ in links if place}
-    assert [(link, place) for link, place, _ in links if place and place not in places_in[link]] == []
-    text = file.read_text()
-    assert set(re.findall(r"\]\[([^]]+)\]", text)) == set(re.findall(r"(?m)^\[([^]]+)\]: ", text))
-    tests = [(link, title) for link, _, title in links if title]
-    assert [title for link, title in tests if f"def {title}(" not in (file.parent / link).read_text()] == []
-
-
-def test_no_code_in_the_readme_is_wider_than_githubs_page() -> None:
-    blocks = re.findall(r"```\w*\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert [line for block in blocks for line in block.splitlines() if len(line) > 96] == []
-
-
-def places(document: Path) -> set[str]:
-    """Return the anchors for links in this document: its headings, spelled as Jupyter or GitHub spells them."""
-    text = document.read_text()
-    if document.suffix == ".ipynb":
-        text = "\n".join(
-            "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
-        )
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    if document.suffix == ".ipynb":
-        return {heading.replace(" ", "-") for heading in headings}
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_each_line_of_the_guides_lists_leads_to_a_cell_and_tests_and_names_what_is_there() -> None:
-    readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| \d+ [A-Z].*$", readme, flags=re.MULTILINE)
-    assert len(rows) == 10 + 5
-    code = "\n".join(file.read_text() for file in (ROOT / "upstox_db_examples").rglob("*.py"))
-    for row in rows:
-        _, line, method, cell, tests, _ = row.split("|")
-        names = re.findall(r"`([a-z_]+|[A-Z]\w+)", method)
-        outside = ("make", "pg_dump")  # These are not ours. The tests in the row's last column run them.
-        assert [name for name in names if not re.search(rf"\b{name}\b", code) and name not in outside] == [], line
-        assert "ipynb#" in cell, line
-        for group in tests.split(";"):
-            words = re.findall("`(.*?)`", group)
-            files = re.findall(r"\]\((.*?)\)", group)
-            named = [re.findall(r"def (test_\w+)", (ROOT / file).read_text()) for file in files]
-            assert files, line
-            for word in words:
-                assert all(any(word in name for name in found) for found in named), f"{line}: {word}"
-
-
 def test_each_module_in_which_something_happens_has_a_logger_of_its_name() -> None:
     found = pkgutil.walk_packages(upstox_db_examples.__path__, "upstox_db_examples.")
     modules = {each.name: importlib.import_module(each.name) for each in found if not each.name.endswith("__main__")}
@@ -230,11 +142,3 @@ def test_every_public_name_says_what_it_is() -> None:
         said = {name: public, **{f"{name}.{method}": getattr(public, method) for method in methods}}
         silent += [each for each, what in said.items() if callable(what) and not inspect.getdoc(what)]
     assert silent == []
-
-
-@pytest.mark.usefixtures("own_servers")
-def test_the_code_in_docstrings_runs() -> None:
-    names = [name for _, name, _ in pkgutil.walk_packages(upstox_db_examples.__path__, "upstox_db_examples.")]
-    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
-    tried = [doctest.testmod(module, raise_on_error=True).attempted for module in modules]
-    assert sum(tried) > 0

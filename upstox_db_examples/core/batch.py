@@ -46,6 +46,10 @@ class Pace:
             accounts together, because Upstox does not document whether it counts per account or per address.
         clock: returns seconds that only go forward.
         sleep: waits for a number of seconds.
+
+    Example:
+        >>> pace = Pace(limits=[(1, 2.0)])  # one login in two seconds
+        >>> results = storage.store_token_batch(["AB1234"], pace=pace, progress=False)
     """
 
     def __init__(
@@ -143,6 +147,11 @@ class BatchResult(dict[str, Any]):
 
     Attributes:
         exception: why the account failed. A `TokenNotStored` carries a working token that no database has.
+
+    Example:
+        >>> result, = storage.store_token_batch(["AB1234"], progress=False)
+        >>> result["user_id"], result["success"], result["kept"]
+        ('AB1234', True, False)
     """
 
     exception: Exception | None = None

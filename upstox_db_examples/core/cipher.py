@@ -72,6 +72,14 @@ class KeyRing:
 
     Raises:
         ConfigurationError: there is no key, or a key is not 32 bytes long.
+
+    Example:
+        >>> old, new = KeyRing.new_key(), KeyRing.new_key()
+        >>> with SQLiteUpstoxStorage("mine.db", keys=KeyRing(old)) as mine:
+        ...     result = mine.get_or_create_token("AB1234")
+        >>> with SQLiteUpstoxStorage("mine.db", keys=KeyRing(new, old)) as mine:  # the first one encrypts
+        ...     mine.rotate_keys()
+        1
     """
 
     def __init__(self, *keys: bytes) -> None:

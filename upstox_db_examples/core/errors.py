@@ -19,6 +19,13 @@ class StorageError(Exception):
         token: a token that a login has just made and that no database has, masked when shown. Save it, for example
             with `save_token`. It is None in every other error.
         user_id: the owner of that token, if the answer named one.
+
+    Example:
+        >>> try:
+        ...     result = storage.get_or_create_token("CD5678")
+        ... except StorageError as error:
+        ...     print(type(error).__name__, error.token)
+        LoginRefused None
     """
 
     token: Secret | None = None
@@ -47,19 +54,52 @@ def _rebuild[Error: StorageError](kind: type[Error], args: tuple[Any, ...], stat
 
 
 class InvalidInput(StorageError, ValueError):
-    """An argument is not usable. Nothing was read or written."""
+    """An argument is not usable. Nothing was read or written.
+
+    Example:
+        >>> try:
+        ...     storage.get_valid_token("not a user id")
+        ... except InvalidInput as error:
+        ...     print(error)
+        A user id must be 1 to 50 letters and digits. After the first character, . _ @ and - are allowed too.
+    """
 
 
 class ConfigurationError(StorageError):
-    """A path, a key file, a schema or a setting must be fixed first. A retry changes nothing."""
+    """A path, a key file, a schema or a setting must be fixed first. A retry changes nothing.
+
+    Example:
+        >>> try:
+        ...     SQLiteUpstoxStorage("missing_folder/upstox.db")
+        ... except ConfigurationError as error:
+        ...     print(error)
+        missing_folder/upstox.db cannot be created: No such file or directory.
+    """
 
 
 class DatabaseMissing(ConfigurationError):
-    """A store was opened with `create=False`, and its file or its tables do not exist. Nothing was made."""
+    """A store was opened with `create=False`, and its file or its tables do not exist. Nothing was made.
+
+    Example:
+        >>> try:
+        ...     open_store("mistyped.db", create=False)
+        ... except DatabaseMissing as error:
+        ...     print(error)
+        /...mistyped.db does not exist.
+    """
 
 
 class StoreUnavailable(StorageError):
-    """The database cannot be reached, is locked or is full. Nothing was half-written. Try again when it is back."""
+    """The database cannot be reached, is locked or is full. Nothing was half-written. Try again when it is back.
+
+    Example:
+        >>> storage.close()
+        >>> try:
+        ...     storage.get_valid_token("AB1234")
+        ... except StoreUnavailable as error:
+        ...     print(error)
+        This store is closed.
+    """
 
 
 class KeyUnavailable(StorageError):
@@ -67,6 +107,15 @@ class KeyUnavailable(StorageError):
 
     Attributes:
         key_id: the id of the missing key.
+
+    Example:
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> with SQLiteUpstoxStorage("upstox.db", keys=KeyRing(KeyRing.new_key())) as elsewhere:
+        ...     try:
+        ...         elsewhere.get_valid_token("AB1234")
+        ...     except KeyUnavailable as error:
+        ...         print(error.key_id in storage.keys_in_use())
+        True
     """
 
     def __init__(self, key_id: str) -> None:
@@ -83,11 +132,33 @@ class KeyUnavailable(StorageError):
 
 
 class TokenRefused(StorageError):
-    """A stored token does not belong to its row: it was moved, changed, prolonged, cut off, or never encrypted."""
+    """A stored token does not belong to its row: it was moved, changed, prolonged, cut off, or never encrypted.
+
+    Example:
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> with storage.get_connection() as conn:
+        ...     changed = conn.execute("UPDATE upstox_tokens SET expires_at = expires_at + 86400")
+        >>> try:
+        ...     storage.get_valid_token("AB1234")
+        ... except TokenRefused as error:
+        ...     print(error)
+        The stored token of AB1234 was changed or belongs to another row. ...
+    """
 
 
 class BackupDamaged(StorageError):
-    """An export was cut off, changed, or assembled from parts. Nothing was imported. Use another export."""
+    """An export was cut off, changed, or assembled from parts. Nothing was imported. Use another export.
+
+    Example:
+        >>> counts = export_tokens(storage, "upstox.export", progress=False)
+        >>> with open("upstox.export", "a") as file:
+        ...     written = file.write("one more line")
+        >>> try:
+        ...     import_tokens(storage, "upstox.export", progress=False)
+        ... except BackupDamaged as error:
+        ...     print(error)
+        upstox.export is not a complete export: it was cut off or changed. Nothing was imported.
+    """
 
 
 class LoginError(StorageError):
@@ -96,6 +167,14 @@ class LoginError(StorageError):
     Attributes:
         code: Upstox's error code, if there is one.
         token_may_exist: whether Upstox may have made a token anyway. If so, it has killed the user's earlier one.
+
+    Example:
+        >>> upstox.fail("lost")  # the answer with the token gets lost
+        >>> try:
+        ...     result = storage.store_token("AB1234")
+        ... except LoginError as error:
+        ...     print(type(error).__name__, error.token_may_exist)
+        LoginInterrupted True
     """
 
     token_may_exist: bool = True
@@ -106,7 +185,17 @@ class LoginError(StorageError):
 
 
 class LoginRefused(LoginError):
-    """Fix the configuration first. Never retry unchanged: five wrong PINs lock the account."""
+    """Fix the configuration first. Never retry unchanged: five wrong PINs lock the account.
+
+    Example:
+        >>> wrong = SdkLogin({**credentials, "pin_code": "000000"})
+        >>> with SQLiteUpstoxStorage("upstox.db", login=wrong) as mistaken:
+        ...     try:
+        ...         mistaken.store_token()
+        ...     except LoginRefused as error:
+        ...         print(error.code)
+        1017106
+    """
 
     token_may_exist = False
 
@@ -117,6 +206,14 @@ class LoginLimited(LoginError):
     Attributes:
         retry_after: how long to wait, in seconds.
         account_only: whether other accounts can log in meanwhile.
+
+    Example:
+        >>> upstox.fail("rate_limit")
+        >>> try:
+        ...     storage.store_token("AB1234")
+        ... except LoginLimited as error:
+        ...     print(f"Wait {error.retry_after:.0f} s.")
+        Wait 60 s.
     """
 
     token_may_exist = False
@@ -134,11 +231,31 @@ class LoginInterrupted(LoginError):
 
     `token_may_exist` is False if it broke off before the last request. `token` is set if Upstox's answer holds a token
     but cannot be used as it is.
+
+    Example:
+        >>> upstox.fail("drop")
+        >>> try:
+        ...     result = storage.store_token("AB1234")
+        ... except LoginInterrupted:
+        ...     result = storage.store_token("AB1234")
     """
 
 
 class LoginSuperseded(LoginError):
-    """The store has a token that Upstox issued later. Read that one; the one in `token` is dead or soon will be."""
+    """The store has a token that Upstox issued later. Read that one; the one in `token` is dead or soon will be.
+
+    Example:
+        >>> earlier = upstox.notify("AB1234")  # a token that arrives late
+        >>> upstox.move_clock(timedelta(seconds=10))
+        >>> later = storage.store_token("AB1234")
+        >>> storage.revoke_token("AB1234")
+        True
+        >>> try:
+        ...     storage.save_token(earlier)
+        ... except LoginSuperseded as error:
+        ...     print(error.token)
+        eyJ0…(336 chars)
+    """
 
 
 class TokenNotStored(StorageError):
@@ -149,6 +266,17 @@ class TokenNotStored(StorageError):
     Attributes:
         token: the new token, masked when shown.
         user_id: the token's owner; None if the answer named nobody.
+
+    Example:
+        >>> def login(user_id):
+        ...     storage.close()  # the database goes away during the login
+        ...     return upstox.notify(user_id)
+        >>> storage.login = login
+        >>> try:
+        ...     storage.store_token("AB1234")
+        ... except TokenNotStored as error:
+        ...     print(error.user_id, error.token)
+        AB1234 eyJ0…(336 chars)
     """
 
     token: Secret

@@ -77,6 +77,13 @@ class Accounts:
             totp_secret, `TotpLogin` logs the account in; otherwise `SdkLogin` does. A ready login can replace the
             credentials.
         options: `base_domain`, `pause` and `timeout` for every `SdkLogin` made here.
+
+    Example:
+        >>> login = Accounts.from_file("accounts.toml")
+        >>> login.user_ids
+        ['AB1234', 'CD5678']
+        >>> with SQLiteUpstoxStorage("several.db", login=login) as several:
+        ...     result = several.get_or_create_token("CD5678")
     """
 
     def __init__(self, accounts: Mapping[str, Mapping[str, str | Secret] | Login], **options: Any) -> None:

@@ -131,6 +131,12 @@ class SdkLogin(SingleLogin):
             Upstox. Plain http is accepted only on this machine.
         pause: seconds between the SDK's six requests; 1 by default, and 0 on this machine.
         timeout: seconds for each request.
+
+    Example:
+        >>> login = SdkLogin(user_id="AB1234")  # the other credentials come from UPSTOX_*
+        >>> with SQLiteUpstoxStorage("upstox.db", login=login) as mine:
+        ...     mine.get_or_create_token()["user_id"]
+        'AB1234'
     """
 
     def __init__(

@@ -26,6 +26,13 @@ class Options(TypedDict, total=False):
         renew_pause: how long `renew_token` waits before it logs the same user in again, in seconds; 600 by default.
         create: make the tables (SQLite: the file too) if they are missing; True by default. With False, opening such a
             store raises `DatabaseMissing`, so that a mistyped name does not open an empty store.
+
+    Example:
+        >>> options: Options = {"actor": "morning job", "login_wait": 10.0}
+        >>> with SQLiteUpstoxStorage("upstox.db", **options) as mine:
+        ...     result = mine.get_or_create_token("AB1234")
+        ...     mine.get_audit_trail("AB1234")[0]["actor"]
+        'morning job'
     """
 
     login: Login

@@ -36,6 +36,15 @@ class TokenStorage:
     Attributes:
         backend: the operations on the database. Callers rarely need it; export, import and migrate use it.
         cipher: encrypts and decrypts this store's tokens.
+
+    Example:
+        >>> from upstox_db_examples import SQLiteUpstoxStorage
+        >>> with SQLiteUpstoxStorage("upstox.db") as storage:
+        ...     result = storage.get_or_create_token("AB1234")  # logs in, because there is no token yet
+        ...     again = storage.get_or_create_token("AB1234")  # finds that token
+        ...     newer = storage.renew_token("AB1234", again)  # after Upstox has answered 401
+        >>> again["token"] == result["token"], newer["token"] == result["token"]
+        (True, False)
     """
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
@@ -110,8 +119,9 @@ class TokenStorage:
             user_id: the user; None for the login's own account.
 
         Raises:
-            the errors of `store_token` and `get_valid_token`. It also raises LoginRefused if Upstox has already refused
-            the same credentials to any program on this store.
+            LoginRefused: Upstox refuses the credentials, or has already refused them to any program on this store.
+            LoginError, StoreUnavailable, TokenNotStored: as for `store_token`.
+            KeyUnavailable, TokenRefused: as for `get_valid_token`.
         """
         return self._life_cycle.read_or_log_in(check_user_id(user_id))
 
@@ -129,7 +139,7 @@ class TokenStorage:
         Raises:
             LoginLimited: the stored token was renewed just now and is refused as well; `retry_after` says how long to
                 wait. `store_token` logs in all the same.
-            It also raises the errors of `get_or_create_token`.
+            StorageError: as for `get_or_create_token`.
         """
         try:
             user_id, refused = require_user_id(user_id), _refused(refused_token)

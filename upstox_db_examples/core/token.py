@@ -23,6 +23,11 @@ class Secret:
     """A string that shows only its first characters and its length wherever it is printed or logged.
 
     A plain `str` would show up in every traceback that prints local variables.
+
+    Example:
+        >>> pin = Secret("123456")
+        >>> print(pin, pin.reveal())
+        …(6 chars) 123456
     """
 
     __slots__ = ("_value",)
@@ -104,6 +109,13 @@ class TokenResult(Mapping[str, Any]):
 
     This is a Mapping and not a dict, because json.dumps, pprint, rich and pytest look inside a dict and would show the
     token. Times become ISO text only on access, because most callers want only the token.
+
+    Example:
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> print(result["user_id"], result.masked_token)
+        AB1234 eyJ0…(336 chars)
+        >>> len(result["token"])
+        336
     """
 
     __slots__ = ("_fields", "_token")
@@ -144,6 +156,13 @@ class ExpiryPolicy:
     Attributes:
         time_of_day, zone: every token expires at this time, 03:30 in India.
         margin: how far this machine's clock may be off. `get_valid_token` returns no token that expires sooner.
+
+    Example:
+        >>> from datetime import datetime
+        >>> from upstox_db_examples.core.token import IST
+        >>> tuesday_evening = datetime(2026, 1, 6, 20, 0, tzinfo=IST)
+        >>> ExpiryPolicy().next_death(tuesday_evening).astimezone(IST).isoformat()
+        '2026-01-07T03:30:00+05:30'
     """
 
     time_of_day: time = time(3, 30)

@@ -37,6 +37,11 @@ class TotpLogin(SingleLogin):
         credentials: `client_id`, `pin_code` and `totp_secret`. The default is UPSTOX_CLIENT_ID, UPSTOX_PIN_CODE and
             UPSTOX_TOTP_SECRET, read at each login.
         user_id, base_domain, timeout: the same as for `SdkLogin`.
+
+    Example:
+        >>> with SQLiteUpstoxStorage("upstox.db", login=TotpLogin(user_id="AB1234")) as mine:
+        ...     mine.get_or_create_token()["user_id"]
+        'AB1234'
     """
 
     path = "/v2/totp-login/authorization/token"

@@ -61,6 +61,15 @@ class HybridUpstoxStorage(TokenStorage):
     Raises:
         ConfigurationError: PostgreSQL or Redis refuses its configuration.
         StoreUnavailable: neither PostgreSQL nor Redis can be reached.
+
+    Example:
+        >>> from upstox_db_examples import HybridUpstoxStorage
+        >>> with HybridUpstoxStorage(
+        ...     "redis://:password@host/0", "postgresql://user:password@host/database"
+        ... ) as storage:
+        ...     result = storage.get_or_create_token("AB1234")
+        ...     storage.get_valid_token("AB1234")["source"]
+        'redis'
     """
 
     backend: HybridBackend

@@ -46,6 +46,13 @@ class MongoUpstoxStorage(TokenStorage):
     Raises:
         ConfigurationError: the URL or the database is not usable.
         StoreUnavailable: the server cannot be reached.
+
+    Example:
+        >>> from upstox_db_examples import MongoUpstoxStorage
+        >>> with MongoUpstoxStorage("mongodb://user:password@host/", "upstox_db") as storage:
+        ...     result = storage.get_or_create_token("AB1234")
+        ...     storage.get_user_dashboard("AB1234")["active_token"]["exists"]
+        True
     """
 
     backend: MongoBackend

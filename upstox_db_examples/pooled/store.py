@@ -37,6 +37,14 @@ class PooledUpstoxStorage(SQLiteUpstoxStorage):
     Raises:
         InvalidInput: `pool_size` or `timeout` is not a positive number.
         ConfigurationError: the path cannot be used, or the file holds something else.
+
+    Example:
+        >>> from upstox_db_examples import PooledUpstoxStorage
+        >>> with PooledUpstoxStorage("upstox.db", pool_size=3) as storage:
+        ...     result = storage.get_or_create_token("AB1234")
+        ...     with storage.get_connection():
+        ...         storage.pool_status()
+        {'size': 3, 'in_use': 1, 'idle': 0, 'unopened': 2}
     """
 
     def __init__(

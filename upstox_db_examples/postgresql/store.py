@@ -32,6 +32,13 @@ class PostgreSQLUpstoxStorage(TokenStorage):
     Raises:
         ConfigurationError: the connection string, the role or the schema is not usable.
         StoreUnavailable: the server cannot be reached.
+
+    Example:
+        >>> from upstox_db_examples import PostgreSQLUpstoxStorage
+        >>> with PostgreSQLUpstoxStorage("postgresql://user:password@host/database") as storage:
+        ...     result = storage.get_or_create_token("AB1234")
+        ...     [entry["action"] for entry in storage.get_audit_trail("AB1234")]
+        ['used', 'created', 'login']
     """
 
     backend: PostgreSQLBackend

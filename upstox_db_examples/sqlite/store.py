@@ -34,6 +34,15 @@ class SQLiteUpstoxStorage(TokenStorage):
 
     Raises:
         ConfigurationError: the path cannot be used, or the file holds something else.
+
+    Example:
+        >>> from upstox_db_examples import SQLiteUpstoxStorage
+        >>> with SQLiteUpstoxStorage("upstox.db") as storage:
+        ...     result = storage.get_or_create_token("AB1234")
+        ...     storage.backup("copy.db")
+        >>> with SQLiteUpstoxStorage("copy.db") as copy:
+        ...     copy.get_valid_token("AB1234")["token"] == result["token"]
+        True
     """
 
     backend: SQLiteBackend

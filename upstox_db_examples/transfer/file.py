@@ -41,7 +41,14 @@ class Part(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """How much was transferred. The `new_` fields count only what the target did not have before."""
+    """How much was transferred. The `new_` fields count only what the target did not have before.
+
+    Example:
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> with SQLiteUpstoxStorage("moved.db") as moved:
+        ...     migrate(storage, moved, progress=False)
+        Counts(users=1, tokens=1, audit_entries=2, new_tokens=1, new_audit_entries=2)
+    """
 
     users: int = 0
     tokens: int = 0

@@ -50,6 +50,14 @@ def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True
             this ran, nothing of that user is changed.
         KeyUnavailable, TokenRefused: a working token of the source cannot be read. Nothing is changed.
         StorageError: the two still differ at the end, because somebody wrote meanwhile. Run it again.
+
+    Example:
+        >>> from upstox_db_examples import migrate
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> with SQLiteUpstoxStorage("moved.db") as moved:
+        ...     counts = migrate(storage, moved, progress=False)
+        ...     moved.get_valid_token("AB1234")["token"] == result["token"]
+        True
     """
     tokens = (Part(user_id, source.backend.read_tokens(user_id), []) for user_id in source.backend.list_users())
     users = _check_parts(tokens, target, source.cipher.decrypt)
@@ -66,6 +74,12 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
     Raises:
         InvalidInput: something that is not an export has that name.
         StoreUnavailable: the file cannot be written, or the store cannot be read.
+
+    Example:
+        >>> from upstox_db_examples import export_tokens
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> export_tokens(storage, "upstox.export", progress=False).tokens
+        1
     """
     target = resolve_target(expand_home(path))
     with progress_bar(len(store.backend.list_users()), "user", progress) as advance:
@@ -82,6 +96,14 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         KeyUnavailable: the store's key ring lacks the key of the file or of a token in it; the error names the key.
             Nothing is imported.
         InvalidInput: see `migrate`.
+
+    Example:
+        >>> from upstox_db_examples import export_tokens, import_tokens
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> counts = export_tokens(storage, "upstox.export", progress=False)
+        >>> with SQLiteUpstoxStorage("restored.db") as restored:
+        ...     import_tokens(restored, "upstox.export", progress=False).new_tokens
+        1
     """
     file = expand_home(path)
     kind = kind_of(file)
