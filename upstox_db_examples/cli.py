@@ -155,5 +155,5 @@ def describe(result: TokenResult) -> str:
 
 
 # Each module adds its commands to `main`, in the order in which they are needed.
-from . import cli_logins, cli_upkeep  # noqa: E402, F401
+from . import cli_logins, cli_watch, cli_upkeep  # noqa: E402, F401, I001
 from .cli_copy import copy  # noqa: E402, F401

@@ -434,6 +434,9 @@ def test_every_example_runs_as_it_stands_but_for_the_url(
                 unsaved_file(tmp_path, upstox.notify(USER)["access_token"]).rename(config / line.rpartition("/")[2])
             elif "--runtime-role" in line:
                 environment["UPSTOX_DB_STORE"] = postgres_url
+            elif name == "watch":  # It runs until somebody ends it.
+                line = f"{line.replace('systemctl restart bot', 'true')} > told &"
+                line += "until [ -s told ]; do sleep 0.1; done; rm told; kill $!; wait $! 2> ended; [ $? = 143 ]"
             good(execute("sh", "-c", line, **environment))
     assert "created" in good(execute("upstox-db", "--store", postgres_url, "audit", USER, PATH=path))
 
