@@ -74,6 +74,7 @@ docs/account
 docs/command
 docs/keys
 docs/copying
+upstox_db_examples/minimal/README
 ```
 
 ```{toctree}

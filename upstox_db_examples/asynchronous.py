@@ -51,9 +51,6 @@ def _method(name: str) -> Callable[..., Any]:
 class AsyncTokenStorage[Store: TokenStorage]:
     """Any of the stores, for asyncio and trio. `await` each of its methods; `async with` closes the store at the end.
 
-        async with AsyncTokenStorage(store) as tokens:
-            token = await tokens.get_or_create_token("AB1234")
-
     Every public method of the store is here, the special ones too, with the same arguments, results and errors. Only
     `get_connection` is different: it takes the function that uses the connection. Opening a store takes time as well:
     open it before the event loop starts, or with `await anyio.to_thread.run_sync(open_store, address)`.
@@ -84,6 +81,15 @@ class AsyncTokenStorage[Store: TokenStorage]:
 
     Raises:
         InvalidInput: a number is not a whole number of at least 1.
+
+    Example:
+        >>> import asyncio
+        >>> async def main():
+        ...     async with AsyncTokenStorage(storage) as tokens:
+        ...         result = await tokens.get_or_create_token("AB1234")
+        ...         return result["user_id"]
+        >>> asyncio.run(main())
+        'AB1234'
     """
 
     def __init__(self, store: Store, *, threads: int = 4, login_threads: int = 8, watches: int = 64) -> None:

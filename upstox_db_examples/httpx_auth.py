@@ -50,9 +50,7 @@ class _Held(NamedTuple):
 class StoredTokenAuth(Auth):
     """Puts a user's token on each request to Upstox, and renews it when Upstox refuses it.
 
-        with httpx.Client(auth=StoredTokenAuth(store, "AB1234")) as client: ...  # or httpx.AsyncClient
-        session = requests.Session()
-        session.auth = StoredTokenAuth(store, "AB1234")
+    It works with `httpx.Client`, `httpx.AsyncClient` and, as `session.auth`, with `requests.Session`.
 
     The store is read once, with `get_or_create_token`. This object then holds the token until a minute before it
     expires, or until Upstox refuses it: the answer 401 with the code UDAPI100050. After a refusal, `renew_token` is
@@ -79,6 +77,14 @@ class StoredTokenAuth(Auth):
         InvalidInput: the store, the user id or a host is unusable.
         StorageError: a request raises the errors of `get_or_create_token` and `renew_token`. Upstox has done nothing
             then: no request was sent, or the answer was 401, and a note in the error says so.
+
+    Example:
+        >>> import httpx
+        >>> address = upstox.base_domain.format(stage="api")  # at Upstox: https://api.upstox.com
+        >>> auth = StoredTokenAuth(storage, "AB1234", hosts={"127.0.0.1"})  # at Upstox: without hosts
+        >>> with httpx.Client(auth=auth, base_url=address) as client:
+        ...     client.get("/v2/user/profile").json()["data"]["user_id"]
+        'AB1234'
     """
 
     def __init__(

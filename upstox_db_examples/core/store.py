@@ -117,8 +117,7 @@ class TokenStorage:
     def watch(self, user_id: str) -> Watch:
         """Watch a user's token: iterate over the present one, at once, and then each new one, whoever stored it.
 
-            for token in store.watch("AB1234"):  # for ever, until somebody calls the watch's close()
-                bot.reconnect(token["token"]) if token else bot.stop()
+        The iteration has no end, until somebody calls the watch's `close`.
 
         None stands for no working token, as after `revoke_token` or at 03:30. This never logs in. See `Watch`.
 

@@ -226,6 +226,14 @@ class Watch(Iterator[TokenResult | None]):
 
     Attributes:
         user_id: the user.
+
+    Example:
+        >>> result = storage.get_or_create_token("AB1234")
+        >>> with storage.watch("AB1234") as tokens:
+        ...     present = next(tokens)  # at once
+        ...     renewed = storage.renew_token("AB1234", present)  # here or in any other program
+        ...     next(tokens)["token"] == renewed["token"]
+        True
     """
 
     def __init__(self, user_id: str, news: News, life_cycle: LifeCycle, settings: Settings, store: object) -> None:
