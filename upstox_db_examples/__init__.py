@@ -84,14 +84,13 @@ __all__ = [
 # The application decides what is logged and where. Without this handler, Python would print warnings to stderr.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# What only some programs need: its module, the packages that it needs, and the extras that install them.
+# What only some programs need, by its module ...
+_TRANSFER = ("Counts", "export_tokens", "import_tokens", "migrate")
+# ... and with the packages that it needs, and the extras that install them.
 _NEEDED_BY_SOME = {
     "AsyncTokenStorage": ("asynchronous", "anyio", "pip install '.[async]'"),
     "StoredTokenAuth": ("httpx_auth", "httpx or requests", "pip install '.[httpx]' or pip install '.[requests]'"),
 }
-
-
-_TRANSFER = ("Counts", "export_tokens", "import_tokens", "migrate")
 
 
 def __getattr__(name: str) -> Any:
