@@ -22,27 +22,27 @@ from .patterns import PATTERNS
     "upstox-db copy --minimal postgresql tokens.py",
 )
 @click.argument("pattern", metavar="PATTERN", type=click.Choice(list(PATTERNS)))
-@click.argument("target", metavar="FOLDER|FILE", required=False, type=click.Path(path_type=Path))
+@click.argument("target", metavar="TARGET", required=False, type=click.Path(path_type=Path))
 @click.option("--list", "listed", is_flag=True, help="Print what would be copied, and write nothing.")
 @click.option(
     "--minimal", is_flag=True, help="Copy the smallest version of the pattern: one file of at most 100 lines."
 )
 @click.pass_obj
 def copy(store: OpenStore, pattern: str, target: Path | None, listed: bool, minimal: bool) -> None:
-    """Copy a pattern's code into a package of your own, or its smallest version into a file.
+    """Copy a pattern's code, or its smallest version, into a program of yours.
 
-    PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. FOLDER becomes a package that does not need this one, so
-    it must have a valid Python name. Only files that the pattern imports are copied. If a file already exists and
-    differs, nothing is written. The command can be run again.
+    PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. TARGET is a folder. It becomes a package that does not need
+    this one, so it must have a valid Python name. Only files that the pattern imports are copied. If a file already
+    exists and differs, nothing is written. The command can be run again.
 
-    With --minimal, give a FILE such as tokens.py, in a folder that exists.
+    With --minimal, TARGET is a file such as tokens.py, in a folder that exists.
     """
     target = expand_home(target) if target else None
     found = collect_minimal(pattern, target.name if target else f"{pattern}.py") if minimal else collect(pattern)
     if listed:
         store.result(listing(found), count_lines(found))
     elif target is None:
-        raise click.UsageError("Give a FILE, or --list." if minimal else "Give a FOLDER, or --list.")
+        raise click.UsageError(f"Give a {'file' if minimal else 'folder'} as TARGET, or --list.")
     elif minimal:
         use, (needed, _) = lines_of_minimal_use(found, target), packages(found)
         written = write_file(found.files[target.name], target)
