@@ -26,6 +26,7 @@ from .core.login import Accounts, SdkLogin, TotpLogin
 from .core.settings import Options
 from .core.store import TokenStorage
 from .core.token import ExpiryPolicy, Secret, TokenResult
+from .core.watch import Watch
 from .patterns import PATTERNS, import_store, open_store
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ __all__ = [
     "TokenResult",
     "TokenStorage",
     "TotpLogin",
+    "Watch",
     "export_tokens",
     "import_tokens",
     "migrate",

@@ -10,6 +10,7 @@ from .refusals import RefusalContract
 from .renewals import RenewalContract
 from .secrets import SecretContract
 from .tokens import TokenContract
+from .watching import WatchContract
 
 
 class StoreContract(
@@ -20,6 +21,7 @@ class StoreContract(
     RefusalContract,
     SecretContract,
     RecordContract,
+    WatchContract,
     BackendContract,
 ):
     """All promises that can be tested without a crowd, a kill or a failing server."""

@@ -27,13 +27,14 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import Any, ClassVar
 
 from .context import Context
 from .errors import StoreUnavailable
+from .listener import Listener, Polling, TokenState
 from .token import AuditEntry, StoredToken
 
 # Lock names besides the user ids. They cannot clash, because no user id begins with a hyphen.
@@ -179,6 +180,25 @@ class Backend(ABC):
     def find_by_account(self, account: str) -> list[StoredToken]:
         """Return the active tokens whose rows name this account, latest first, at most 100. The caller must decrypt
         the ciphertext before it trusts such a row."""
+
+    # Watching: these two have defaults that work with every database. See watch.py.
+
+    def listen(self) -> Listener:
+        """Start to listen for changes of tokens: each `insert`, `revoke`, `clear_doubt` and `merge` of any program.
+
+        Raises:
+            StorageError: the database cannot tell of changes, or not now. Then it is polled.
+        """
+        return Polling()
+
+    def read_states(self, user_ids: Collection[str]) -> dict[str, TokenState]:
+        """Return the state of the newest token of each of these users who has one. Not a use."""
+        newest = {user_id: self.find_newest(user_id) for user_id in user_ids}
+        return {
+            user_id: TokenState(token.generation, bool(token.ciphertext), token.in_doubt)
+            for user_id, token in newest.items()
+            if token is not None
+        }
 
     # Logins
 

@@ -65,9 +65,17 @@ class LifeCycle:
 
     def read(self, user_id: str) -> TokenResult | None:
         """Return the user's working token, or None."""
+        found = self.find(user_id)
+        return self.hand_out(found) if found else None
+
+    def find(self, user_id: str) -> StoredToken | None:
+        """Return the user's working token, still encrypted, or None. This is a use; see `Backend.find`."""
         now = self._now()
-        found = self._users.find(user_id, now + self._policy.margin, now)
-        return self._hand_out(found) if found else None
+        return self._users.find(user_id, now + self._policy.margin, now)
+
+    def hand_out(self, found: StoredToken) -> TokenResult:
+        """Decrypt this token for a caller."""
+        return result_of(self._cipher.decrypt(found), found)
 
     def read_or_log_in(self, user_id: str | None) -> TokenResult:
         """Return the working token, or log in for a new one."""
@@ -157,7 +165,7 @@ class LifeCycle:
         found = self._users.find(user_id, alive_after, now, locked=True)
         if found is None and self._clear_doubt_if_alive(user_id, alive_after):
             found = self._users.find(user_id, alive_after, now, locked=True)
-        return self._hand_out(found) if found else None
+        return self.hand_out(found) if found else None
 
     def _clear_doubt_if_alive(self, user_id: str, alive_after: datetime) -> bool:
         """Ask Upstox whether the token in doubt still works. If it does, a login would kill it for nothing."""
@@ -289,6 +297,3 @@ class LifeCycle:
             self._backend.end_login(lock, in_doubt=False)
         except StorageError as error:  # The marks stay and the lock is released: in doubt too.
             logger.warning("Tokens stay in doubt until Upstox confirms them or the next login: %s", error)
-
-    def _hand_out(self, found: StoredToken) -> TokenResult:
-        return result_of(self._cipher.decrypt(found), found)

@@ -22,6 +22,7 @@ from .settings import Options, Settings
 from .token import Secret, TokenResult, issued_at, jwt_expiry, subject
 from .token_cipher import TokenCipher
 from .users import Users, is_same_user
+from .watch import Lookout, Watch
 
 __all__ = ["Options", "TokenStorage"]
 
@@ -45,6 +46,7 @@ class TokenStorage:
         self._policy, self._now = settings.policy, settings.context.now
         self._users = Users(backend, self.cipher, settings)
         self._life_cycle = LifeCycle(backend, self.cipher, self._users, settings)
+        self._lookout = Lookout(backend)
         if not settings.create and not backend.has_tables():
             backend.close()
             raise DatabaseMissing(f"{backend.where} has no tables of this package.")
@@ -102,6 +104,27 @@ class TokenStorage:
             KeyUnavailable, TokenRefused: there is a token, but it cannot be read or trusted.
         """
         return self._life_cycle.read(require_user_id(user_id))
+
+    def watch(self, user_id: str) -> Watch:
+        """Watch a user's token: iterate over the present one, at once, and then each new one, whoever stored it.
+
+            for token in store.watch("AB1234"):  # for ever, until somebody calls the watch's close()
+                bot.reconnect(token["token"]) if token else bot.stop()
+
+        None stands for no working token: it was revoked, has expired, or is in doubt. This never logs in. See `Watch`.
+
+        A new token is noticed within a tenth of a second where the database tells of it: in PostgreSQL (and the hybrid)
+        and in a replica set of MongoDB. Otherwise the database is polled, and that takes less than a second: in SQLite,
+        behind a pooler of PostgreSQL in transaction mode, in a MongoDB server without replica set, and for a user of
+        MongoDB who lacks the right `changeStream`. All watches of a store share a thread, and one connection beside
+        those of `pool_size`.
+
+        Raises:
+            InvalidInput: `user_id` is not a user id.
+            StoreUnavailable: the store is closed, or no thread can be started.
+        """
+        user_id = require_user_id(user_id)
+        return Watch(user_id, self._lookout.watch(user_id), self._life_cycle, self._settings, self)
 
     def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
         """Return the working token, or log in for a new one. If many call at once, one logs in and all get its token.
@@ -336,9 +359,11 @@ class TokenStorage:
         return {**self.backend.check_health(), "timestamp": self._now().isoformat()}
 
     def close(self) -> None:
-        """Close what this store opened. A second call is harmless; a later call raises `StoreUnavailable`
-        (`get_storage_status` reports it)."""
+        """Close what this store opened, and end its watches. A second call is harmless; a later call raises
+        `StoreUnavailable` (`get_storage_status` reports it)."""
+        self._lookout.close()
         self.backend.close()
+        self._lookout.join()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.backend.where})"

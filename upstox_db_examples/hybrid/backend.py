@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
@@ -16,6 +16,7 @@ from typing import Any
 from ..core.backend import SCHEMA_LOCK, Backend
 from ..core.errors import StorageError, StoreUnavailable
 from ..core.forks import no_fork, start_anew_in_children
+from ..core.listener import Listener, TokenState
 from ..core.token import AuditEntry, StoredToken
 from ..postgresql.backend import PostgreSQLBackend
 from ..postgresql.errors import violated_constraint
@@ -362,6 +363,14 @@ class HybridBackend(Backend):
 
     def find_by_account(self, account: str) -> list[StoredToken]:
         return self.postgres.find_by_account(account)
+
+    # PostgreSQL tells of every change, because it commits each one. Messages of Redis would be lost with Redis and in
+    # its failover, and would need a second connection and more rights; and nothing can be stored without PostgreSQL.
+    def listen(self) -> Listener:
+        return self.postgres.listen()
+
+    def read_states(self, user_ids: Collection[str]) -> dict[str, TokenState]:
+        return self.postgres.read_states(user_ids)
 
     def record(self, user_id: str | None, action: str, now: datetime, metadata: dict[str, Any] | None = None) -> None:
         self.postgres.record(user_id, action, now, metadata)

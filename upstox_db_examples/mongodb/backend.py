@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from pymongo.errors import DuplicateKeyError, PyMongoError
 from ..core.backend import RUNNING, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import LoginSuperseded, StorageError, StoreUnavailable
+from ..core.listener import Listener, TokenState
 from ..core.token import AuditEntry, StoredToken
 from . import reports
 from .changes import (
@@ -48,6 +49,7 @@ from .documents import (
     record_of,
 )
 from .lease import LONG_AGO, Leases
+from .notices import ChangeStream
 from .schema import make_collections, make_runtime_role, refuse_another_case
 
 logger = logging.getLogger(__name__)
@@ -131,6 +133,15 @@ class MongoBackend(Backend):
         if active["generation"] > (whole["generation"] if whole else float("-inf")):
             return read_active(active)
         return read_record(whole, active, token_id=str(whole["_id"])) if whole else None
+
+    def listen(self) -> Listener:
+        return ChangeStream(self.connection)
+
+    def read_states(self, user_ids: Collection[str]) -> dict[str, TokenState]:
+        shown = {"generation": 1, "key_id": 1, "login": 1}
+        with self._database() as db:
+            found = list(db.active_tokens.find({"_id": {"$in": list(user_ids)}}, shown))
+        return {each["_id"]: TokenState(each["generation"], "key_id" in each, "login" in each) for each in found}
 
     def insert(
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None

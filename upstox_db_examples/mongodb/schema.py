@@ -110,7 +110,7 @@ INDEXES: dict[str, list[tuple[list[tuple[str, int]], dict[str, Any]]]] = {
 
 # The rights of a program that stores and reads tokens. It cannot drop anything or delete history.
 RUNTIME_ACTIONS = {
-    "active_tokens": ["find", "insert", "update", "remove"],
+    "active_tokens": ["find", "insert", "update", "remove", "changeStream"],
     "tokens": ["find", "insert", "update"],
     "token_audit": ["find", "insert"],
     "leases": ["find", "insert", "update", "remove"],

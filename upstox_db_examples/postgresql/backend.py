@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -16,8 +16,9 @@ from psycopg2.extensions import connection
 from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
+from ..core.listener import Listener, TokenState
 from ..core.token import AuditEntry, StoredToken
-from . import queries, schema
+from . import notices, queries, schema
 from .connections import PostgreSQLConnections
 from .errors import violated_constraint
 from .locks import PostgreSQLLocks
@@ -148,6 +149,13 @@ class PostgreSQLBackend(Backend):
     def find_by_account(self, account: str) -> list[StoredToken]:
         return [read_token(row) for row in self._run(queries.OF_ACCOUNT, account=account)]
 
+    def listen(self) -> Listener:
+        return notices.listen(self.connections)
+
+    def read_states(self, user_ids: Collection[str]) -> dict[str, TokenState]:
+        rows = self._run(queries.STATES, user_ids=list(user_ids))
+        return {row.pop("user_id"): TokenState(**row) for row in rows}
+
     def insert(
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
@@ -198,11 +206,11 @@ class PostgreSQLBackend(Backend):
         return [row["user_id"] for row in rows]
 
     def clear_doubt(self, token: StoredToken) -> None:
-        self._run(queries.CLEAR_DOUBT, user_id=token.user_id, generation=token.generation)
+        self._run(queries.TRUST, user_id=token.user_id, generation=token.generation)
 
     def revoke(self, user_id: str, now: datetime) -> bool:
         values = {"user_id": user_id, "action": "revoked", "actor": self.context.actor, "now": now, "reason": "{}"}
-        return bool(self._run(queries.ERASE, **values))
+        return bool(self._run(queries.REVOKE, **values))
 
     def expire(self, now: datetime, limit: int) -> int:
         return len(self._run(queries.EXPIRE, now=now, limit=limit, actor=self.context.actor))

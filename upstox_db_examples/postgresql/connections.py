@@ -233,9 +233,9 @@ def wait_for_answer(conn: connection, seconds: float) -> None:
             raise TimeoutError
 
 
-def is_readable(conn: connection) -> bool:
-    """Return whether the server has sent something that nobody has read yet."""
-    return _is_ready(conn.fileno(), 0)
+def is_readable(conn: connection, seconds: float = 0) -> bool:
+    """Return whether the server has sent something that nobody has read yet, or does so within this many seconds."""
+    return _is_ready(conn.fileno(), max(0, seconds))
 
 
 def _is_ready(descriptor: int, seconds: float, *, to_read: bool = True) -> bool:

@@ -62,8 +62,13 @@ WITH stored AS (
 )
 SELECT id AS token_id, login_lock IS NOT NULL AS in_doubt FROM stored
 """
+# Each change of a token tells those who listen, as it commits, only that something is new; see notices.py. It names
+# nobody, because everyone who may connect to the database may listen. (A trigger would need a schema step.)
+CHANNEL = "upstox_tokens"
+_TOLD = f"pg_notify('{CHANNEL}', '')"
 # The statements in one message are one transaction and one round trip.
-STORE = f"SELECT pg_advisory_xact_lock_shared({_RUNNING_LOCK});{ERASE_EARLIER};{INSERT}"
+STORE = f"SELECT pg_advisory_xact_lock_shared({_RUNNING_LOCK}), {_TOLD};{ERASE_EARLIER};{INSERT}"
+REVOKE = f"SELECT {_TOLD};{ERASE}"
 # The constraints that refuse a second token of a generation, or one that is not the latest.
 SUPERSEDED = ("upstox_tokens_user_id_generation_key", "one_active_token")
 EXPIRE = f"""
@@ -109,6 +114,8 @@ WHERE user_id = %(user_id)s AND is_active AND generation = %(generation)s
       AND CASE WHEN coalesce(login_lock, 0) = 0 THEN true ELSE pg_try_advisory_xact_lock_shared(login_lock) END
 RETURNING user_id
 """
+TRUST = f"SELECT {_TOLD};{CLEAR_DOUBT}"
+NOTIFY = "SELECT pg_notify(%(channel)s, '')"
 IN_DOUBT = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE user_id = %(user_id)s AND is_active AND login_lock IS NOT NULL
 """
@@ -151,6 +158,13 @@ WHERE id IN (SELECT id FROM upstox_token_audit WHERE performed_at < %(before)s O
 NEWEST = f"""
 SELECT {_KNOWN}, coalesce(access_token, '') AS ciphertext FROM upstox_tokens WHERE user_id = %(user_id)s
 ORDER BY generation DESC LIMIT 1
+"""
+STATES = """
+SELECT asked.user_id, t.generation, t.is_active AS active, t.login_lock IS NOT NULL AS in_doubt
+FROM unnest(%(user_ids)s) AS asked (user_id), LATERAL (
+    SELECT generation, is_active, login_lock FROM upstox_tokens AS t WHERE t.user_id = asked.user_id
+    ORDER BY generation DESC LIMIT 1
+) AS t
 """
 OF_ACCOUNT = f"""
 SELECT {HANDED_OUT} FROM upstox_tokens WHERE account = %(account)s AND is_active ORDER BY id DESC LIMIT 100
@@ -198,7 +212,7 @@ ORDER BY a.performed_at, a.id LIMIT %(limit)s
 """
 # The statements in one message are one transaction. The merged token gets the mark of a login that is running now.
 PUT_IN = f"""
-SELECT pg_advisory_xact_lock_shared({_RUNNING_LOCK});
+SELECT pg_advisory_xact_lock_shared({_RUNNING_LOCK}), {_TOLD};
 INSERT INTO upstox_tokens AS t ({COPIED}, access_token, is_active, login_lock)
 SELECT {COPIED}, access_token, is_active, login_lock FROM jsonb_populate_recordset(NULL::upstox_tokens, %(tokens)s)
 ORDER BY generation

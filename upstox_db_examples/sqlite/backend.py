@@ -6,7 +6,7 @@ import json
 import logging
 import sqlite3
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -17,9 +17,11 @@ from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins, LocalL
 from ..core.context import Context
 from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
 from ..core.forks import start_anew_in_children
+from ..core.listener import Listener, TokenState
 from ..core.token import AuditEntry, StoredToken
 from . import locks, queries
 from .connections import SQLiteConnections, refuse_cut_off
+from .notices import DataVersion
 from .rows import columns_of, format_row, read_every_column, read_known, read_token, to_moment, to_seconds
 
 logger = logging.getLogger(__name__)
@@ -157,6 +159,13 @@ class SQLiteBackend(Backend):
     def find_newest(self, user_id: str) -> StoredToken | None:
         row = self._one(queries.NEWEST, user_id)
         return read_known(row) if row else None
+
+    def listen(self) -> Listener:
+        return DataVersion(self.path)
+
+    def read_states(self, user_ids: Collection[str]) -> dict[str, TokenState]:
+        rows = self._rows(queries.STATES, json.dumps(list(user_ids)))
+        return {user_id: TokenState(number, bool(active), bool(marked)) for user_id, number, active, marked in rows}
 
     def find_by_account(self, account: str) -> list[StoredToken]:
         return [read_known(row) for row in self._rows(queries.OF_ACCOUNT, account)]

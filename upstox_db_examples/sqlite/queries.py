@@ -148,6 +148,11 @@ INSERT INTO upstox_login_notes (name, sealed) VALUES (?, ?) ON CONFLICT (name) D
 ERASE_NOTE = "DELETE FROM upstox_login_notes WHERE name = ?"
 OF_ACCOUNT = f"SELECT {_KNOWN} FROM upstox_tokens WHERE account = ? AND is_active ORDER BY id DESC LIMIT 100"
 NEWEST = f"SELECT {_KNOWN} FROM upstox_tokens WHERE user_id = ? ORDER BY generation DESC LIMIT 1"
+STATES = """
+SELECT t.user_id, t.generation, t.is_active, t.login_mark IS NOT NULL
+FROM json_each(?) AS asked JOIN upstox_tokens AS t ON t.user_id = asked.value
+     AND t.generation = (SELECT max(generation) FROM upstox_tokens WHERE user_id = asked.value)
+"""
 # We no longer use these names, but somebody may import them.
 VERSION = SCHEMA_VERSION
 GENERATION = "SELECT coalesce(max(generation), 0) FROM upstox_tokens WHERE user_id = ?"
