@@ -19,6 +19,7 @@ COMMANDS = {
     "renew": "cli_logins",
     "save": "cli_logins",
     "logout": "cli_logins",
+    "watch": "cli_watch",
     "status": "cli_status",
     "users": "cli_status",
     "history": "cli_status",

@@ -154,6 +154,9 @@ def test_every_example_runs_as_it_stands_but_for_the_url(
                 file.rename(config / line.rpartition("/")[2])
             elif "--runtime-role" in line:
                 environment["UPSTOX_DB_STORE"] = postgres_url
+            elif name == "watch":  # It runs until somebody ends it.
+                line = f"{line.replace('systemctl restart bot', 'true')} > told &"
+                line += "until [ -s told ]; do sleep 0.1; done; rm told; kill $!; wait $! 2> ended; [ $? = 143 ]"
             if "--no-login" in line or name == "status":
                 good(run("login"))  # The login may have been ended by an example of logout.
             run_example(line, run, execute, **environment)

@@ -363,7 +363,6 @@ class TokenStorage:
         `StoreUnavailable` (`get_storage_status` reports it)."""
         self._lookout.close()
         self.backend.close()
-        self._lookout.join()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.backend.where})"

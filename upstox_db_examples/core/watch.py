@@ -42,7 +42,7 @@ _listeners: set[Listener] = set()  # all that are open, so that a forked child n
 class News:
     """What the lookout tells one watch. Any thread may use it.
 
-    Its condition can be entered again by the thread that holds it, so a signal's handler may close a watch.
+    A thread that holds its lock may take it again, so a signal's handler may close a watch.
 
     Attributes:
         user_ids: the user id as given and in upper case, as `Users.find` tries them.
@@ -98,7 +98,7 @@ class Lookout:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._closed = threading.RLock(), False
         self._thread: threading.Thread | None = None
         # A watch that nobody refers to any more is over, as if it had been closed.
         self._watched: weakref.WeakSet[News] = weakref.WeakSet()
@@ -107,7 +107,7 @@ class Lookout:
     def start_anew(self) -> None:
         """End the inherited watches in this child. It has neither the parent's thread nor a connection of its own."""
         inherited, self._watched = list(self._watched), weakref.WeakSet()
-        self._lock, self._thread = threading.Lock(), None
+        self._lock, self._thread = threading.RLock(), None
         for news in inherited:
             news.abandon()
 
@@ -135,18 +135,14 @@ class Lookout:
         return news
 
     def close(self) -> None:
-        """End all watches."""
+        """End all watches, and wait until the thread has let go of the database."""
         with self._lock:
             self._closed = True
-            watched = list(self._watched)
-        for news in watched:
+            watches, thread = list(self._watched), self._thread
+        for news in watches:
             news.end()
-
-    def join(self) -> None:
-        """Wait until the thread has let go of the database, so that nothing uses it after the store is closed."""
-        thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(1)  # Longer only if a server does not answer. The thread then ends by itself.
+        if thread is not None:
+            thread.join(1)  # Longer only if the server does not answer. The thread then ends by itself.
 
     def _run(self) -> None:
         listener: Listener | None = None
@@ -181,7 +177,7 @@ class Lookout:
         """Return whether there is a watch. Otherwise the thread ends, and the next watch starts another one."""
         with self._lock:
             needed = not self._closed and any(not news.over for news in self._watched)
-            if not needed and not self._closed:  # `join` waits for one that ends because the store is closed.
+            if not needed and not self._closed:  # `close` waits for one that ends because the store is closed.
                 self._thread = None
         return needed
 

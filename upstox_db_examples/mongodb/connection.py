@@ -97,8 +97,9 @@ class MongoDBConnection:
             raise self._no_thread() from error
 
     def close(self) -> None:
-        self._closed = True
-        if self._process == os.getpid():
+        # Only once: a second time, pymongo fails on what was freed since, such as the cursor of a watch.
+        before, self._closed = self._closed, True
+        if not before and self._process == os.getpid():
             self._client.close()
 
     def _no_thread(self) -> StoreUnavailable:

@@ -12,7 +12,7 @@ from ..core.listener import Listener
 from .connection import MongoDBConnection
 
 # How long the server holds a question back if there is nothing new. It answers at once if there is.
-ANSWER_WITHIN = 500  # milliseconds
+ANSWER_WITHIN = 250  # milliseconds
 _ONLY_THAT = [{"$project": {"_id": 1}}]  # only that something has changed: no ciphertext, and no user
 
 
@@ -41,5 +41,5 @@ class ChangeStream(Listener):
         return changed
 
     def close(self) -> None:
-        with suppress(PyMongoError):  # The store, and with it the client, may be closed already.
+        with suppress(PyMongoError):  # There may be no server any more.
             self._stream.close()
