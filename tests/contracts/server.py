@@ -15,12 +15,14 @@ import pytest
 from upstox_totp.models import AccessTokenData
 
 from upstox_db_examples import StorageError, StoreUnavailable, TokenNotStored, TokenStorage
+from upstox_db_examples.core import listener
 from upstox_db_examples.local.processes import Server
 
 from ..support.clocks import Clock
 from ..support.leaks import shown_with_locals
 from ..support.processes import KEY, USER, wait_until
 from ..support.stores import CountsLogins, OpenStore, living, opening
+from ..support.watching import following
 
 
 @pytest.mark.usefixtures("own_servers")
@@ -65,6 +67,21 @@ class ServerContract(CountsLogins, ABC):
             server.start()
             assert living(store)["token"] == token
         assert self.logins == 1
+
+    def test_that_is_restarted_costs_a_watch_no_change(
+        self, server: Server, open_one: OpenStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(listener, "POLL", 1000)  # The server has to tell.
+        another = open_one()
+        with following(open_one()) as followed:
+            assert followed.token() is None
+            for restarts in (False, True):
+                if restarts:
+                    server.kill()
+                    self.start(server, another)
+                for _ in range(2):
+                    token = another.store_token(USER)["token"]
+                    assert followed.token() == token
 
     def test_that_is_down_is_a_clear_error_and_costs_no_login(self, server: Server, store: TokenStorage) -> None:
         token = store.store_token(USER)["token"]

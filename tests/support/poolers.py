@@ -169,7 +169,7 @@ class SmallPooler:
                 if _int(start) != 196608:  # a request to cancel, for example
                     return
                 client.sendall(self._hello)
-                while (asked := _receive(client))[0] != b"X":
+                while (asked := self._next_question(client, session))[0] != b"X":
                     session = session or self._lend()
                     session.sendall(_message(*asked))
                     answers, kind, body = b"", b"", b""
@@ -186,6 +186,12 @@ class SmallPooler:
             finally:
                 if session:
                     self._take_back(session, reset=True)
+
+    def _next_question(self, client: socket.socket, session: socket.socket | None) -> tuple[bytes, bytes]:
+        """Wait for the client. If the session is the client's own, pass on what it says unasked: notifications."""
+        while session and self._mode == "session" and session in select.select([client, session], [], [])[0]:
+            client.sendall(_message(*_receive(session)))
+        return _receive(client)
 
     def _lend(self) -> socket.socket:
         with self._changed:

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from upstox_db_examples import TokenStorage, Watch
 
-from .processes import USER
+from .forks import in_a_child
+from .processes import USER, Address, made_up_login
 
 SECONDS = 20.0  # A change that takes longer is lost, even on a busy machine.
 
@@ -62,6 +64,39 @@ class Followed:
             self._given.put(None)
         except Exception as error:
             self._given.put(error)
+
+
+def store_when_told(connection: Connection, address: Address) -> None:
+    """Store a token for each message that arrives, and send it."""
+    store = address.open(login=made_up_login)
+    connection.send("ready")
+    while connection.recv():
+        connection.send(store.store_token(USER)["token"])
+
+
+def watch_and_fork(connection: Connection, address: Address) -> None:
+    """Watch, fork three times, and send how the children ended and whether the parent's watch still tells."""
+
+    def child() -> bool:
+        if list(watch):
+            return False
+        followed.watch.close()
+        with store.watch(USER) as mine:
+            there = next(mine)
+        return there is not None and there["token"] == token
+
+    store = address.open(login=made_up_login)
+    token = store.store_token(USER)["token"]
+    watch = store.watch(USER)
+    next(watch)
+    followed = Followed(store.watch(USER))
+    told = [followed.token() == token]
+    ends = []
+    for _ in range(3):
+        ends.append(in_a_child(child))
+        token = store.store_token(USER)["token"]
+        told.append(followed.token() == token)
+    connection.send((ends, told))
 
 
 @contextmanager
