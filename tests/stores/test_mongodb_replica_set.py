@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pymongo
@@ -14,10 +15,13 @@ import pytest
 from pymongo.errors import PyMongoError
 
 from upstox_db_examples import KeyRing, MongoUpstoxStorage, StorageError, StoreUnavailable
+from upstox_db_examples.core import listener
 from upstox_db_examples.local.servers import MongoDBServer
 
 from ..support.databases import notes
-from ..support.processes import made_up_login
+from ..support.processes import made_up_login, wait_until
+from ..support.stores import held
+from ..support.watching import following
 
 PASSWORD = "the key that all members share"
 ELECTION_SECONDS = 2
@@ -120,7 +124,9 @@ def test_a_lease_that_only_a_dead_primary_knew_begins_no_login(members: list[Mem
 
 @pytest.mark.usefixtures("own_servers")
 @pytest.mark.slow
-def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Member], url: str, keys: KeyRing) -> None:
+def test_a_killed_primary_loses_nothing_that_was_acknowledged(
+    members: list[Member], url: str, keys: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     users = ["CD0001", "CD0002", "CD0003"]
     acknowledged: dict[str, list[str]] = {user_id: [] for user_id in users}
     stalls: list[float] = []
@@ -153,7 +159,9 @@ def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Memb
                 stale += known > 0 and (result is None or result["token_id"] in earlier)
             stalls.append(time.monotonic() - begin)
 
-    with MongoUpstoxStorage(url, keys=keys, login=made_up_login, timeout=15) as store:
+    monkeypatch.setattr(listener, "POLL", 1000)  # The new primary has to tell.
+    with MongoUpstoxStorage(url, keys=keys, login=made_up_login, timeout=15) as store, ExitStack() as watches:
+        all_followed = {user_id: watches.enter_context(following(store, user_id)) for user_id in users}
         with ThreadPoolExecutor(6) as threads:
             running = [threads.submit(job, user_id) for user_id in users for job in (keep_storing, keep_reading)]
             try:
@@ -169,7 +177,9 @@ def test_a_killed_primary_loses_nothing_that_was_acknowledged(members: list[Memb
                 stop.set()
             for each in running:
                 each.result()
-        for user_id in users:
+        for user_id, followed in all_followed.items():
+            newest = held(store, user_id)
+            wait_until(lambda followed=followed, newest=newest: followed.token() == newest)  # type: ignore[misc]
             history = {row["token_id"]: row for row in store.get_token_history(user_id, limit=100_000)}
             assert set(acknowledged[user_id]) <= set(history), "an acknowledged token is lost"
             (active,) = [token_id for token_id, row in history.items() if row["is_active"]]
