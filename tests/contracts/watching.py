@@ -74,6 +74,9 @@ class WatchContract(OnAStore):
             assert followed.is_quiet(0.3)
             clock.advance(seconds=1)
             assert followed.token() is None
+            clock.advance(seconds=60)
+            assert store.cleanup_expired_tokens() == 1
+            assert followed.is_quiet(0.7), "there still is none"
 
     def test_a_token_in_doubt_gives_none_until_the_doubt_is_over(self, open_store: OpenStore) -> None:
         def login(_: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..support.databases import MongoDatabase
 from ..support.mongodb import RUNTIME_1, another_user
 from ..support.poolers import SmallPooler
 from ..support.postgresql import as_role, bare, count_messages
-from ..support.processes import KEY, USER, Address, made_up_login, wait_until
+from ..support.processes import KEY, USER, Address, made_up_login, response, wait_until
 from ..support.stores import held, opening
 from ..support.watching import following, lookouts, store_when_told, watch_and_fork
 
@@ -168,16 +169,15 @@ class TestHybrid:
         self, postgres_url: str, redis_prefix: str
     ) -> None:
         with RedisServer() as redis, opening(HybridUpstoxStorage, redis_prefix=redis_prefix, **OPTIONS) as open_one:
-            store = open_one(redis.url, postgres_url, believed=1)
-            without_redis = open_one("redis://127.0.0.1:1/0", postgres_url, believed=1)
-            first = store.store_token(USER)["token"]
-            with following(store) as followed:
-                assert followed.token() == first
-                second = without_redis.store_token(USER)["token"]
-                assert held(store) == followed.token() == second
+            store = open_one(redis.url, postgres_url, believed=1.5)
+            without_redis = open_one("redis://127.0.0.1:1/0", postgres_url, believed=1.5)
+            with following(store) as followed, ThreadPoolExecutor(1) as thread:
+                assert followed.token() is None
+                assert store.store_token(USER)["token"] == followed.token()
+                saving = thread.submit(without_redis.save_token, response(USER, f"opaque-{1:060}"))
+                assert followed.token() == saving.result()["token"]
                 redis.kill()
-                third = without_redis.store_token(USER)["token"]
-                assert followed.token() == third
+                assert without_redis.save_token(response(USER, f"opaque-{2:060}"))["token"] == followed.token()
 
 
 class TestMongoDB:

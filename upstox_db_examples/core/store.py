@@ -111,7 +111,7 @@ class TokenStorage:
             for token in store.watch("AB1234"):  # for ever, until somebody calls the watch's close()
                 bot.reconnect(token["token"]) if token else bot.stop()
 
-        None stands for no working token: it was revoked, has expired, or is in doubt. This never logs in. See `Watch`.
+        None stands for no working token, as after `revoke_token` or at 03:30. This never logs in. See `Watch`.
 
         A new token is noticed within a tenth of a second where the database tells of it: in PostgreSQL (and the hybrid)
         and in a replica set of MongoDB. Otherwise the database is polled, and that takes less than a second: in SQLite,

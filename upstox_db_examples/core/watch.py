@@ -212,9 +212,10 @@ def _close(listener: Listener | None) -> None:
 class Watch(Iterator[TokenResult | None]):
     """An iterator over a user's tokens: the present one at once, and then each new one, whoever stored it.
 
-    It gives None while the user has no working token: it was revoked, it has expired, or it is in doubt. Tokens that
-    were replaced before you asked for the next one are left out. A watch never logs in. It waits while the database
-    cannot be reached, and then gives the last token, if that is another one.
+    It gives None when the user has no working token: it was revoked or has expired, or it is in doubt when the watch
+    begins. (A token that comes into doubt later is not taken back. You have it, and a 401 will tell if it is dead.)
+    Tokens that were replaced before you asked for the next one are left out. A watch never logs in. It waits while the
+    database cannot be reached, and then gives the last token, if that is another one.
 
     Each token is handed out as `get_valid_token` does it: it is counted as a use and audited by a store that audits
     reads, and an error means the same. After an error you can go on: the next call tries again.

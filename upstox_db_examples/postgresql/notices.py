@@ -56,6 +56,7 @@ def _arrives(connections: PostgreSQLConnections, conn: connection) -> bool:
             return False
         conn.poll()
     connections.answer(conn, f"LISTEN {CHANNEL}; UNLISTEN {channel}")
+    conn.notifies.clear()  # The caller looks once anyway.
     return True
 
 
