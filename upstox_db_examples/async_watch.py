@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, Self
+from typing import Self
 from weakref import WeakSet
 
 from anyio import CancelScope
 
 from .core.errors import StoreUnavailable
 from .core.token import TokenResult
+from .core.watch import Watch
 from .worker_threads import Call, Lane
-
-
-class Watch(Protocol):
-    """What a store's `watch` returns. `close` may be called from any thread, more than once, and ends the iteration."""
-
-    def __iter__(self) -> Iterator[TokenResult | None]: ...
-    def close(self) -> object: ...
 
 
 class AsyncWatch:

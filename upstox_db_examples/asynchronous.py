@@ -206,13 +206,10 @@ class AsyncTokenStorage[Store: TokenStorage]:
     def watch(self, user_id: str) -> AsyncWatch:
         """Return an iterator over the user's present token and each later one, as the store's `watch` does.
 
-            async with tokens.watch("AB1234") as changes:
-                async for token in changes: ...
-
-        Raises:
-            AttributeError: the store has no `watch`.
+        async with tokens.watch("AB1234") as changes:
+            async for token in changes: ...
         """
-        return AsyncWatch(Call(cast(Any, self.store).watch, user_id), self._watches, self._most_watches)
+        return AsyncWatch(Call(self.store.watch, user_id), self._watches, self._most_watches)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.store!r})"

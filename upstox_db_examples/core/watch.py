@@ -286,6 +286,8 @@ class Watch(Iterator[TokenResult | None]):
             return self._given is None
         if self._given and (state.generation, state.active) == (self._given, True):
             return False  # The mark of a login comes and goes, and the token stays.
+        if not self._given and not state.active:
+            return False  # There was none, and there is none.
         return state != self._seen
 
     def _seconds_left(self) -> float | None:
