@@ -31,9 +31,9 @@ from .patterns import PATTERNS
 def copy(store: OpenStore, pattern: str, target: Path | None, listed: bool, minimal: bool) -> None:
     """Copy a pattern's code, or its smallest version, into a program of yours.
 
-    PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. TARGET is a folder. It becomes a package that does not need
-    this one, so it must have a valid Python name. Only files that the pattern imports are copied. If a file already
-    exists and differs, nothing is written. The command can be run again.
+    PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. TARGET is a folder. It becomes a package that does not
+    need this one, so it must have a valid Python name. Only files that the pattern imports are copied. If a file
+    already exists and differs, nothing is written. The command can be run again.
 
     With --minimal, TARGET is a file such as tokens.py, in a folder that exists.
     """

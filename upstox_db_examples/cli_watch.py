@@ -8,13 +8,15 @@ import re
 import shlex
 import shutil
 import subprocess
+from typing import TYPE_CHECKING
 
 import click
 
-from .cli_common import OpenStore, command, masked
+from .cli_common import OpenStore, command, masked, user_or_only_one
 from .cli_output import print_error
-from .core.errors import InvalidInput
-from .core.token import TokenResult
+
+if TYPE_CHECKING:
+    from .core.token import TokenResult
 
 
 @command("watch", "upstox-db watch AB1234", 'upstox-db watch AB1234 --exec "systemctl restart bot"')
@@ -31,7 +33,7 @@ def watch(store: OpenStore, user: str | None, to_run: str | None, variable: str 
     """Print a line for the present token and for each change.
 
     The token itself is masked. This never logs in, and runs until Ctrl-C. USER is an Upstox user id such as AB1234. The
-    default is the account of the credentials.
+    default is the store's only user, or the one of UPSTOX_USER_ID.
 
     COMMAND is a program and its arguments. No shell reads it. It does not run for the token that is there at the start,
     and not when a token has ended. If the token changes while COMMAND runs, it runs again afterwards. Other programs of
@@ -42,18 +44,17 @@ def watch(store: OpenStore, user: str | None, to_run: str | None, variable: str 
     if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
         raise click.UsageError("--env takes the name of an environment variable.")
     arguments = words_of(to_run) if to_run is not None else []
-    user = user or store.login.user_id
-    if not user:
-        raise InvalidInput("Name the user to watch, or set UPSTOX_USER_ID.")
-    with contextlib.suppress(KeyboardInterrupt), store().watch(user) as watching:
+    opened = store()
+    user = user or user_or_only_one(store, opened, None)  # A user who is named may not have logged in yet.
+    # The command matters more than a standard output that nobody reads any more.
+    show = store.report if arguments else store.result
+    with contextlib.suppress(KeyboardInterrupt), opened.watch(user) as watching:
         for number, result in enumerate(watching):
-            # The command matters more than a standard output that nobody reads any more.
-            tell = store.report if arguments else store.result
-            if result:
-                tell(store.describe(result), masked(result))
-            else:
-                tell(f"{user}: no working token", {"user_id": user, "token": None})
-            if number and result and arguments:
+            if result is None:
+                show(f"{user}: no working token", {"user_id": user, "token": None})
+                continue
+            show(store.describe(result), masked(result))
+            if number and arguments:
                 run(arguments, result, variable)
 
 

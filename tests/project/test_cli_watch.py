@@ -96,7 +96,7 @@ def test_the_command_runs_for_each_new_token_and_gets_it_on_its_standard_input_o
         (["watch", USER, "--exec", "no-such-program now"], 2, "there is no program 'no-such-program'"),
         (["watch", USER, "--exec", "'"], 2, "No closing quotation"),
         (["watch", USER, "--exec", " "], 2, "there is no program ''"),
-        (["watch"], 3, "Name the user to watch, or set UPSTOX_USER_ID"),
+        (["watch"], 2, "Name a user. Its users: AB1234, CD5678."),
         (["watch", "no user"], 3, "InvalidInput"),
         (["--store", "typo.db", "watch", USER], 3, "does not exist"),
     ],
@@ -109,7 +109,8 @@ def test_what_cannot_work_is_said_at_the_start(
     code: int,
     told: str,
 ) -> None:
-    store.store_token(USER)
+    for user_id in (USER, "CD5678"):
+        store.store_token(user_id)
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(main, arguments)
     assert (done.exit_code, done.stdout) == (code, "")

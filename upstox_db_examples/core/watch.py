@@ -226,14 +226,6 @@ class Watch(Iterator[TokenResult | None]):
 
     Attributes:
         user_id: the user.
-
-    Example:
-        >>> result = storage.get_or_create_token("AB1234")
-        >>> with storage.watch("AB1234") as tokens:
-        ...     present = next(tokens)  # at once
-        ...     renewed = storage.renew_token("AB1234", present)  # here or in any other program
-        ...     next(tokens)["token"] == renewed["token"]
-        True
     """
 
     def __init__(self, user_id: str, news: News, life_cycle: LifeCycle, settings: Settings, store: object) -> None:
@@ -294,6 +286,8 @@ class Watch(Iterator[TokenResult | None]):
             return self._given is None
         if self._given and (state.generation, state.active) == (self._given, True):
             return False  # The mark of a login comes and goes, and the token stays.
+        if not self._given and not state.active:
+            return False  # There was none, and there is none.
         return state != self._seen
 
     def _seconds_left(self) -> float | None:
