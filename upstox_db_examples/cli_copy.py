@@ -29,7 +29,7 @@ from .patterns import PATTERNS
 )
 @click.pass_obj
 def copy(store: OpenStore, pattern: str, target: Path | None, listed: bool, minimal: bool) -> None:
-    """Copy a pattern's code, or its smallest version, into a program of yours.
+    """Copy a pattern's code, or its smallest version.
 
     PATTERN is sqlite, pooled, postgresql, mongodb or hybrid. TARGET is a folder. It becomes a package that does not
     need this one, so it must have a valid Python name. Only files that the pattern imports are copied. If a file

@@ -226,6 +226,13 @@ class Watch(Iterator[TokenResult | None]):
 
     Attributes:
         user_id: the user.
+
+    Example:
+        >>> with storage.watch("AB1234") as watch:
+        ...     at_once = next(watch)  # None, because there is no token yet
+        ...     token = storage.store_token("AB1234")
+        ...     next(watch)["token"] == token["token"]
+        True
     """
 
     def __init__(self, user_id: str, news: News, life_cycle: LifeCycle, settings: Settings, store: object) -> None:
