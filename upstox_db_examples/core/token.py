@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, time, timedelta, timezone, tzinfo
 from typing import Any, NamedTuple, NoReturn
 
@@ -86,6 +86,14 @@ class StoredToken:
     issued_at: datetime | None = None
     in_doubt: bool = False
     source: str | None = None
+
+
+def fields_of_token(token: StoredToken) -> dict[str, Any]:
+    """Return the fields by name. (`dataclasses.asdict` would copy the values, too, and take ten times as long.)"""
+    return {name: getattr(token, name) for name in _STORED}
+
+
+_STORED = tuple(field.name for field in fields(StoredToken))
 
 
 class AuditEntry(NamedTuple):

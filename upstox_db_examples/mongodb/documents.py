@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from bson import ObjectId
 
-from ..core.token import StoredToken
+from ..core.token import StoredToken, fields_of_token
 from .connection import Document
 
 ATTEMPTS = 10  # to read or write while the token is being replaced or a login is ending
@@ -62,7 +61,7 @@ def is_free(record: Document, active: Document, now: datetime) -> bool:
 
 def record_of(token: StoredToken) -> Document:
     """Return what a record keeps of a token."""
-    return {name: value for name, value in asdict(token).items() if name not in (*ONLY_ACTIVE, *NOT_KEPT)}
+    return {name: value for name, value in fields_of_token(token).items() if name not in (*ONLY_ACTIVE, *NOT_KEPT)}
 
 
 def active_of(token: StoredToken, token_id: ObjectId) -> Document:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from ..core.listener import Listener, TokenState
-from ..core.token import AuditEntry, StoredToken
+from ..core.token import AuditEntry, StoredToken, fields_of_token
 from . import notices, queries, schema
 from .connections import PostgreSQLConnections
 from .errors import violated_constraint
@@ -159,7 +159,7 @@ class PostgreSQLBackend(Backend):
     def insert(
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
-        columns = {name: json.dumps(v) if type(v) in (list, dict) else v for name, v in asdict(token).items()}
+        columns = {name: json.dumps(v) if type(v) in (list, dict) else v for name, v in fields_of_token(token).items()}
         ended = {"action": "deactivated", "reason": json.dumps({"reason": "new_token_generated"})}
         begun = {
             "how": action,
@@ -282,7 +282,7 @@ class PostgreSQLBackend(Backend):
     def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
         rows = [
             {
-                **asdict(token),
+                **fields_of_token(token),
                 "access_token": token.ciphertext or None,
                 "is_active": bool(token.ciphertext),
                 "login_lock": 0 if token.in_doubt and token.ciphertext else None,

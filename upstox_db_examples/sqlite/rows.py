@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from ..core.token import StoredToken
+from ..core.token import StoredToken, fields_of_token
 
-_FIELDS = tuple(field.name for field in fields(StoredToken))
 _TIMES = ("created_at", "expires_at", "last_used_at", "issued_at")
 _JSON = ("products", "exchanges", "metadata")
 
 
 def columns_of(token: StoredToken) -> dict[str, object]:
     """Convert a token to columns: times become seconds, lists and dicts become JSON."""
-    # Not with `asdict`, because its deep copies take three times as long.
-    columns: dict[str, object] = {name: getattr(token, name) for name in _FIELDS}
+    columns: dict[str, object] = fields_of_token(token)
     for name in _TIMES:
         if columns[name] is not None:
             columns[name] = to_seconds(getattr(token, name))
