@@ -64,7 +64,8 @@ def mark_each(db: Database[Document], which: Document, change: Any) -> None:
     This changes each token separately, because the driver does not retry `update_many` after a lost connection. A login
     takes so long that a firewall may have cut the connection.
     """
-    users = [active["_id"] for active in db.active_tokens.find(which, {"_id": 1})]
+    one = which.get("_id")
+    users = [one] if isinstance(one, str) else [active["_id"] for active in db.active_tokens.find(which, {"_id": 1})]
     changes = [UpdateOne({**which, "_id": user_id}, change) for user_id in users]
     if changes:
         db.active_tokens.bulk_write(changes, ordered=False)
