@@ -1,6 +1,6 @@
 """The stores for asyncio and trio: each public method is awaitable and runs on a worker thread."""
 
-# There is no `from __future__ import annotations` here: pdoc cannot resolve a class's type parameters in text.
+# There is no `from __future__ import annotations` here: the site's generator cannot resolve type parameters in text.
 
 import contextlib
 import functools
