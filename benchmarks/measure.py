@@ -1,4 +1,4 @@
-"""Measure how long calls take, in turns of a set length, one side after another, round after round."""
+"""Measure how long calls take: call by call for one caller, in turns of a set length for a crowd."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import statistics
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,18 +15,21 @@ from typing import Any, Protocol
 Call = Callable[[str], str | None]  # a user's id -> the token
 AsyncCall = Callable[[str], Awaitable[str | None]]
 OPERATIONS = ("read", "cold read", "store")
+INFINITY = float("inf")
 
 
 @dataclass
 class Times:
     """The times of calls, in microseconds, and the errors that some calls raised instead.
 
-    `done` counts the calls within the turn. A call that went on after the end counts only in part.
+    `done` counts the calls within the turn. A call that went on after the end counts only in part. `callers` counts the
+    calls of each caller.
     """
 
     micros: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     done: float = 0.0
+    callers: list[int] = field(default_factory=list)
 
     def call_ended(self, begin: float, turn_ends: float, token: str | None) -> None:
         now = time.perf_counter()
@@ -39,6 +42,7 @@ class Times:
         self.micros += other.micros
         self.errors += other.errors
         self.done += other.done
+        self.callers.append(len(other.micros))
 
     @property
     def median(self) -> float:
@@ -58,6 +62,8 @@ class Side(Protocol):
     def can(self, operation: str) -> bool: ...
 
     def once(self, operation: str, user: str) -> str | None: ...
+
+    def timed(self, operation: str, user: str, times: Times) -> None: ...
 
     def turn(self, operation: str, crowd: int, seconds: float) -> Times: ...
 
@@ -94,13 +100,24 @@ class Threaded:
         assert call
         return call(user)
 
+    def timed(self, operation: str, user: str, times: Times) -> None:
+        call = self._calls[operation]
+        assert call
+        if self._forget and operation == "cold read":
+            self._forget(user)  # This does not count.
+        begin = time.perf_counter()
+        try:
+            token = call(user)
+        # A call may get an error instead of a token. It is counted and reported.
+        except Exception as error:
+            times.errors[type(error).__name__] += 1
+        else:
+            times.call_ended(begin, INFINITY, token)
+
     def turn(self, operation: str, crowd: int, seconds: float) -> Times:
         call, before = self._calls[operation], self._forget if operation == "cold read" else None
         assert call
         each = [Times() for _ in range(crowd)]
-        if crowd == 1:
-            _calls_until(time.perf_counter() + seconds, call, self.users, each[0], before)
-            return each[0]
         ends: list[float] = []
         # All threads share one end, so a thread that starts late has less time instead of extra time.
         ready = threading.Barrier(crowd, action=lambda: ends.append(time.perf_counter() + seconds))
@@ -114,10 +131,7 @@ class Threaded:
             thread.start()
         for thread in threads:
             thread.join()
-        total = Times()
-        for times in each:
-            total.add(times)
-        return total
+        return _sum_of(each)
 
 
 class Asynchronous:
@@ -139,26 +153,41 @@ class Asynchronous:
 
         return self._loop.run_until_complete(call())
 
+    def timed(self, operation: str, user: str, times: Times) -> None:
+        # The time is taken inside the loop, because starting the loop is not part of the call.
+        self._loop.run_until_complete(self._timed(operation, user, times, INFINITY))
+
     def turn(self, operation: str, crowd: int, seconds: float) -> Times:
-        call, total = self._calls[operation], Times()
+        each = [Times() for _ in range(crowd)]
         end = time.perf_counter() + seconds
 
-        async def work(mine: Sequence[str]) -> None:
+        async def work(mine: Sequence[str], times: Times) -> None:
             for user in itertools.cycle(mine):
-                if (begin := time.perf_counter()) >= end:
+                if time.perf_counter() >= end:
                     break
-                try:
-                    token = await call(user)
-                except Exception as error:
-                    total.errors[type(error).__name__] += 1
-                else:
-                    total.call_ended(begin, end, token)
+                await self._timed(operation, user, times, end)
 
         async def all_of_them() -> None:
-            await asyncio.gather(*(work(self.users[number::crowd]) for number in range(crowd)))
+            await asyncio.gather(*(work(self.users[number::crowd], times) for number, times in enumerate(each)))
 
         self._loop.run_until_complete(all_of_them())
-        return total
+        return _sum_of(each)
+
+    async def _timed(self, operation: str, user: str, times: Times, end: float) -> None:
+        begin = time.perf_counter()
+        try:
+            token = await self._calls[operation](user)
+        except Exception as error:
+            times.errors[type(error).__name__] += 1
+        else:
+            times.call_ended(begin, end, token)
+
+
+def _sum_of(each: Sequence[Times]) -> Times:
+    total = Times()
+    for times in each:
+        total.add(times)
+    return total
 
 
 def _calls_until(
@@ -184,8 +213,9 @@ class Result:
 
     `cost` is the number that is compared, in microseconds. For one caller it is the median of the calls. For a crowd it
     is the median over the rounds of a turn's time divided by its calls, that is, what a call cost all callers together.
-    In a crowd the time of a single call says little, because with SQLite's writers most calls are quick and a few sleep
-    for a second.
+
+    `fewest` and `most` are the calls of the slowest and the fastest caller in a turn, again the medians over the rounds.
+    They show whether a crowd is served fairly.
     """
 
     cost: float
@@ -193,29 +223,58 @@ class Result:
     p99: float
     calls: int
     failed: int
+    fewest: float
+    most: float
 
 
 def compare[Key](
     sides: Mapping[Key, Side], operation: str, crowd: int, rounds: int, seconds: float
 ) -> dict[Key, Result]:
-    """Return each side's result. The first side changes each round, so that no side always follows the same one."""
+    """Return each side's result.
+
+    One caller changes the side after each call, so that all sides see the same minutes of a noisy machine. In a crowd
+    each side has its turn. The first side changes each time, so that no side always follows the same one.
+    """
     able = [(key, side) for key, side in sides.items() if side.can(operation)]
     turns: dict[Key, list[Times]] = {key: [] for key, _ in able}
-    for _, side in able:
-        side.turn(operation, crowd, seconds / 5)  # not counted: this opens connections and fills caches
-    for number in range(rounds):
+    for number in range(rounds + 1):
         first = number % len(able)
-        for key, side in able[first:] + able[:first]:
-            turns[key].append(side.turn(operation, crowd, seconds))
+        order = able[first:] + able[:first]
+        if crowd == 1:
+            results = _call_by_call(order, operation, seconds if number else seconds / 5)
+        else:
+            results = {key: side.turn(operation, crowd, seconds if number else seconds / 5) for key, side in order}
+        if number:  # The first round opens connections and fills caches. It does not count.
+            for key, times in results.items():
+                turns[key].append(times)
     return {key: _result(sides[key].name, each, crowd, seconds) for key, each in turns.items()}
 
 
+def _call_by_call[Key](able: Sequence[tuple[Key, Side]], operation: str, seconds: float) -> dict[Key, Times]:
+    """Call the sides in turn. Each counted call follows one that does not count, by the same side for the same user.
+
+    Otherwise the processor's caches would hold another side's code and data, and short calls would seem several times
+    as long as they are in a program.
+    """
+    results, uncounted = {key: Times() for key, _ in able}, Times()
+    end, order = time.perf_counter() + seconds * len(able), deque(able)
+    for number in itertools.count():
+        for key, side in order:
+            user = side.users[number % len(side.users)]
+            side.timed(operation, user, uncounted)
+            side.timed(operation, user, results[key])
+        order.rotate(-1)
+        if time.perf_counter() >= end:
+            return results
+    raise AssertionError
+
+
 def _result(name: str, turns: Sequence[Times], crowd: int, seconds: float) -> Result:
-    total = Times()
-    for times in turns:
-        total.add(times)
-    costs = [seconds * 1e6 / times.done for times in turns if times.done]
-    if len(costs) < len(turns):
+    total = _sum_of(turns)
+    if any(not times.micros for times in turns):
         raise RuntimeError(f"{name}: no call of {crowd} at once succeeded in a turn: {dict(total.errors)}")
-    cost = total.median if crowd == 1 else statistics.median(costs)
-    return Result(cost, total.median, total.p99, len(total.micros), total.errors.total())
+    cost = total.median if crowd == 1 else statistics.median(seconds * 1e6 / times.done for times in turns)
+    fewest, most = (
+        statistics.median(pick(times.callers or [len(times.micros)]) for times in turns) for pick in (min, max)
+    )
+    return Result(cost, total.median, total.p99, len(total.micros), total.errors.total(), fewest, most)

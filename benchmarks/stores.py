@@ -15,11 +15,12 @@ from urllib.parse import urlsplit
 from upstox_totp.models import AccessTokenData
 
 from benchmarks import keyvalue, rows
-from benchmarks.bare import BareHybrid, BareMongo, BarePostgreSQL, BareSQLite
+from benchmarks.bare import BareHybrid, BareMongo, BarePostgreSQL, BareSQLite, OneMessage
 from benchmarks.guide import GuidePooled, GuideSQLite
 from benchmarks.guide_servers import GuideHybrid, GuideMongo, GuidePostgreSQL
 from benchmarks.keyvalue import key_value
 from benchmarks.measure import Side, Threaded
+from benchmarks.promises import HybridWithPromises, MongoWithPromises, PostgreSQLWithPromises, SQLiteWithPromises
 from upstox_db_examples import (
     ExpiryPolicy,
     HybridUpstoxStorage,
@@ -31,6 +32,8 @@ from upstox_db_examples import (
 )
 from upstox_db_examples.core.store import TokenStorage
 
+PROMISES = "same promises"  # the driver alone, which keeps our promises: see promises.py
+ONE_MESSAGE = "one message"
 STORES = ("SQLite", "PostgreSQL", "MongoDB", "Hybrid", "Pooled")
 CROWD = 32
 SEED = "SEED"  # the user whose row becomes all the old rows
@@ -106,8 +109,9 @@ def guide_pooled(storage: GuidePooled) -> Threaded:
     return Threaded("guide", users("GUIDE"), store, None)
 
 
-def bare(storage: BareSQLite | BarePostgreSQL | BareMongo) -> Threaded:
-    return Threaded("bare", users("BARE"), storage.store, storage.read, getattr(storage, "forget", None))
+def bare(storage: BareSQLite | BarePostgreSQL | BareMongo | BareHybrid, name: str = "bare") -> Threaded:
+    forget = getattr(storage, "forget", None)
+    return Threaded(name, users(name[:4].upper()), storage.store, storage.read, forget)
 
 
 class Servers:
@@ -153,8 +157,9 @@ def _pooled(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Si
 
 def _in_files(stack: ExitStack, folder: Path, mine: Threaded, theirs: Threaded) -> list[Side]:
     driver = stack.enter_context(closing(BareSQLite(str(folder / "ours.db"), login)))
+    promising = stack.enter_context(closing(SQLiteWithPromises(str(folder / "ours.db"), login)))
     kv = stack.enter_context(key_value(keyvalue.DiskStore, "tokens", login, users("KV"), directory=folder / "disk"))
-    return [mine, bare(driver), theirs, kv]
+    return [mine, bare(driver), bare(promising, PROMISES), theirs, kv]
 
 
 def _files(stack: ExitStack, servers: Servers, count: int, run: str) -> Path:
@@ -190,7 +195,10 @@ def _postgresql(stack: ExitStack, servers: Servers, count: int, run: str) -> lis
     rows.multiply_in_postgresql(other, "upstox_tokens", rows.GUIDE, count)
     rows.multiply_in_postgresql(other, "kv_store", rows.KEY_VALUE, count)
     driver = stack.enter_context(closing(BarePostgreSQL(own, login)))
-    return [mine, bare(driver), theirs, kv]
+    one = stack.enter_context(closing(OneMessage(own, login)))
+    promising = stack.enter_context(closing(PostgreSQLWithPromises(own, login)))
+    fewest = Threaded(ONE_MESSAGE, users("ONE"), one.store, None)
+    return [mine, bare(driver), bare(promising, PROMISES), theirs, kv, fewest]
 
 
 def _mongodb(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Side]:
@@ -211,7 +219,8 @@ def _mongodb(stack: ExitStack, servers: Servers, count: int, run: str) -> list[S
     rows.multiply_in_mongodb(url, other, "tokens", rows.GUIDE_IN_MONGODB, count)
     rows.multiply_in_mongodb(url, third, "tokens", rows.KEY_VALUE_IN_MONGODB, count)
     driver = stack.enter_context(closing(BareMongo(url, own, login)))
-    return [mine, bare(driver), theirs, kv]
+    promising = stack.enter_context(closing(MongoWithPromises(url, own, login)))
+    return [mine, bare(driver), bare(promising, PROMISES), theirs, kv]
 
 
 def _hybrid(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Side]:
@@ -230,8 +239,10 @@ def _hybrid(stack: ExitStack, servers: Servers, count: int, run: str) -> list[Si
     rows.multiply_in_postgresql(own, "upstox_tokens", rows.OURS, count)
     rows.multiply_in_postgresql(other, "upstox_token_backup", rows.GUIDE, count)
     rows.multiply_in_redis(servers.redis, f"{prefix}::{SEED}", f"{prefix}::OLD", count)
-    driver = stack.enter_context(closing(BareHybrid(servers.redis, own, prefix, login)))
-    return [mine, bare(driver), theirs, kv]
+    driver = BareHybrid(servers.redis, BarePostgreSQL(own, login), f"{prefix}:bare")
+    promising = HybridWithPromises(servers.redis, PostgreSQLWithPromises(own, login), f"{prefix}:promises")
+    sides = [stack.enter_context(closing(side)) for side in (driver, promising)]
+    return [mine, bare(sides[0]), bare(sides[1], PROMISES), theirs, kv]
 
 
 def keywords(url: str) -> dict[str, Any]:
