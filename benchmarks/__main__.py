@@ -18,13 +18,15 @@ import psycopg2
 import redis
 from pymongo import MongoClient
 
-from benchmarks import report, steps
+from benchmarks import alternatives, delays, growth, picture, report, startup, steps
 from benchmarks.measure import OPERATIONS, Threaded, compare
 from benchmarks.stores import CROWD, STORES, Servers, opened
+from benchmarks.tables import into
+from benchmarks.targets import Row
 from upstox_db_examples.local import servers as local
 
 HERE = Path(__file__).parent
-LIBRARIES = ("psycopg2-binary", "pymongo", "redis", "cryptography", "py-key-value-aio")
+LIBRARIES = ("psycopg2-binary", "pymongo", "redis", "cryptography", "py-key-value-aio", "diskcache", "sqlalchemy")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,24 +41,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stack.enter_context(local.mongodb()),
             stack.enter_context(local.redis()),
         )
-        versions = _versions(servers)
-        rows: list[report.Row] = []
-        parts: list[steps.Steps] = []
-        for name in STORES:
-            rows += _measured(name, servers, options, parts)
+        if options.growth:
+            _grow(servers, options)
+        else:
+            _compare(servers, options)
+    print(f"{options.folder} is written, after {time.perf_counter() - begin:.0f} s.")
+
+
+def _compare(servers: Servers, options: argparse.Namespace) -> None:
+    versions = _versions(servers)
+    found = report.Found([], [], *_apart(servers.folder, options), [])
+    rows: list[Row] = []
+    for name in STORES:
+        rows += _measured(name, servers, options, found)
     rows.sort(key=lambda row: (STORES.index(row.store), OPERATIONS.index(row.operation), row.crowd, row.tokens))
+    found = found._replace(rows=rows)
     how = (
         f"{options.rounds} rounds for one thread, {_fewer(options.rounds)} for {CROWD}, on {os.cpu_count()} processor "
         f"cores; {CROWD} users with a living token, and "
         f"{' and '.join(f'{count:,}' for count in options.tokens)} old tokens of others."
     )
-    text = report.written(rows, parts, versions, how)
+    text = report.written(found, versions, how)
     print(f"\n{text}\n")
-    _write(options.folder, text, rows)
-    print(f"{options.folder / 'README.md'} and benchmarks.svg are written, after {time.perf_counter() - begin:.0f} s.")
+    into(_page(options.folder), text, report.BEGIN, report.END)
+    picture.draw_ratios(rows, options.folder / "benchmarks.svg")
+    picture.draw_choices(found.choices, options.folder / "choices.svg")
+    if options.folder == HERE:
+        into(HERE.parent / "docs" / "choosing.md", report.short(rows), report.BEGIN, report.END)
 
 
-def _measured(name: str, servers: Servers, options: argparse.Namespace, parts: list[steps.Steps]) -> list[report.Row]:
+def _apart(folder: Path, options: argparse.Namespace) -> tuple[list[alternatives.Alternative], list[startup.Start]]:
+    print("Other choices, and start-up ...", flush=True)
+    choices = alternatives.measured(folder / "choices", options.rounds, options.seconds)
+    return choices, startup.measured(folder / "startup", options.rounds)
+
+
+def _grow(servers: Servers, options: argparse.Namespace) -> None:
+    sizes = {name: growth.SQLITE_SIZES if name == "SQLite" else growth.SIZES for name in growth.STORES}
+    found = growth.measured(servers, sizes, 10_000, growth.MEMORY_TOKENS, options.rounds, options.seconds)
+    text = growth.written(found)
+    print(f"\n{text}\n")
+    into(_page(options.folder), text, growth.BEGIN, growth.END)
+
+
+def _measured(name: str, servers: Servers, options: argparse.Namespace, found: report.Found) -> list[Row]:
     rows = []
     with ExitStack() as stack:
         # The small and the large tables take turns in the same rounds, because they are compared with each other as
@@ -70,12 +98,14 @@ def _measured(name: str, servers: Servers, options: argparse.Namespace, parts: l
                 all_results = compare(sides, operation, crowd, rounds, options.seconds)
                 for tokens in options.tokens:
                     results = {side: result for (count, side), result in all_results.items() if count == tokens}
-                    rows.append(report.Row(name, operation, tokens, crowd, results))
+                    rows.append(Row(name, operation, tokens, crowd, results))
                     costs = ", ".join(f"{side} {result.cost:,.0f}" for side, result in results.items())
                     print(f"{name}: {operation}, {crowd} at once, {tokens:,} tokens: {costs} µs", flush=True)
         mine = sides[max(options.tokens), "ours"]
         assert isinstance(mine, Threaded)
-        parts += steps.measured(name, mine.storage, mine.users, options.calls)
+        found.delays.append(delays.measured(name, mine.storage, mine.users, options.calls, options.seconds * 4))
+        # The last one, because nobody can use the storage afterwards.
+        found.steps.extend(steps.measured(name, mine.storage, mine.users, options.calls))
     return rows
 
 
@@ -84,15 +114,14 @@ def _fewer(rounds: int) -> int:
     return (rounds + 1) // 2
 
 
-def _write(folder: Path, text: str, rows: Sequence[report.Row]) -> None:
+def _page(folder: Path) -> Path:
+    """Return the page that the tables are written into."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "README.md"
     if not file.exists():
-        file.write_text(f"# A run of the benchmarks\n\n{report.BEGIN}\n{report.END}\n\n![Ratios](benchmarks.svg)\n")
-    report.into(file, text)
-    report.draw(rows, folder / "benchmarks.svg")
-    if folder == HERE:
-        report.into(HERE.parent / "docs" / "choosing.md", report.short(rows))
+        parts = (report.BEGIN, report.END, "![Ratios](benchmarks.svg)", growth.BEGIN, growth.END)
+        file.write_text("# A run of the benchmarks\n\n" + "\n\n".join(parts) + "\n")
+    return file
 
 
 def _versions(servers: Servers) -> dict[str, str]:
@@ -111,7 +140,10 @@ def _versions(servers: Servers) -> dict[str, str]:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench BENCH_OPTIONS=...", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="a thousand tokens and few rounds; into build/benchmarks, not here"
+        "--quick", action="store_true", help="a thousand tokens and short rounds; into build/benchmarks, not here"
+    )
+    parser.add_argument(
+        "--growth", action="store_true", help="instead: up to ten million tokens, and the memory of an export"
     )
     for name, kind in (
         ("--tokens", int),
@@ -125,7 +157,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     usual: dict[str, Any] = {"tokens": [1000, 1_000_000], "rounds": 5, "calls": 300, "seconds": 0.25, "folder": HERE}
     if options.quick:
-        usual |= {"tokens": [1000], "rounds": 2, "seconds": 0.1, "folder": HERE.parent / "build" / "benchmarks"}
+        usual |= {"tokens": [1000], "seconds": 0.1, "folder": HERE.parent / "build" / "benchmarks"}
     for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +28,14 @@ __all__ = ["DiskStore", "MongoDBStore", "PostgreSQLStore", "RedisStore", "key_va
 
 @contextmanager
 def key_value(
-    kind: type[Any], collection: str, login: Login, users: Sequence[str], **where: object
+    kind: type[Any],
+    collection: str,
+    login: Login,
+    users: Sequence[str],
+    wrapped: Callable[[Any], Any] = lambda store: store,
+    **where: object,
 ) -> Iterator[Asynchronous]:
-    """Yield one of its stores as a side."""
+    """Yield one of its stores as a side. `wrapped` puts one of its wrappers around the store."""
     loop = asyncio.new_event_loop()
     try:
 
@@ -39,7 +44,8 @@ def key_value(
                 warnings.simplefilter("ignore", UserWarning)  # It calls some of its stores unstable.
                 return await kind(**where).__aenter__()
 
-        store = loop.run_until_complete(opened())
+        opened_store = loop.run_until_complete(opened())
+        store = wrapped(opened_store)
 
         async def put(user_id: str) -> str:
             data = login(user_id)
@@ -53,6 +59,6 @@ def key_value(
         try:
             yield Asynchronous(NAME, users, loop, put, get)
         finally:
-            loop.run_until_complete(store.__aexit__(None, None, None))
+            loop.run_until_complete(opened_store.__aexit__(None, None, None))
     finally:
         loop.close()

@@ -214,8 +214,8 @@ class Result:
     `cost` is the number that is compared, in microseconds. For one caller it is the median of the calls. For a crowd it
     is the median over the rounds of a turn's time divided by its calls, that is, what a call cost all callers together.
 
-    `fewest` and `most` are the calls of the slowest and the fastest caller in a turn, again the medians over the rounds.
-    They show whether a crowd is served fairly.
+    `fewest` and `most` are the calls of the slowest and the fastest caller in a turn, as medians over the rounds. They
+    show whether a crowd is served fairly.
     """
 
     cost: float

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 from upstox_db_examples.core.store import TokenStorage
 
-# The name of each step in the table. A step that a store does not have, such as the room on SQLite's disk, is left out.
+# The name of each step in the table. A step that a store does not have is left out.
 READ = {"find": "found in the database", "decrypt": "decrypted"}
 STORE = {
     "lock": "lock taken and given back",
     "find_newest": "newest token looked up",
     "read_notes": "refusals looked up",
-    "begin_login": "login audited and token marked",
-    "check_room": "room on the disk made sure of",
+    "begin_login": "login recorded and token marked",
     "encrypt": "encrypted",
     "insert": "token stored",
 }

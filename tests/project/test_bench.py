@@ -17,11 +17,12 @@ import pytest
 import redis
 from upstox_totp.models import AccessTokenData
 
-from benchmarks import report
+from benchmarks import alternatives, report, startup, targets
 from benchmarks.guide import GuidePooled, GuideSQLite
 from benchmarks.guide_servers import GuideHybrid, GuideMongo, GuidePostgreSQL
 from benchmarks.measure import OPERATIONS
 from benchmarks.stores import CROWD, STORES, keywords, login
+from benchmarks.tables import NONE, verdict
 
 from ..support.databases import MongoDatabase
 from ..support.project import ROOT
@@ -58,24 +59,26 @@ def has_the_shape(text: str, tokens: tuple[int, ...]) -> None:
         for above, below in report.RATIOS:
             ratio = row[f"{above} ÷ {below}"]
             if is_missing(above, row["store"], row["call"]):
-                assert ratio == report.NONE
+                assert ratio == NONE
             else:
                 assert float(ratio.replace(",", "")) > 0
-        assert row["ours also"]
     for row in table(text, "Times"):
         for side in report.SIDES:
             missing = is_missing(side, row["store"], row["call"])
-            assert re.match(report.NONE if missing else r"[\d,]+ / [\d,]+", row[side])
+            crowd = r" \[[\d,]+; [\d,]+ to [\d,]+\]" if row["threads"] != "1" else ""
+            assert re.match(NONE if missing else rf"[\d,]+ / [\d,]+{crowd}", row[side])
     for row in (steps := table(text, "Where our time goes")):
         assert sum(int(share) for share in re.findall(r"(-?\d+)%", row["steps"])) in range(97, 104)
     assert [(row["store"], row["call"]) for row in steps] == [each for each in ASKED if each[1] != "cold read"]
-    targets = table(text, "Targets")
-    assert [row[""] for row in targets] == [target.says for target in report.TARGETS]
-    for target, row in zip(report.TARGETS, targets, strict=True):
-        verdicts = [value.split(", ") for name, value in row.items() if name]
-        assert len(verdicts) == 2 * len(tokens)
-        for ratio, verdict in verdicts:
-            assert verdict == ("reached" if target.reached(float(ratio.replace(",", ""))) else "**not reached**")
+    bounds = table(text, "Targets")
+    assert [row["one thread, ours ÷ bare"] for row in bounds] == [" ".join(each) for each in targets.OF_BARE]
+    for row in bounds:
+        bound = float(row["at most"])
+        for each in [value.split(", ") for name, value in row.items() if name.endswith(" tokens")]:
+            assert each[1] == verdict(float(each[0].replace(",", "")), bound)
+    assert [row[""] for row in table(text, "What else you could take")] == list(alternatives.NOTES)
+    assert [row[""] for row in table(text, "Start-up")][-1] == startup.TOKEN
+    assert [row["store"] for row in table(text, "Event loop and watch")] == list(STORES)
     assert re.search(r"SQLite 3[\d.]+, PostgreSQL \d+.*, MongoDB \d.*, (Valkey|Redis) \d.*py-key-value-aio \d", text)
 
 
@@ -113,14 +116,18 @@ def test_the_smallest_run_writes_the_table_and_the_picture(
     assert (done.returncode, done.stderr) == (0, "")
     text = (tmp_path / "out" / "README.md").read_text()
     has_the_shape(text, (20,))
-    is_a_picture(tmp_path / "out" / "benchmarks.svg")
+    for name in ("benchmarks.svg", "choices.svg"):
+        is_a_picture(tmp_path / "out" / name)
     assert all(url not in done.stdout + text for url in servers.values())
     assert keys(redis_server) == before, "the benchmark left something on a server that belongs to somebody else"
 
 
 def test_the_committed_table_has_the_shape_that_the_command_writes() -> None:
-    has_the_shape((ROOT / "benchmarks" / "README.md").read_text(), (1000, 1_000_000))
-    is_a_picture(ROOT / "benchmarks" / "benchmarks.svg")
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    sizes = sorted({int(row["tokens"].replace(",", "")) for row in table(text, "Times")})
+    has_the_shape(text, tuple(sizes))
+    for name in ("benchmarks.svg", "choices.svg"):
+        is_a_picture(ROOT / "benchmarks" / name)
     summary = (ROOT / "docs" / "choosing.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     assert [re.match(r"\| ([\w ]+) \|", line)[1] for line in summary.strip().splitlines()[2:]] == [  # type: ignore[index]
         f"{store} {operation}" for store, operation in ASKED
@@ -128,9 +135,7 @@ def test_the_committed_table_has_the_shape_that_the_command_writes() -> None:
 
 
 def test_targets_are_judged_by_their_bounds() -> None:
-    read, guide_read, *_ = report.TARGETS
-    assert [read.reached(ratio) for ratio in (2.9, 3.0, 3.1)] == [True, True, False]
-    assert [guide_read.reached(ratio) for ratio in (2.9, 3.0, 3.1)] == [False, True, True]
+    assert [verdict(ratio, 3.1) for ratio in (3.0, 3.104, 3.106)] == ["reached", "reached", "**not reached**"]
 
 
 LoggedIn = tuple[list[str], Callable[[str | None], AccessTokenData]]

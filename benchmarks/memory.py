@@ -1,0 +1,95 @@
+"""How much memory an export and an import take. Each is measured in a process of its own.
+
+It grows with the number of users, and by the same for each. So it is measured for fewer tokens than a million, because
+an import of a million takes hours, and then reckoned for a million.
+
+Run as a program, it makes the call that is measured, and prints by how many kilobytes the peak grew.
+"""
+
+from __future__ import annotations
+
+import base64
+import resource
+import subprocess
+import sys
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from upstox_db_examples import KeyRing, Secret, SQLiteUpstoxStorage, export_tokens, import_tokens
+from upstox_db_examples.core.cipher import Binding
+from upstox_db_examples.sqlite.connections import open_connection
+
+ROOT = Path(__file__).parent.parent
+MILLION = 1_000_000
+IN_ONE = 10_000  # tokens in one transaction of the loading
+
+
+class Peak(NamedTuple):
+    """By how many megabytes a call raises the peak of its process for a million tokens, and how many were measured."""
+
+    what: str
+    tokens: int
+    mb: float
+
+
+def peaks(folder: Path, tokens: int) -> list[Peak]:
+    """Export the tokens from SQLite, and import them into another file."""
+    key = KeyRing.new_key()
+    grown: dict[str, list[float]] = {"export": [], "import": []}
+    few = max(1, tokens // 10)
+    for count in (few, tokens):
+        place = folder / f"memory{count}"
+        place.mkdir(exist_ok=True)
+        (place / "key").write_text(base64.b64encode(key).decode())
+        load(place / "source.db", key, count)
+        for what, each in grown.items():
+            command = [sys.executable, "-m", "benchmarks.memory", what, str(place)]
+            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+            each.append(int(done.stdout) / 1024)
+    return [Peak(what, tokens, (most - less) / (tokens - few) * MILLION) for what, (less, most) in grown.items()]
+
+
+def load(path: Path, key: bytes, count: int) -> None:
+    """Put a living token of each of so many users into a new store. Through the store it would take half an hour."""
+    now = datetime.now(UTC).replace(microsecond=0)
+    dies, ring = now + timedelta(hours=12), KeyRing(key)
+    with SQLiteUpstoxStorage(path, keys=ring) as storage:
+        kind = storage.backend.store_kind
+        storage.init_database()
+    secret = Secret("eyJ0eXAi" * 50)
+
+    def row(number: int) -> tuple[object, ...]:
+        user = f"U{number:08}"
+        text = ring.encrypt(secret, Binding(user, dies, 1, kind))
+        return user, text, ring.key_ids[0], int(now.timestamp()), int(dies.timestamp())
+
+    sql = """INSERT INTO upstox_tokens (user_id, access_token, key_id, generation, products, exchanges, created_at,
+             expires_at, metadata) VALUES (?, ?, ?, 1, '[]', '[]', ?, ?, '{}')"""
+    with closing(open_connection(path)) as conn:
+        for first in range(0, count, IN_ONE):
+            conn.execute("BEGIN")
+            conn.executemany(sql, map(row, range(first, min(first + IN_ONE, count))))
+            conn.execute("COMMIT")
+
+
+def main(what: str, place: Path) -> None:
+    ring = KeyRing(base64.b64decode((place / "key").read_text()))
+    before = _peak_kb()
+    if what == "export":
+        with SQLiteUpstoxStorage(place / "source.db", keys=ring) as source:
+            export_tokens(source, place / "export", progress=False)
+    else:
+        with SQLiteUpstoxStorage(place / "target.db", keys=ring) as target:
+            import_tokens(target, place / "export", progress=False)
+    print(_peak_kb() - before)
+
+
+def _peak_kb() -> int:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most // 1024 if sys.platform == "darwin" else most
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
