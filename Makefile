@@ -3,8 +3,8 @@
 # make notebooks  run all the notebooks without a window; the files in the repository stay as they are
 # make check      lint and types
 # make docs       the site: these pages, the notebooks and the API reference, into build/docs/index.html
-# make bench      measure all stores beside the guide's code, the bare drivers and py-key-value: about seven minutes
-#                 (make bench BENCH_OPTIONS=--quick: one minute, written to build/benchmarks)
+# make bench      measure all stores beside the bare drivers and what else you could take: about ten minutes
+#                 (make bench BENCH_OPTIONS=--quick: three minutes, written to build/benchmarks)
 # make PYTHON=/path/to/python3.13 ...   to choose the interpreter yourself
 
 SHELL := /bin/sh

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -65,14 +66,23 @@ class HarmlessLogins(threading.local):
     marks: frozenset[str] = frozenset()
 
 
+class _LocalLock:
+    """A lock, and an entry for each thread that holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users: list[None] = []
+
+
 class LocalLocks:
     """Let one thread of this process at a time compete for a database lock, so that only one waits at the database.
 
-    The locks are kept per process, because a forked child may inherit a lock that a thread of its parent holds.
+    The locks are kept per process, because a forked child may inherit a lock that a thread of its parent holds. A lock
+    that nobody uses is forgotten, because an import has as many as there are users.
     """
 
     def __init__(self) -> None:
-        self._locks: dict[tuple[int, str], threading.Lock] = {}
+        self._locks: dict[tuple[int, str], _LocalLock] = {}
 
     @contextmanager
     def hold(self, name: str, wait: float) -> Iterator[None]:
@@ -81,13 +91,24 @@ class LocalLocks:
         Raises:
             StoreUnavailable: another thread held it for the whole `wait` seconds.
         """
-        lock = self._locks.setdefault((os.getpid(), name), threading.Lock())
-        if not lock.acquire(timeout=wait):
-            raise lock_timeout(name, wait)
+        key, deadline = (os.getpid(), name), time.monotonic() + wait
+        while True:
+            local = self._locks.setdefault(key, _LocalLock())
+            local.users.append(None)
+            if not local.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                local.users.pop()
+                raise lock_timeout(name, wait)
+            if self._locks.get(key) is local:
+                break
+            # It was forgotten just before we could say that we use it. Another thread may hold the next one.
+            local.lock.release()
         try:
             yield
         finally:
-            lock.release()
+            local.users.pop()
+            if not local.users:
+                self._locks.pop(key, None)
+            local.lock.release()
 
 
 class Backend(ABC):
