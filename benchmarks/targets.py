@@ -59,7 +59,8 @@ def written(rows: Sequence[Row], starts: Sequence[Start]) -> str:
         cells = [f"{number(ratio)}, {verdict(ratio, bound)}" for ratio in ratios]
         lines.append([f"{store} {operation}", f"{bound:g}", *cells])
     head = ["one thread, ours ÷ bare", "at most", *(f"{tokens:,} tokens" for tokens in sizes)]
-    return "\n\n".join([table(head, lines), _crowd(rows, alone), _grown(alone, sizes), _started(starts)])
+    grown = [_grown(alone, sizes)] if len(sizes) > 1 else []
+    return "\n\n".join([table(head, lines), _crowd(rows, alone), *grown, _started(starts)])
 
 
 def _crowd(rows: Sequence[Row], alone: Mapping[tuple[str, str, int], Row]) -> str:

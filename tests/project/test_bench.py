@@ -17,11 +17,11 @@ import pytest
 import redis
 from upstox_totp.models import AccessTokenData
 
-from benchmarks import alternatives, report, startup, targets
+from benchmarks import alternatives, growth, report, startup, targets
 from benchmarks.guide import GuidePooled, GuideSQLite
 from benchmarks.guide_servers import GuideHybrid, GuideMongo, GuidePostgreSQL
 from benchmarks.measure import OPERATIONS
-from benchmarks.stores import CROWD, STORES, keywords, login
+from benchmarks.stores import CROWD, STORES, Servers, keywords, login
 from benchmarks.tables import NONE, verdict
 
 from ..support.databases import MongoDatabase
@@ -132,6 +132,14 @@ def test_the_committed_table_has_the_shape_that_the_command_writes() -> None:
     assert [re.match(r"\| ([\w ]+) \|", line)[1] for line in summary.strip().splitlines()[2:]] == [  # type: ignore[index]
         f"{store} {operation}" for store, operation in ASKED
     ]
+
+
+def test_growth_is_measured_for_calls_a_batch_and_memory(tmp_path: Path) -> None:
+    servers = Servers(tmp_path, "", "", "")
+    text = growth.written(growth.measured(servers, {"SQLite": (20, 40)}, 2, 10, 1, 0.01))
+    verdicts = re.findall(r"\| (?:\*\*not )?reached(?:\*\*)? \|$", text, re.MULTILINE)
+    assert len(verdicts) == len(["read", "store", "batch", "export", "import"])
+    assert re.search(r"\| SQLite \| read \| 20: \d+ µs, 40: \d+ µs \|", text)
 
 
 def test_targets_are_judged_by_their_bounds() -> None:
