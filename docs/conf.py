@@ -32,6 +32,7 @@ include_patterns = [
     "docs/**.md",
     "notebooks/*.ipynb",
     "benchmarks/*.md",
+    "recipes/*.md",
     "upstox_db_examples/*/README.md",
 ]
 exclude_patterns = [".*", "build", "dist", "tests", "**/.ipynb_checkpoints"]
@@ -75,6 +76,7 @@ docs/command
 docs/keys
 docs/copying
 upstox_db_examples/minimal/README
+recipes/README
 ```
 
 ```{toctree}

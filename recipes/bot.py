@@ -24,6 +24,10 @@ async def run_bot(
         user_id: the user.
         connect: opens a connection with this token and serves it. It is cancelled when there is another token. It
             raises `Refused` when Upstox says 401 or 403. For a lost network it has to connect again by itself.
+
+    Raises:
+        StorageError: a login failed, as for `get_or_create_token` and `renew_token`. It is in an ExceptionGroup if it
+            comes later than at the start.
     """
     await tokens.get_or_create_token(user_id)
     async with tokens.watch(user_id) as changes, anyio.create_task_group() as tasks:

@@ -26,7 +26,8 @@ USER = os.environ["UPSTOX_USER_ID"]
 async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Any]]:
     store = await anyio.to_thread.run_sync(open_store, os.environ["UPSTOX_DB_STORE"])
     auth = StoredTokenAuth(store, USER, hosts={httpx.URL(API).host})
-    async with AsyncTokenStorage(store) as tokens, httpx.AsyncClient(base_url=API, auth=auth) as upstox:
+    client = httpx.AsyncClient(base_url=API, auth=auth)
+    async with AsyncTokenStorage(store) as tokens, client as upstox:
         yield {"tokens": tokens, "upstox": upstox}
 
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -80,6 +80,18 @@ class Playground:
         with ThreadPoolExecutor(len(urls)) as threads:
             return list(threads.map(self.get, urls))
 
+    def wait_until(self, holds: Callable[[], object]) -> None:
+        """Wait until this holds.
+
+        Raises:
+            TimeoutError: it did not hold within 30 s.
+        """
+        deadline = time.monotonic() + 30
+        while not holds():
+            if time.monotonic() > deadline:
+                raise TimeoutError("What was waited for did not happen within 30 s.")
+            time.sleep(0.02)
+
     def printed(self) -> str:
         """Return what all programs have printed."""
         return "".join(file.read_text() for file in sorted(self.folder.glob("*.log")))
@@ -108,6 +120,13 @@ def playground(store: str | None = None) -> Iterator[Playground]:
         }
         stack.enter_context(patch.dict(os.environ, variables))
         yield here
+
+
+def show(recipe: str, begin: str, end: str = "") -> None:
+    """Print a recipe from the text `begin` to the text `end`, or to its end."""
+    text = (Path(__file__).parent / recipe).read_text()
+    start = text.index(begin)
+    print(text[start : text.index(end, start) if end else None].rstrip())
 
 
 def _avoid_the_end_of_the_day() -> None:

@@ -13,8 +13,8 @@ from upstox_db_examples import TokenStorage
 class StoredTokenClient(upstox_client.ApiClient):
     """Upstox's client for one user: `upstox_client.UserApi(StoredTokenClient(store, "AB1234"))`.
 
-    After a refusal, a GET is sent again. Anything else raises its 401 after the renewal: you decide whether an order is
-    sent again. The SDK's `async_req=True` is not covered.
+    After a refusal, a GET is sent again. Anything else raises its 401 after the renewal: you decide
+    whether an order is sent again. The SDK's `async_req=True` is not covered.
     """
 
     def __init__(self, store: TokenStorage, user_id: str, host: str | None = None) -> None:
