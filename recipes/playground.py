@@ -56,11 +56,11 @@ class Playground:
         """Start a server, wait until it answers, and return its address. In the command, PORT stands for its port.
 
         Raises:
-            RuntimeError: it ended, or gave no answer within 60 s.
+            RuntimeError: it ended, or gave no answer within two minutes.
         """
         port = str(find_free_port())
         program = self.start(*(part.replace("PORT", port) for part in command), **variables)
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
         while program.poll() is None and time.monotonic() < deadline:
             try:
                 self.get(url + path)
@@ -84,12 +84,12 @@ class Playground:
         """Wait until this holds.
 
         Raises:
-            TimeoutError: it did not hold within 30 s.
+            TimeoutError: it did not hold within a minute.
         """
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not holds():
             if time.monotonic() > deadline:
-                raise TimeoutError("What was waited for did not happen within 30 s.")
+                raise TimeoutError("What was waited for did not happen within a minute.")
             time.sleep(0.02)
 
     def printed(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -15,7 +16,7 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "recipes" / "compose.yaml").rea
 DEPLOYMENT, CRON_JOB = yaml.safe_load_all((ROOT / "recipes" / "kubernetes.yaml").read_text())
 
 
-def test_three_replicas_by_the_commands_of_both_files_log_in_once(postgres_url: str) -> None:
+def test_three_replicas_by_the_commands_of_both_files_log_in_once_and_renew_once(postgres_url: str) -> None:
     program = COMPOSE["services"]["program"]
     (container,) = DEPLOYMENT["spec"]["template"]["spec"]["containers"]
     assert program["deploy"]["replicas"] == DEPLOYMENT["spec"]["replicas"] == 3
@@ -32,6 +33,12 @@ def test_three_replicas_by_the_commands_of_both_files_log_in_once(postgres_url: 
         here.upstox.login_seconds = 0.5
         assert here.get_at_once(*(f"{url}/name" for url in urls * 3)) == ['"User AB1234"'] * 9
         assert here.upstox.logins() == 1
+        here.upstox.kill_token(USER)
+        assert here.get_at_once(*(f"{url}/name" for url in urls * 3)) == ['"User AB1234"'] * 9
+        assert here.upstox.logins() == 2
+        health = json.loads(here.get(f"{urls[0]}/health"))
+        assert health["token"] == "works"
+        assert 0 < health["minutes_to_live"] <= 24 * 60
         result = store.get_valid_token(USER)
         assert result is not None
         assert result["token"][8:24] not in here.printed()

@@ -117,6 +117,19 @@ def test_celery_logs_in_and_no_token_reaches_the_broker(
     module.app.close()
 
 
+@pytest.mark.usefixtures("broker")
+def test_celery_does_not_repeat_a_refused_login(here: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("recipes.celery_app")
+    monkeypatch.setenv("UPSTOX_PIN_CODE", "000000")
+    try:
+        result = module.log_in.apply(args=[USER])
+    finally:
+        module.store().close()
+        module.store.cache_clear()
+    assert isinstance(result.result, LoginRefused)
+    assert here.upstox.attempts() == 1
+
+
 def content(broker: redis.Redis) -> set[bytes]:
     return {broker.dump(key) or b"" for key in broker.keys("*")}
 

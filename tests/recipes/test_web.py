@@ -7,8 +7,6 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-import pytest
-
 from recipes.playground import USER, Playground
 from upstox_db_examples import TokenStorage
 
@@ -25,13 +23,8 @@ def nothing_leaked(here: Playground, store: TokenStorage, *told: str) -> None:
     assert "Traceback" not in text, text
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[*UVICORN, "--workers", "3"], [*GUNICORN, "recipes.flask_app:make_app()"]],
-    ids=["FastAPI", "Flask"],
-)
-def test_three_workers_log_in_once_and_renew_once(here: Playground, store: TokenStorage, command: list[str]) -> None:
-    url = here.serve(*command)
+def test_three_workers_log_in_once_and_renew_once(here: Playground, store: TokenStorage) -> None:
+    url = here.serve(*GUNICORN, "recipes.flask_app:make_app()")
     assert json.loads(here.get(f"{url}/health")) == {"token": "none", "minutes_to_live": 0}
     here.upstox.login_seconds = 0.5  # so that the requests overlap
     names = here.get_at_once(*[f"{url}/name"] * 12)
