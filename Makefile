@@ -18,9 +18,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # A token may travel between the notebook and its kernel: so that is encrypted, where the kernel can.
 ENCRYPTED := --KernelManager.transport_encryption=auto
 
+# The settings in .jupyter keep JupyterLab from asking at its first start whether to fetch news. Only this start uses them:
+# an overrides.json in the environment would be lost with the environment.
+SETTINGS := JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH}"
+
 # Root has to be allowed by name: in a container one often is.
 lab: .venv/all
-	$(BIN)/jupyter lab $(ENCRYPTED) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
+	$(SETTINGS) $(BIN)/jupyter lab $(ENCRYPTED) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $$([ "$$(id -u)" -ne 0 ] || echo --allow-root) $(LAB_OPTIONS)
 
 # Four processes, because most tests wait for something; a class or a notebook stays in one of them.
 test: .venv/dev

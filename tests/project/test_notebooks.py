@@ -73,6 +73,21 @@ def has_short_cells(notebook: Notebook) -> None:
     assert 20 <= len(notebook.cells) <= 40
 
 
+def stores_a_token_soon(notebook: Notebook) -> None:
+    logs_in = r"\.(store_token|get_or_create_token|store_token_batch)\("
+    first = [bool(re.search(logs_in, cell.source)) for cell in code_cells(notebook)].index(True)
+    assert first <= 3, "at most four cells of code, and the last of them stores a token"
+
+
+def ends_with_something_to_try(notebook: Notebook) -> None:
+    titles = [place for place, cell in enumerate(notebook.cells) if "## Try it yourself" in cell.source]
+    assert len(titles) == 1
+    questions = re.findall(r"(?m)^(\d)\. ", notebook.cells[titles[0]].source.partition("## Try it yourself")[2])
+    answers = [re.findall(r"(?m)\A# (\d)\. ", cell.source) for cell in notebook.cells[titles[0] + 1 :]]
+    assert questions == [number for found in answers for number in found], "each question has an answer that runs"
+    assert 2 <= len(questions) <= 3
+
+
 def hides_nothing_by_a_semicolon(notebook: Notebook) -> None:
     # JupyterLab then hides the value but nbval stores it, so anything could end up in the committed file.
     assert [cell.source for cell in code_cells(notebook) if cell.source.rstrip().endswith(";")] == []
@@ -102,6 +117,8 @@ CHECKS: list[Callable[[Notebook], None]] = [
     has_outputs_in_one_piece,
     has_one_title_and_it_comes_first,
     has_short_cells,
+    stores_a_token_soon,
+    ends_with_something_to_try,
     hides_nothing_by_a_semicolon,
     has_more_prose_than_code,
     has_links_that_lead_somewhere,
@@ -130,7 +147,7 @@ def test_each_check_fails_on_a_bad_notebook() -> None:
         ),
     ]
     for check in CHECKS:
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, ValueError)):
             check(bad)
 
 

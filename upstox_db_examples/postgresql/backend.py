@@ -173,7 +173,6 @@ class PostgreSQLBackend(Backend):
             if violated_constraint(error) in queries.SUPERSEDED:
                 raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             raise
-        self.locks.logins.pop(token.user_id.upper(), None)  # The mark went with the earlier token.
         return replace(token, token_id=int(rows[0]["token_id"]), in_doubt=rows[0]["in_doubt"])
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
@@ -201,8 +200,6 @@ class PostgreSQLBackend(Backend):
         note = None if user_id or in_doubt else RUNNING + lock  # One that stays counts as one of a killed login.
         values = {"mark": 0 if in_doubt else None, "note": note, "harmless": list(self._harmless.marks)}
         rows = self._run(queries.UNMARK, key=key, user_id=user_id, **values)
-        if user_id is None:
-            self.locks.logins.pop(lock, None)
         return [row["user_id"] for row in rows]
 
     def clear_doubt(self, token: StoredToken) -> None:

@@ -93,7 +93,7 @@ class PostgreSQLConnections:
             sql = f"{first}; {sql}"
         with conn.cursor() as cursor:
             cursor.execute(sql, values or None)
-            wait_for_answer(conn, seconds or self.timeout)
+            _wait(conn, seconds or self.timeout)
             if not cursor.description:
                 return []
             names = [column.name for column in cursor.description]
@@ -152,7 +152,7 @@ class PostgreSQLConnections:
         conn = self._open(lambda: psycopg2.connect(host.reveal(), PreparingConnection, async_=True))
         deadline = time.monotonic() + seconds
         try:
-            wait_for_answer(conn, seconds)
+            _wait(conn, seconds)
             self._make_ours(conn, deadline)
         except BaseException:
             conn.close()
@@ -220,7 +220,7 @@ class PostgreSQLConnections:
             raise translate_error(error, self.where, self.timeout, pooled=self.pooled) from error
 
 
-def wait_for_answer(conn: connection, seconds: float) -> None:
+def _wait(conn: connection, seconds: float) -> None:
     """Wait until the connection has its answer.
 
     Raises:

@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg2
-from psycopg2.extensions import TRANSACTION_STATUS_IDLE, connection, cursor
+from psycopg2.extensions import TRANSACTION_STATUS_IDLE, connection
 
-from ..core.backend import ENTRIES_LOCK, NOBODY_LOCK, SCHEMA_LOCK, LocalLocks, lock_timeout
+from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import StoreUnavailable
 from ..core.forks import start_anew_in_children
-from .connections import PostgreSQLConnections, is_readable, wait_for_answer
+from .connections import PostgreSQLConnections, is_readable
 from .queries import LOGINS_THAT_ARE_OVER
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,6 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE, LONGEST_PAUSE = 0.02, 0.4  # seconds between two attempts to take a lock behind a pooler
 
 _TRY = "SELECT pg_try_advisory_xact_lock(%(key)s) AS held"
-# A login that follows needs a key of its own. To take it in the same message saves one.
-_TRY_FOR_LOGIN = f"""
-SELECT pg_advisory_xact_lock(%(own)s);
-SELECT pg_try_advisory_xact_lock(%(key)s) AS held, ARRAY({LOGINS_THAT_ARE_OVER}) AS over
-"""
 _RELEASE_INNER = "ROLLBACK TO SAVEPOINT inner_lock; RELEASE SAVEPOINT inner_lock"
 
 
@@ -50,13 +45,11 @@ class _Holding(threading.local):
     Attributes:
         conn: the connection that holds them, if any, and the process that owns it: a forked child may not use it.
         logins: the advisory keys of the logins that this thread began under them, by the name of the lock.
-        ready: by the name of the lock, what its next login needs: see `PostgreSQLLocks.begin_login`.
     """
 
     def __init__(self) -> None:
         self.conn: tuple[connection, int] | None = None
         self.logins: dict[str, int] = {}
-        self.ready: dict[str, tuple[int, list[str]]] = {}
 
 
 class PostgreSQLLocks:
@@ -65,7 +58,7 @@ class PostgreSQLLocks:
     def __init__(self, connections: PostgreSQLConnections) -> None:
         self._connections, self.where = connections, connections.where
         self._process = os.getpid()
-        self._idle: list[tuple[connection, cursor]] = []  # The cursor still expects the answer to the ROLLBACK.
+        self._idle: list[connection] = []
         self._of_the_parent: list[object] = []
         # Only one thread of a process waits at the server. Otherwise a crowd would use up its connections.
         self._local_locks = LocalLocks()
@@ -90,7 +83,7 @@ class PostgreSQLLocks:
             process = os.getpid()
             try:
                 with self._connections.translating():
-                    if not self._acquire(conn, name, wait):
+                    if not self._acquire(conn, _key_of(name), wait):
                         raise lock_timeout(name, wait)
                 self._holding.conn = conn, process
                 yield
@@ -104,21 +97,18 @@ class PostgreSQLLocks:
                 raise
             finally:
                 self._holding.conn = before
-                self._holding.ready.pop(name, None)
-                marks_may_stay = bool(self._holding.logins)
                 if before is None:
                     self._holding.logins.clear()
             if process != os.getpid():  # In a child that was forked meanwhile, it is the parent's. Never close it.
                 self._of_the_parent.append(conn)
             elif outer is None:
-                self._release(conn, wait=marks_may_stay)
+                self._release(conn)
             else:
                 self._release_inner(conn)
 
     @property
     def logins(self) -> dict[str, int]:
-        """The keys of the logins that this thread has begun under its locks and that may still have marks, by the name
-        of the lock."""
+        """The keys of the logins that this thread has begun under its locks, by the name of the lock."""
         return self._holding.logins
 
     def begin_login(self, lock: str) -> tuple[int, list[str]]:
@@ -130,23 +120,21 @@ class PostgreSQLLocks:
         Raises:
             StoreUnavailable: the lock is lost, so another login may be under way.
         """
-        ready = self._holding.ready.pop(lock, None)
-        key, over = ready or (_new_key(), [])
+        key, over = int.from_bytes(os.urandom(8), signed=True) or 1, []
         with self._connections.translating():
             if self._holding.conn is not None:
                 held = self._connection_in_use()
                 if held is None:
                     raise StoreUnavailable(f"The connection to {self.where} that held the lock is gone. Try again.")
-                if ready is None:
-                    taken = f"SELECT pg_advisory_xact_lock(%(key)s); {LOGINS_THAT_ARE_OVER}"
-                    over = [row["sealed"] for row in self._connections.answer(held, taken, key=key)]
+                taken = f"SELECT pg_advisory_xact_lock(%(key)s); {LOGINS_THAT_ARE_OVER}"
+                over = [row["sealed"] for row in self._connections.answer(held, taken, key=key)]
         self._holding.logins[lock] = key
         return key, over
 
     def close(self) -> None:
         """Close the connections that hold no lock now."""
         while self._idle and self._process == os.getpid():
-            self._idle.pop()[0].close()
+            self._idle.pop().close()
 
     def _take(self) -> connection:
         """Get a connection for a lock. Reuse an idle one if it is still good."""
@@ -155,24 +143,21 @@ class PostgreSQLLocks:
             self._idle, self._process = [], os.getpid()
         with contextlib.suppress(IndexError):
             while True:
-                conn, _ = self._idle.pop()
-                with contextlib.suppress(psycopg2.Error, TimeoutError):
-                    wait_for_answer(conn, self._connections.timeout)
-                    if not conn.closed and not is_readable(conn):
-                        return conn
+                conn = self._idle.pop()
+                if not conn.closed and not is_readable(conn):
+                    return conn
                 conn.close()
         return self._connections.connect()
 
-    def _acquire(self, conn: connection, name: str, wait: float) -> bool:
-        key = _key_of(name)
+    def _acquire(self, conn: connection, key: int, wait: float) -> bool:
         inside = conn.info.transaction_status != TRANSACTION_STATUS_IDLE
         begin = "SAVEPOINT inner_lock" if inside else "BEGIN"
         if self._connections.pooled:
-            return self._poll(conn, begin, name, wait)
+            return self._poll(conn, begin, key, wait)
         answer = self._connections.answer
         patience = f"SET LOCAL lock_timeout = {max(1, int(wait * 1000))}"
         # Try before waiting. Otherwise a stalled server would look like a lock that somebody holds.
-        if self._try(conn, f"{begin}; {patience}", name):
+        if answer(conn, f"{begin}; {patience}; {_TRY}", key=key)[0]["held"]:
             return True
         try:
             seconds = wait + self._connections.timeout
@@ -181,25 +166,14 @@ class PostgreSQLLocks:
             return False
         return True
 
-    def _try(self, conn: connection, begin: str, name: str) -> bool:
-        """Begin, and take the lock if it is free. A login without a user id that ends while we wait counts as running:
-        at worst a living token is in doubt."""
-        key, own = _key_of(name), _new_key()
-        if name in (SCHEMA_LOCK, NOBODY_LOCK, ENTRIES_LOCK):  # No login follows, and there may be no tables yet.
-            return bool(self._connections.answer(conn, f"{begin}; {_TRY}", key=key)[0]["held"])
-        (row,) = self._connections.answer(conn, f"{begin}; {_TRY_FOR_LOGIN}", key=key, own=own)
-        self._holding.ready[name] = own, row["over"]
-        return bool(row["held"])
-
-    def _poll(self, conn: connection, begin: str, name: str, wait: float) -> bool:
+    def _poll(self, conn: connection, begin: str, key: int, wait: float) -> bool:
         """Ask again and again. A transaction that waited would hold a session of the pooler, and the holder needs one
         to write its mark."""
         answer, deadline, pause = self._connections.answer, time.monotonic() + wait, FIRST_PAUSE
-        key = _key_of(name)
         while True:
             # The first question begins no transaction: its lock is let go at once.
             if begin != "BEGIN" or answer(conn, _TRY, key=key)[0]["held"]:
-                if self._try(conn, begin, name):
+                if answer(conn, f"{begin}; {_TRY}", key=key)[0]["held"]:
                     return True
                 answer(conn, _RELEASE_INNER if begin != "BEGIN" else "ROLLBACK")
             left = deadline - time.monotonic()
@@ -227,29 +201,17 @@ class PostgreSQLLocks:
         except (psycopg2.Error, TimeoutError):
             conn.close()
 
-    def _release(self, conn: connection, *, wait: bool) -> None:
-        """Release the locks and keep the connection, because opening another takes longer than storing a token.
-
-        Args:
-            wait: a login may have left a mark. Readers must not find its lock held once the caller goes on. Otherwise
-                whoever takes the connection next waits for the answer.
-        """
+    def _release(self, conn: connection) -> None:
+        """Release the locks and keep the connection, because opening another takes longer than storing a token."""
         try:
-            releasing = conn.cursor()
-            releasing.execute("ROLLBACK")
-            if wait:
-                wait_for_answer(conn, self._connections.timeout)
+            self._connections.answer(conn, "ROLLBACK")
         except (psycopg2.Error, TimeoutError):
             conn.close()
             return
         if self._connections.closed or len(self._idle) >= self._connections.size or self._process != os.getpid():
             conn.close()
         else:
-            self._idle.append((conn, releasing))
-
-
-def _new_key() -> int:
-    return int.from_bytes(os.urandom(8), signed=True) or 1  # 0 marks a token whose login nobody knows
+            self._idle.append(conn)
 
 
 def _key_of(name: str) -> int:
