@@ -119,7 +119,8 @@ def test_the_smallest_run_writes_the_table_and_the_picture(
     for name in ("benchmarks.svg", "choices.svg"):
         is_a_picture(tmp_path / "out" / name)
     assert all(url not in done.stdout + text for url in servers.values())
-    assert keys(redis_server) == before, "the benchmark left something on a server that belongs to somebody else"
+    left = keys(redis_server) - before  # What was there may have expired.
+    assert left == set(), "the benchmark left something on a server that belongs to somebody else"
 
 
 def test_the_committed_table_has_the_shape_that_the_command_writes() -> None:
