@@ -74,7 +74,7 @@ def has_short_cells(notebook: Notebook) -> None:
 
 
 def stores_a_token_soon(notebook: Notebook) -> None:
-    logs_in = r"\.(store_token|get_or_create_token|store_token_batch)\("
+    logs_in = r"\.(store_token|get_or_create_token|store_token_batch)\(|StoredTokenAuth\("
     first = [bool(re.search(logs_in, cell.source)) for cell in code_cells(notebook)].index(True)
     assert first <= 3, "at most four cells of code, and the last of them stores a token"
 
