@@ -63,7 +63,7 @@ def test_the_readme_installs_an_extra_that_there_is() -> None:
     text = README.read_text()
     ((name, extra),) = re.findall(r'pip install "([\w-]+)\[(\w+)\] @ git\+https://', text)
     assert name == project["name"]
-    (sentence,) = re.findall(r"the driver of your pattern, which is (.*?)\. SQLite", text, flags=re.DOTALL)
+    (sentence,) = re.findall(r"what your pattern needs: (.*?)\. SQLite", text, flags=re.DOTALL)
     extras = re.findall("`([a-z]+)`", sentence)
     assert extra in extras
     assert set(extras) <= set(project["optional-dependencies"])
