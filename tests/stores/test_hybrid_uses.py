@@ -130,9 +130,11 @@ class TestHybridUnderCrowdsAndKills(ReliabilityContract):
             if handed_out:
                 assert not found.active or handed_out["token_id"] >= found.active[0], "a stale token was handed out"
             elif found.active:
-                newest = store.backend.find_newest(USER)  # A login that was killed may have replaced it.
+                # A login that was killed may have replaced it. And its lock is free at once, while PostgreSQL may still
+                # be committing its last store: then the token that was counted was in doubt, and a newer one follows.
+                newest = store.backend.find_newest(USER)
                 assert newest is not None
-                assert newest.in_doubt, "a token was missing"
+                assert newest.in_doubt or newest.token_id not in found.active, "a token was missing"
             return found
 
         def keep_reading() -> int:
