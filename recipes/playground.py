@@ -28,12 +28,14 @@ class Playground:
 
     Attributes:
         upstox: the local Upstox.
+        account: the made-up account of USER there.
         folder: an empty folder that is removed at the end.
         api: the address of its API.
     """
 
     def __init__(self, upstox: LocalUpstox, folder: Path, stack: ExitStack) -> None:
         self.upstox, self.folder, self.api = upstox, folder, upstox.base_domain.format(stage="api")
+        self.account = upstox.add_account(USER)
         self._stack = stack
         self._browser = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -62,18 +64,23 @@ class Playground:
         program = self.start(*(part.replace("PORT", port) for part in command), **variables)
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
         while program.poll() is None and time.monotonic() < deadline:
-            try:
-                self.get(url + path)
-            except OSError:
-                time.sleep(0.05)
-            else:
+            if self.answers(url + path):
                 return url
+            time.sleep(0.05)
         raise RuntimeError(f"{command[0]} did not start:\n{self.printed()}")
 
     def get(self, url: str) -> str:
         """Return what this address answers."""
         with self._browser.open(url, timeout=60) as answer:
             return str(answer.read().decode())
+
+    def answers(self, url: str) -> bool:
+        """Tell whether a server answers there."""
+        try:
+            self.get(url)
+        except OSError:
+            return False
+        return True
 
     def get_at_once(self, *urls: str) -> list[str]:
         """Ask all these addresses at the same moment."""
@@ -98,19 +105,20 @@ class Playground:
 
 
 @contextmanager
-def playground(store: str | None = None) -> Iterator[Playground]:
+def playground(store: str | None = None, host: str = "127.0.0.1") -> Iterator[Playground]:
     """Start a local Upstox, set the environment for programs that use it, and end all of them in the end.
 
     Args:
         store: the address of an empty store. By default it is a file of SQLite.
+        host: the address of this machine that the local Upstox listens on.
     """
     _avoid_the_end_of_the_day()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        upstox = stack.enter_context(LocalUpstox(totp_once=False, limits=False))
+        upstox = stack.enter_context(LocalUpstox(totp_once=False, limits=False, host=host))
         here = Playground(upstox, folder, stack)
         variables = {
-            **upstox.add_account(USER).environ(),
+            **here.account.environ(),
             "UPSTOX_USER_ID": USER,
             "UPSTOX_BASE_DOMAIN": upstox.base_domain,
             "UPSTOX_API": here.api,

@@ -204,7 +204,7 @@ class TestUpstoxThatSaysSomethingElse:
         def answer(_: str, __: Shown) -> Answer:
             return self.ANSWERS[int(request.param)]
 
-        server = WebServer(answer)
+        server = WebServer(answer, "127.0.0.1")
         yield f"http://127.0.0.1:{server.server_address[1]}/{{stage}}"
         server.close()
 

@@ -170,7 +170,7 @@ def test_no_redirect_is_followed_with_the_secrets(values: dict[str, str]) -> Non
         seen.append(route)
         return Answer("", 307, Location="/elsewhere")
 
-    server = WebServer(answer)
+    server = WebServer(answer, "127.0.0.1")
     try:
         with pytest.raises(LoginInterrupted) as caught:
             TotpLogin(values, base_domain=f"http://127.0.0.1:{server.server_address[1]}/{{stage}}")()
@@ -238,7 +238,7 @@ def test_another_form_of_the_request_is_one_method_away(values: dict[str, str]) 
         seen.append((route, dict(shown)))
         return Answer({"access_token": "opaque", "user_id": USER})
 
-    server = WebServer(answer)
+    server = WebServer(answer, "127.0.0.1")
     try:
         FormLogin(values, base_domain=f"http://127.0.0.1:{server.server_address[1]}/{{stage}}")()
     finally:

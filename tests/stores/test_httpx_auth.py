@@ -230,7 +230,7 @@ class Elsewhere:
 
     def __init__(self, answer: Answer) -> None:
         self.answer, self.sent = answer, list[str]()
-        self._server = WebServer(self._serve)
+        self._server = WebServer(self._serve, "127.0.0.1")
 
     def _serve(self, _: str, shown: Shown) -> Answer:
         self.sent.append(shown["bearer"])

@@ -58,16 +58,18 @@ __all__ = ["INNER_REDIRECT_URI", "Account", "Failure", "LocalUpstox"]
 
 
 class LocalUpstox:
-    """A local Upstox on 127.0.0.1 and a free port, safe to share between threads.
+    """A local Upstox on a free port, safe to share between threads.
 
     Args:
         clock: the clock for the start and the expiry of tokens. TOTPs use the real time, because the SDK's do.
         totp_once: whether a TOTP works only once, as at Upstox. With False you can log in twice in 30 seconds.
         limits: whether the one-call login (step 7) has its limits. With False you can log in twice in a second.
         monotonic: the clock for the limits, in seconds. A test passes its own clock instead of sleeping.
+        host: the address of this machine to listen on. "0.0.0.0" lets containers and other machines in.
 
     Attributes:
-        base_domain: what to set as the SDK client's `base_domain`. It is known once the server has started.
+        base_domain: what to set as the SDK client's `base_domain` on this machine. It is known once the server has
+            started.
         login_seconds: how long steps 6 and 7 take to answer. The token is made at once, before that time.
         stall_seconds: how long a `Failure.STALL` takes to answer.
         on_step: a function that the server calls twice for each request of a login, in the thread of that request:
@@ -83,8 +85,10 @@ class LocalUpstox:
         totp_once: bool = True,
         limits: bool = True,
         monotonic: Callable[[], float] = time.monotonic,
+        host: str = "127.0.0.1",
     ) -> None:
         self.base_domain = ""
+        self.host = host
         self.login_seconds: float = 0
         self.stall_seconds: float = 30
         self.on_step: Callable[[int, str], object] | None = None
@@ -107,7 +111,7 @@ class LocalUpstox:
         """Start to listen."""
         if self._server is None:
             self._closing.clear()
-            self._server = WebServer(self._answer)
+            self._server = WebServer(self._answer, self.host)
             self.base_domain = f"http://127.0.0.1:{self._server.server_address[1]}/{{stage}}"
         return self
 

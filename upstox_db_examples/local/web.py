@@ -93,8 +93,8 @@ def _fields(content_type: str, sent: bytes) -> dict[str, Any]:
 class WebServer(ThreadingTCPServer):  # http.server's class looks up the machine's name, which can take seconds.
     request_queue_size = 128  # The default of 5 makes clients wait if many come at once.
 
-    def __init__(self, answer: Callable[[str, Shown], Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, answer: Callable[[str, Shown], Answer], host: str) -> None:
+        super().__init__((host, 0), Handler)
         self.answer = answer
         self._connections: list[tuple[Thread, socket.socket]] = []
         self._loop = Thread(target=self.serve_forever, args=(0.02,), daemon=True)
