@@ -78,6 +78,17 @@ class WatchContract(OnAStore):
             assert store.cleanup_expired_tokens() == 1
             assert followed.is_quiet(0.7), "there still is none"
 
+    def test_a_login_that_marks_an_expired_token_does_not_give_none_again(
+        self, store: TokenStorage, open_store: OpenStore, clock: Clock, upstox: LocalUpstox
+    ) -> None:
+        clock.set(7, 3, 28)
+        store.store_token(USER)
+        clock.set(7, 3, 31)
+        with following(store) as followed:
+            assert followed.token() is None
+            upstox.login_seconds = 0.4  # Long enough for a store that polls to see the mark.
+            assert open_store().store_token(USER)["token"] == followed.token()
+
     def test_a_token_in_doubt_gives_none_until_the_doubt_is_over(self, open_store: OpenStore) -> None:
         def login(_: str | None) -> None:
             raise ConnectionError  # after which nobody knows whether there is a new token
