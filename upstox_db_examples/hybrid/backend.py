@@ -240,13 +240,12 @@ class HybridBackend(Backend):
         return len(keys) > 1 and any(row["login_lock"] in keys for row in self._run(queries.MARK_OF, user_id=user_id))
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
-        users = {user_id} if user_id else {row["user_id"] for row in self._run(queries.ACTIVE_USERS)}
-        self._bury(users)
+        self._require_database()
         marked = self.postgres.mark(user_id, lock, now, metadata)
-        # Bury again, as in _revoke: a reader may have put a copy there before the token was marked. This includes users
-        # who already had a mark, because this thread does not wait again before it stores the new token.
-        users.update(marked)
-        buried = self._bury(users)
+        # Only now: no reader puts a copy of a marked token there, and until the login begins a copy does no harm. This
+        # includes users who already had a mark, because this thread does not wait again before it stores the new token.
+        users = {user_id} if user_id else {row["user_id"] for row in self._run(queries.ACTIVE_USERS)}
+        buried = self._bury(users.union(marked))
         self._tombstones.update(dict.fromkeys(marked, buried.tombstone))
         self._wait_until_unbelieved(buried.certain or not (marked or user_id is None))
 
