@@ -87,6 +87,9 @@ class HybridBackend(Backend):
         Returns:
             how many were new there.
         """
+        return self._fold_waiting_uses() + self._fold_earlier_uses()
+
+    def _fold_waiting_uses(self) -> int:
         self._require_database()
         folded = 0
         while uses := self.redis.list_uses(USES_AT_ONCE):
@@ -97,7 +100,7 @@ class HybridBackend(Backend):
             self.redis.forget_uses(uses)
             if len(uses) < USES_AT_ONCE:
                 break
-        return folded + self._fold_earlier_uses()
+        return folded
 
     def _fold_earlier_uses(self) -> int:
         """Fold the uses that an earlier version left in Redis. Its keys named no database, so they may be another's.
@@ -335,10 +338,13 @@ class HybridBackend(Backend):
         return {"redis": health.pop("redis"), **health, "details": details}
 
     def _fold_quietly(self) -> None:
-        """Fold the uses. If somebody else is folding, or PostgreSQL does not answer, they keep waiting."""
+        """Fold the uses. If somebody else is folding, or PostgreSQL does not answer, they keep waiting.
+
+        Those of an earlier version wait until somebody asks for a history or the statistics.
+        """
         if self._folding.acquire(blocking=False):
             try:
-                self.fold_uses()
+                self._fold_waiting_uses()
             except StorageError as error:
                 logger.warning("Use counts stay in Redis for now: %s", error)
             finally:
