@@ -311,9 +311,8 @@ class SQLiteBackend(Backend):
             return {"sqlite": f"error: {error}"}
         return {"sqlite": "healthy"}
 
-    def list_users(self) -> list[str | None]:
-        with self.connections.lend() as conn:  # Not `_rows`, because there may be a million.
-            return [user_id for (user_id,) in conn.execute(queries.USERS)]
+    def read_users(self, after: str, limit: int) -> list[str]:
+        return [user_id for (user_id,) in self._rows(queries.USERS, after, after, limit, limit, limit)]
 
     def read_tokens(self, user_id: str | None) -> list[StoredToken]:
         return [read_every_column(row) for row in self._rows(queries.TOKENS_OF, user_id)]
