@@ -77,7 +77,8 @@ def _apart(folder: Path, options: argparse.Namespace) -> tuple[list[alternatives
 
 
 def _grow(servers: Servers, options: argparse.Namespace) -> None:
-    sizes = {name: growth.SQLITE_SIZES if name == "SQLite" else growth.SIZES for name in growth.STORES}
+    usual = {name: growth.SQLITE_SIZES if name == "SQLite" else growth.SIZES for name in growth.STORES}
+    sizes = {name: options.tokens or usual[name] for name in options.stores}
     found = growth.measured(servers, sizes, 10_000, growth.MEMORY_TOKENS, options.rounds, options.seconds)
     text = growth.written(found)
     print(f"\n{text}\n")
@@ -145,19 +146,24 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--growth", action="store_true", help="instead: up to ten million tokens, and the memory of an export"
     )
+    parser.add_argument(
+        "--stores", nargs="+", choices=growth.STORES, default=growth.STORES, help="with --growth: only these"
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", help="how many old tokens there are, the fewest first")
     for name, kind in (
-        ("--tokens", int),
         ("--rounds", int),
         ("--calls", int),
         ("--seconds", float),
         ("--folder", Path),
     ):
         # These options are for the tests, which need the smallest possible run.
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS, nargs="+" if name == "--tokens" else None)
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     usual: dict[str, Any] = {"tokens": [1000, 1_000_000], "rounds": 5, "calls": 300, "seconds": 0.25, "folder": HERE}
     if options.quick:
         usual |= {"tokens": [1000], "seconds": 0.1, "folder": HERE.parent / "build" / "benchmarks"}
+    if options.growth:
+        del usual["tokens"]  # Each store has its own.
     for name, value in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

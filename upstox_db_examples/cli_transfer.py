@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import ArgumentOrVariable, OpenStore, command, list_users, many
+from .cli_common import ArgumentOrVariable, OpenStore, command, many
 from .cli_output import on_terminal, print_error
 from .core.environment import expand_home
 from .core.errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
@@ -83,11 +83,11 @@ def backup(store: OpenStore, file: str, keep: int | None) -> None:
 
 
 def has_tokens(opened: TokenStorage) -> bool:
-    return any(map(opened.backend.read_tokens, opened.backend.list_users()))
+    return any(map(opened.backend.read_tokens, opened.backend.each_user()))
 
 
 def count_working(opened: TokenStorage, now: datetime) -> int:
-    newest = filter(None, map(opened.backend.find_newest, list_users(opened)))
+    newest = filter(None, map(opened.backend.find_newest, filter(None, opened.backend.each_user())))
     return sum(bool(token.ciphertext) and token.expires_at > now for token in newest)
 
 

@@ -341,6 +341,21 @@ class BackendContract(OnAStore):
         assert sorted(store.backend.list_users(), key=str) == [USER, OTHERS[0], None]
         assert store.backend.read_tokens(None) == store.backend.read_tokens(OTHERS[0]) == []
 
+    def test_users_come_page_by_page_each_once_and_in_order(self, store: TokenStorage) -> None:
+        names = ["AB-9", "CD1", "CD2", "CD3"]
+        store.backend.insert(made_up(store, "CD1"))
+        store.backend.insert(made_up(store, "CD3"))
+        for user_id in (None, "AB-9", "CD2", "CD2", "CD2", "CD2", "CD3"):
+            store.backend.record(user_id, "login_failed", store.backend.context.now())
+        for limit in (1, 2, 3, 100):
+            users, after = [], ""
+            while page := store.backend.read_users(after, limit):
+                assert len(page) <= limit
+                after = page[-1]
+                users += page
+            assert users == names
+        assert list(store.backend.each_user()) == [*names, None]
+
     @pytest.mark.parametrize("user_id", [USER, None])
     def test_entries_of_one_second_come_each_once_and_in_their_order(
         self, store: TokenStorage, user_id: str | None, clock: Clock

@@ -53,6 +53,14 @@ class TestMongoDB(OnMongoDB):
         assert store.backend.find_in_doubt(USER) is not None
         assert store.get_user_statistics(USER)["total_usage"] == 2, "a read that finds no token is not counted"
 
+    def test_a_thread_remembers_only_the_leases_that_it_held_last(self, store: MongoUpstoxStorage) -> None:
+        leases = Leases(store.backend.connection.database, 5)
+        with leases.hold("A", 1), leases.hold("B", 1):
+            pass
+        assert all(map(leases.owner_of, "AB"))
+        with leases.hold("C", 1):
+            assert list(map(leases.owner_of, "AB")) == ["", ""], "an import takes a lease for each of a million users"
+
     def test_a_login_that_comes_to_its_end_while_its_token_is_read_is_no_doubt(
         self, store: MongoUpstoxStorage, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:

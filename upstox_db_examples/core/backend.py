@@ -41,6 +41,8 @@ from .token import AuditEntry, StoredToken
 # Lock names besides the user ids. They cannot clash, because no user id begins with a hyphen.
 SCHEMA_LOCK, NOBODY_LOCK, ENTRIES_LOCK, ACCOUNT_LOCK = "-schema", "-nobody", "-entries", "-account-"
 
+USERS_AT_ONCE = 1000  # in one answer of the database
+
 
 def lock_timeout(name: str, wait: float) -> StoreUnavailable:
     """Error for a lock wait that timed out."""
@@ -340,8 +342,27 @@ class Backend(ABC):
     # Transfer: what export, import and migrate need.
 
     @abstractmethod
+    def read_users(self, after: str, limit: int) -> list[str]:
+        """Return at most `limit` of the users who have tokens or audit entries and whose ids follow `after`.
+
+        They come in the order of their ids, as in `find_under_other_keys`. An empty list means that none are left.
+        """
+
+    def each_user(self) -> Iterator[str | None]:
+        """Yield every user who has tokens or audit entries; None stands for entries that belong to nobody.
+
+        Only a few are in memory at a time. A user who arrives meanwhile may be among them or not.
+        """
+        last = ""
+        while users := self.read_users(last, USERS_AT_ONCE):
+            yield from users
+            last = users[-1]
+        if self.read_entries(None, None, 1):
+            yield None
+
     def list_users(self) -> list[str | None]:
-        """Return every user who has tokens or audit entries; None stands for entries that belong to nobody."""
+        """Return the users of `each_user`, all at once."""
+        return list(self.each_user())
 
     @abstractmethod
     def read_tokens(self, user_id: str | None) -> list[StoredToken]:

@@ -401,8 +401,8 @@ class HybridBackend(Backend):
     def count_keys(self) -> dict[str, int]:
         return self.postgres.count_keys()
 
-    def list_users(self) -> list[str | None]:
-        return self.postgres.list_users()
+    def read_users(self, after: str, limit: int) -> list[str]:
+        return self.postgres.read_users(after, limit)
 
     def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
         return self.postgres.read_entries(user_id, after, limit)

@@ -375,10 +375,21 @@ class MongoBackend(Backend):
         with self._database() as db:
             return {row["_id"]: row["count"] for row in db.active_tokens.aggregate(each_key)}
 
-    def list_users(self) -> list[str | None]:
+    def read_users(self, after: str, limit: int) -> list[str]:
+        # Not `distinct`: its answer has at most 16 MB, which is half a million users. A user with many entries fills
+        # one answer, and the next one begins after that user.
+        which: Document = {"user_id": {"$gt": after}}
         with self._database() as db:
-            found = {*db.tokens.distinct("user_id"), *db.token_audit.distinct("user_id")}
-        return sorted(found, key=str)
+            found = [
+                [
+                    each["user_id"]
+                    for each in documents.find(which, {"_id": 0, "user_id": 1}).sort("user_id").limit(limit)
+                ]
+                for documents in (db.tokens, db.token_audit)
+            ]
+        # Beyond the end of a full answer there may be more.
+        ends = [users[-1] for users in found if len(users) == limit]
+        return sorted({user for users in found for user in users if all(user <= end for end in ends)})[:limit]
 
     def read_tokens(self, user_id: str | None) -> list[StoredToken]:
         with self._database() as db:

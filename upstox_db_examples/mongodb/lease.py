@@ -36,7 +36,7 @@ class _Lease(NamedTuple):
 
 
 class _Holding(threading.local):
-    """What this thread holds: its leases, the outer one first, and for each name the last owner id it used."""
+    """What this thread holds: its leases, the outer one first, and the owner ids by name of the last ones it held."""
 
     def __init__(self) -> None:
         self.leases: list[_Lease] = []
@@ -83,7 +83,8 @@ class Leases:
                 time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - spreads a crowd's requests
             outer, process = self._holding.leases, os.getpid()
             self._holding.leases = [*outer, lease]
-            self._holding.owners[name] = lease.owner
+            # Of earlier leases nothing is kept, because an import takes one for each user.
+            self._holding.owners = dict(self._holding.leases)
             released, unanswered = threading.Event(), threading.Event()
             renewing = threading.Thread(target=self._renew_until, args=(released, unanswered, lease), daemon=True)
             try:
@@ -111,7 +112,8 @@ class Leases:
     def owner_of(self, name: str) -> str:
         """Return the owner of this thread's current or last lease of this name, or "", which owns no lease.
 
-        This works after the lease has ended, so that a login that outlived its lease removes only its own marks.
+        This works after the lease has ended, until the thread takes the next one, so that a login that outlived its
+        lease removes only its own marks.
         """
         return self._holding.owners.get(name, "")
 

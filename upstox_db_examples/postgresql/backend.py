@@ -262,8 +262,8 @@ class PostgreSQLBackend(Backend):
     def count_keys(self) -> dict[str, int]:
         return {row["key_id"]: row["count"] for row in self._run(queries.COUNT_KEYS)}
 
-    def list_users(self) -> list[str | None]:
-        return [row["user_id"] for row in self._run(queries.USERS)]
+    def read_users(self, after: str, limit: int) -> list[str]:
+        return [row["user_id"] for row in self._run(queries.USERS, after=after, limit=limit)]
 
     def read_tokens(self, user_id: str | None) -> list[StoredToken]:
         return [read_token(row) for row in self._run(queries.TOKENS_OF, user_id=user_id)]

@@ -190,13 +190,18 @@ SELECT coalesce(nullif({_KEY}, ''), key_id) AS key_id, count(*) FROM upstox_toke
 """
 # This jumps from one user to the next, because the audit trail may have millions of entries and few users.
 USERS = """
-WITH RECURSIVE audited (user_id) AS (
-    SELECT min(user_id) FROM upstox_token_audit UNION ALL
+WITH RECURSIVE stored (user_id) AS (
+    SELECT min(user_id) FROM upstox_tokens WHERE user_id > %(after)s UNION ALL
+    SELECT (SELECT min(t.user_id) FROM upstox_tokens AS t WHERE t.user_id > stored.user_id) FROM stored
+    WHERE user_id IS NOT NULL
+), audited (user_id) AS (
+    SELECT min(user_id) FROM upstox_token_audit WHERE user_id > %(after)s UNION ALL
     SELECT (SELECT min(a.user_id) FROM upstox_token_audit AS a WHERE a.user_id > audited.user_id) FROM audited
     WHERE user_id IS NOT NULL
 )
-SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM audited WHERE user_id IS NOT NULL UNION
-SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL) ORDER BY 1
+SELECT user_id FROM (SELECT user_id FROM stored LIMIT %(limit)s) AS s WHERE user_id IS NOT NULL UNION
+SELECT user_id FROM (SELECT user_id FROM audited LIMIT %(limit)s) AS a WHERE user_id IS NOT NULL
+ORDER BY 1 LIMIT %(limit)s
 """
 TOKENS_OF = f"""
 SELECT {COPIED}, coalesce(access_token, '') AS ciphertext, login_lock IS NOT NULL AS in_doubt

@@ -97,7 +97,7 @@ class SQLiteBackend(Backend):
                 self._locks.mkdir(mode=0o700, exist_ok=True)
             except OSError as error:
                 raise ConfigurationError(f"No lock file can be made in {self._locks}: {error.strerror}.") from error
-            with locks.hold(self._locks / f"{name}.lock", name, wait):
+            with locks.hold(f"{self._locks}/{name}.lock", name, wait):
                 yield
 
     def _version(self, conn: sqlite3.Connection) -> int:
@@ -146,7 +146,7 @@ class SQLiteBackend(Backend):
 
     def _is_held(self, mark: str) -> bool:
         """Tell whether the login that left this mark still holds its lock."""
-        return locks.is_held(self._locks / f"{mark.partition(' ')[0]}.lock")
+        return locks.is_held(f"{self._locks}/{mark.partition(' ')[0]}.lock")
 
     def find_in_doubt(self, user_id: str) -> StoredToken | None:
         row = self._one(queries.IN_DOUBT, user_id)
@@ -311,9 +311,8 @@ class SQLiteBackend(Backend):
             return {"sqlite": f"error: {error}"}
         return {"sqlite": "healthy"}
 
-    def list_users(self) -> list[str | None]:
-        with self.connections.lend() as conn:  # Not `_rows`, because there may be a million.
-            return [user_id for (user_id,) in conn.execute(queries.USERS)]
+    def read_users(self, after: str, limit: int) -> list[str]:
+        return [user_id for (user_id,) in self._rows(queries.USERS, after, after, limit, limit, limit)]
 
     def read_tokens(self, user_id: str | None) -> list[StoredToken]:
         return [read_every_column(row) for row in self._rows(queries.TOKENS_OF, user_id)]

@@ -42,8 +42,11 @@ else:
 
 
 @contextmanager
-def hold(path: Path, name: str, wait: float) -> Iterator[None]:
+def hold(path: str, name: str, wait: float) -> Iterator[None]:
     """Hold the lock of this file. The file is made if it is missing, and it stays: unlinking it would let two in.
+
+    Args:
+        path: of the file. Not a `Path`: Python 3.12 keeps the name of each for ever, and an import locks every user.
 
     Raises:
         StoreUnavailable: somebody else held it for the whole `wait` seconds; `name` says who.
@@ -52,7 +55,7 @@ def hold(path: Path, name: str, wait: float) -> Iterator[None]:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
-        raise ConfigurationError(f"No lock file can be made in {path.parent}: {error.strerror}.") from error
+        raise ConfigurationError(f"No lock file can be made in {Path(path).parent}: {error.strerror}.") from error
     process, deadline = os.getpid(), time.monotonic() + wait
     _held.add(descriptor)
     try:
@@ -66,8 +69,8 @@ def hold(path: Path, name: str, wait: float) -> Iterator[None]:
                 time.sleep(PAUSE)
             except OSError as error:
                 raise ConfigurationError(
-                    f"The file system of {path.parent} refuses locks ({error.strerror}), as some network file systems "
-                    "do, and without them two programs would log in at once. Put the database on a local disk."
+                    f"The file system of {Path(path).parent} refuses locks ({error.strerror}), as some network file "
+                    "systems do, and without them two programs would log in at once. Put the database on a local disk."
                 ) from error
         try:
             yield
@@ -80,7 +83,7 @@ def hold(path: Path, name: str, wait: float) -> Iterator[None]:
             os.close(descriptor)
 
 
-def is_held(path: Path) -> bool:
+def is_held(path: str) -> bool:
     """Tell whether somebody holds the lock of this file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

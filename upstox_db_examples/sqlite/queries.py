@@ -169,13 +169,18 @@ COUNT_KEYS = (
 )
 # This jumps from one user to the next, because the audit trail may have millions of entries and few users.
 USERS = """
-WITH RECURSIVE audited (user_id) AS (
-    SELECT min(user_id) FROM upstox_token_audit UNION ALL
+WITH RECURSIVE stored (user_id) AS (
+    SELECT min(user_id) FROM upstox_tokens WHERE user_id > ? UNION ALL
+    SELECT (SELECT min(t.user_id) FROM upstox_tokens AS t WHERE t.user_id > stored.user_id) FROM stored
+    WHERE user_id IS NOT NULL
+), audited (user_id) AS (
+    SELECT min(user_id) FROM upstox_token_audit WHERE user_id > ? UNION ALL
     SELECT (SELECT min(a.user_id) FROM upstox_token_audit AS a WHERE a.user_id > audited.user_id) FROM audited
     WHERE user_id IS NOT NULL
 )
-SELECT user_id FROM upstox_tokens UNION SELECT user_id FROM audited WHERE user_id IS NOT NULL UNION
-SELECT NULL WHERE EXISTS (SELECT 1 FROM upstox_token_audit WHERE user_id IS NULL) ORDER BY 1
+SELECT user_id FROM (SELECT user_id FROM stored LIMIT ?) AS s WHERE user_id IS NOT NULL UNION
+SELECT user_id FROM (SELECT user_id FROM audited LIMIT ?) AS a WHERE user_id IS NOT NULL
+ORDER BY 1 LIMIT ?
 """
 _COPIED = (
     "user_id, key_id, generation, created_at, expires_at, user_name, email, broker, user_type, products, exchanges, "

@@ -24,6 +24,7 @@ from ..core.errors import InvalidInput, StorageError
 from ..core.files import resolve_target
 from ..core.store import TokenStorage
 from ..core.token import AuditEntry, Secret, StoredToken
+from .brought import Brought
 from .file import Counts, Part, by_user, kind_of, read_export, write_export
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def migrate(source: TokenStorage, target: TokenStorage, *, progress: bool = True
         ...     moved.get_valid_token("AB1234")["token"] == result["token"]
         True
     """
-    tokens = (Part(user_id, source.backend.read_tokens(user_id), []) for user_id in source.backend.list_users())
+    tokens = (Part(user_id, source.backend.read_tokens(user_id), []) for user_id in source.backend.each_user())
     users = _check_parts(tokens, target, source.cipher.decrypt)
     return _transfer(lambda: _read_parts(source), target, source.cipher.decrypt, users, progress)
 
@@ -82,7 +83,8 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
         1
     """
     target = resolve_target(expand_home(path))
-    with progress_bar(len(store.backend.list_users()), "user", progress) as advance:
+    users = sum(1 for _ in store.backend.each_user()) if progress else 0
+    with progress_bar(users, "user", progress) as advance:
         counts = write_export(target, store.backend.store_kind, store.cipher.ring, _read_parts(store), advance)
     logger.info("Exported %s to %s: %s users, %s tokens, %s audit entries", store, path, *counts[:3])
     return counts
@@ -136,7 +138,7 @@ def _transfer(
     users: int,
     progress: bool,
 ) -> Counts:
-    counts, brought = Counts(), set()
+    counts, brought = Counts(), Brought()
     with progress_bar(users, "user", progress) as advance:
         for user_id, parts in by_user(source()):
             tokens = next(parts).tokens
@@ -147,7 +149,7 @@ def _transfer(
                 known = {token.generation for token in there}
                 if changed := _merge(tokens, there, target.backend.context.now()):
                     target.backend.merge(user_id, [_encrypt_again(t, known, target, decrypt) for t in changed], [])
-                brought |= {(user_id, t.generation) for t in changed if t.ciphertext and t.generation not in known}
+                brought.add(t for t in changed if t.ciphertext and t.generation not in known)
             new = sum(token.generation not in known for token in tokens)
             counts = counts.plus(users=1, tokens=len(tokens), new_tokens=new)
             # Use another lock here, because entries may take long and must not block logins. Without any lock, two
@@ -162,10 +164,12 @@ def _transfer(
     for user_id, parts in by_user(source()):
         tokens, there = next(parts).tokens, target.backend.read_tokens(user_id)
         there_too = (entry for part in parts for entry in part.entries)
-        living = {token.generation for token in tokens if (user_id, token.generation) in brought}
+        living = brought.take(tokens)
         same = _has_all(tokens, there, living, target, decrypt)
         if not same or any(_find_missing(there_too, read_entries(target, user_id))):
             raise StorageError(f"The two stores differ for {user_id}: somebody wrote meanwhile. Run it again.")
+    if brought.left:
+        raise StorageError("Tokens have gone from the source meanwhile. Run it again.")
     logger.info("Copied into %s and compared: %s", target, counts)
     return counts
 
@@ -174,7 +178,7 @@ def _transfer(
 
 
 def _read_parts(store: TokenStorage) -> Iterator[Part]:
-    for user_id in store.backend.list_users():
+    for user_id in store.backend.each_user():
         tokens = store.backend.read_tokens(user_id)
         yield Part(user_id, tokens, [])
         # A token that arrived since then waits for the next run, and so do its entries.
