@@ -88,11 +88,19 @@ class TestMongoDB(OnMongoDB):
         assert self.found(store)
         assert [entry["action"] for entry in store.get_audit_trail(USER)].count("login") == 1
 
+    def test_a_login_that_lost_its_lease_leaves_the_note_of_the_next_one(self, store: MongoUpstoxStorage) -> None:
+        with store.backend.lock("-account-x"):
+            store.backend.begin_login(None, "-account-x", store.backend.context.now(), {})
+            with self.mongo.bare() as db:
+                db.login_notes.update_one({}, {"$set": {"sealed": "-account-x somebody"}})
+                store.backend.end_login("-account-x", in_doubt=False)
+                assert db.login_notes.count_documents({}) == 1
+
     def test_a_login_that_is_cut_off_before_it_begins_leaves_no_doubt(
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, upstox: LocalUpstox
     ) -> None:
         stored = store.store_token(USER)
-        with pytest.raises(StoreUnavailable), cut_off_before(monkeypatch, "bulk_write", "active_tokens"):
+        with pytest.raises(StoreUnavailable), cut_off_before(monkeypatch, "update_one", "active_tokens"):
             store.store_token(USER)
         assert upstox.logins() == 1
         assert living(store)["token"] == stored["token"]

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from pymongo import ReturnDocument
 from pymongo.database import Database
 from pymongo.write_concern import WriteConcern
 
@@ -25,9 +24,12 @@ logger = logging.getLogger(__name__)
 
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 # For writes that need not be waited for. A journal and an oplog keep the order of writes, so a later write that is
-# waited for brings the earlier ones along: `prove_held` a taken lease, before any login. A release that is lost only
+# waited for brings the earlier ones along, unless the server died or another became the primary in between. Where that
+# matters, look again after the later write: what is still there was written before it. A release that is lost only
 # means that the lease ends by itself.
 SOON = WriteConcern(w=1)
+UNANSWERED = WriteConcern(w=0)  # for what may be lost
+TAKEN_OVER = "This took so long that another caller took over. Nothing was changed. Try again."
 
 
 class _Lease(NamedTuple):
@@ -120,22 +122,29 @@ class Leases:
         alive = {"$expr": {"$gt": ["$until", "$$NOW"]}}
         return db.leases.find_one({"_id": lock, "owner": owner, **alive}, {"_id": 1}) is not None
 
-    def prove_held(self) -> None:
+    def held(self) -> dict[str, str]:
+        """Return the owners of the leases that this thread has taken and not given back, by their names."""
+        return dict(self._holding.leases)
+
+    def prove_held(self, write_concern: WriteConcern | None = None) -> None:
         """Check the leases just before anything that must not happen twice.
 
         That is a login, or writing back what was read under the lease. Afterwards the lease is durable, too.
 
+        Args:
+            write_concern: `SOON` if the caller waits for a later write and looks again.
+
         Raises:
             StoreUnavailable: another caller has taken over a lease of this thread.
         """
-        if not all(self._renew(lease) for lease in self._holding.leases):
-            raise StoreUnavailable("This took so long that another caller took over. Nothing was changed. Try again.")
+        if not all(self._renew(lease, write_concern) for lease in self._holding.leases):
+            raise StoreUnavailable(TAKEN_OVER)
 
     def _take(self, lease: _Lease) -> bool:
         """Take the lease if it is free. This is one atomic change, by the server's clock ($$NOW)."""
         free = {"$lte": [{"$ifNull": ["$until", LONG_AGO]}, "$$NOW"]}
         with self._database() as db:
-            after = db.leases.with_options(write_concern=SOON).find_one_and_update(
+            taken = db.leases.with_options(write_concern=SOON).update_one(
                 {"_id": lease.name},
                 [
                     {"$set": {"free": free}},
@@ -148,14 +157,13 @@ class Leases:
                     {"$unset": "free"},
                 ],
                 upsert=True,
-                return_document=ReturnDocument.AFTER,
             )
-        return after is not None and bool(after["owner"] == lease.owner)
+        return taken.upserted_id is not None or taken.modified_count == 1
 
-    def _renew(self, lease: _Lease) -> bool:
+    def _renew(self, lease: _Lease, write_concern: WriteConcern | None = None) -> bool:
         with self._database() as db:
-            renewal = [{"$set": {"until": self._until()}}]
-            return db.leases.update_one({"_id": lease.name, "owner": lease.owner}, renewal).matched_count == 1
+            leases, renewal = db.leases.with_options(write_concern=write_concern), [{"$set": {"until": self._until()}}]
+            return leases.update_one({"_id": lease.name, "owner": lease.owner}, renewal).matched_count == 1
 
     def _renew_until(self, released: threading.Event, unanswered: threading.Event, lease: _Lease) -> None:
         pause = self._seconds / 3
