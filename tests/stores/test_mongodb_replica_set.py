@@ -77,7 +77,10 @@ def members() -> Iterator[list[Member]]:
         with members[0].direct(seconds=30) as client:
             client.admin.command("replSetInitiate", config)
         with primary(members).direct(seconds=30) as client:
-            client.admin.command("createUser", "root", pwd=members[0]._password(), roles=["root"])
+            everywhere = {"w": len(members)}  # A test logs in to each member.
+            client.admin.command(
+                "createUser", "root", pwd=members[0]._password(), roles=["root"], writeConcern=everywhere
+            )
         yield members
 
 
