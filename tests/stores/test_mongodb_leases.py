@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -174,6 +175,22 @@ class TestMongoDB(OnMongoDB):
             results = [threads.submit(store.get_or_create_token, USER) for store in (slow, other)]
             assert len({result.result()["token"] for result in results}) == 1
         assert upstox.logins() == 1
+
+    def test_one_thread_renews_all_leases_and_names_the_one_that_was_taken_over(
+        self, open_store: OpenStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store, before = open_store(lease=0.6), {*threading.enumerate()}
+        with store.backend.lock("-account-x"), store.backend.lock(USER), self.mongo.bare() as db:
+            begun = {lease["_id"]: lease["until"] for lease in db.leases.find()}
+            assert len(begun) == 2
+            time.sleep(0.6)
+            assert all(lease["until"] > begun[lease["_id"]] for lease in db.leases.find())
+            assert [each.name for each in {*threading.enumerate()} - before].count("lease renewals") == 1
+            db.leases.update_one({"_id": USER}, {"$set": {"owner": "somebody else"}})
+            wait_until(lambda: f"Another caller has taken over the lease of {USER}" in caplog.text)
+            until = db.leases.find_one({"_id": "-account-x"})["until"]
+            wait_until(lambda: db.leases.find_one({"_id": "-account-x"})["until"] > until)
+            assert "the lease of -account-x" not in caplog.text
 
     def test_the_clock_of_this_machine_does_not_matter_for_the_lease(
         self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch

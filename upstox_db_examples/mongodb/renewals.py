@@ -50,7 +50,7 @@ class Renewals:
         with self._lock:
             self._held.add(lease)
             if self._thread is None or not self._thread.is_alive():
-                thread = threading.Thread(target=self._run, daemon=True)
+                thread = threading.Thread(target=self._run, name="lease renewals", daemon=True)
                 thread.start()
                 self._thread = thread
 
