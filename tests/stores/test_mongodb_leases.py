@@ -80,6 +80,20 @@ class TestMongoDB(OnMongoDB):
                 store.backend.end_login(ends, in_doubt=False)  # ... and the process of the other login dies.
         assert not self.found(store)
 
+    def test_a_login_that_lost_its_lease_and_ends_well_leaves_the_doubt_of_the_next_one(
+        self, store: MongoUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        other = open_store()
+        store.store_token(USER)
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            with self.mongo.bare() as db:
+                db.leases.delete_many({})
+            with other.backend.lock(USER):
+                other.backend.begin_login(USER, USER, other.backend.context.now(), {})  # ... and its process dies.
+            store.backend.end_login(USER, in_doubt=False)
+        assert not self.found(other)
+
     def test_a_caller_that_lost_its_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
         store.store_token(USER)
         with store.backend.lock(USER), self.mongo.bare() as db:

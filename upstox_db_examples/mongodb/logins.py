@@ -34,11 +34,9 @@ class Logins:
         """
         mark = {"lock": lock, "owner": self._leases.owner_of(lock)}
         # An existing mark is from a login with an unknown outcome. (If a user is named, it may be from a login that is
-        # running under another lock. One mark cannot stand for both logins.) One of this lock can stay: its login is
-        # over, and everybody can see that, or it is of a caller that has taken over.
-        is_free, is_ours = [{"$eq": [{"$type": "$login"}, "missing"]}, {"$eq": ["$login.lock", {"$literal": lock}]}]
-        else_doubt: Document = {"$cond": [is_ours, "$login", {"$literal": {}}]}
-        marked: Document = {"$cond": [is_free, {"$literal": mark}, else_doubt]}
+        # running under another lock.) One mark cannot stand for both logins, even under one lock: the earlier one may
+        # wake up and end well.
+        marked: Document = {"$cond": [{"$eq": [{"$type": "$login"}, "missing"]}, {"$literal": mark}, {"$literal": {}}]}
         which = {"login": {"$exists": False}} if user_id is None else {"_id": user_id}
         with self._database() as db:
             # For a named user only the mark is waited for: it brings along what was written before it. Without a user,
