@@ -13,7 +13,7 @@ from ..core.errors import StoreUnavailable
 from ..core.token import StoredToken
 from .connection import Document, index_keys
 from .documents import ATTEMPTS, FIRST_ENTRY, GENERATION_KEYS, NOT_ACTIVE, active_of, is_free, record_of
-from .lease import SOON, UNANSWERED
+from .lease import SOON
 from .logins import RUNNING_NOTES
 
 
@@ -156,8 +156,8 @@ def _move_entries(db: Database[Document], records: list[Document]) -> None:
     except BulkWriteError as error:
         if any(fault["code"] != 11000 for fault in error.details["writeErrors"]):
             raise
-    # If this is lost, the entries are in both places, and are shown once. So nobody waits for an answer.
-    db.tokens.with_options(write_concern=UNANSWERED).bulk_write(
+    # If this is lost, the entries are in both places, and are shown once.
+    db.tokens.with_options(write_concern=SOON).bulk_write(
         [
             UpdateOne(
                 {"_id": record["_id"]},

@@ -30,7 +30,6 @@ LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 # matters, look again after the later write: what is still there was written before it. A release that is lost only
 # means that the lease ends by itself.
 SOON = WriteConcern(w=1)
-UNANSWERED = WriteConcern(w=0)  # for what may be lost
 TAKEN_OVER = "This took so long that another caller took over. Nothing was changed. Try again."
 
 
