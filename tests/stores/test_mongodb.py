@@ -53,13 +53,37 @@ class TestMongoDB(OnMongoDB, StoreContract):
                 living(store)
         assert commands == ["find", "find", "findAndModify"], "the second find is for the lease of the running login"
 
-    def test_notes_and_the_clock_are_two_round_trips(
+    def test_a_store_is_15_messages_and_waits_for_the_journal_4_times(
+        self, open_store: OpenStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = open_store(login=made_up_login)
+        store.store_token(USER)
+        monkeypatch.setenv("MONGOB_LOG_MAX_DOCUMENT_LENGTH", "10000")  # shows each write concern, and ends in "B_"
+        with sent(caplog) as commands:
+            store.store_token(USER)
+        begin = ["update", "aggregate", "aggregate", "update", "insert", "update", "aggregate"]
+        assert commands == [
+            *begin,
+            "insert",
+            "find",
+            "findAndModify",
+            "aggregate",
+            "update",
+            "insert",
+            "update",
+            "delete",
+        ]
+        begun = [record.getMessage() for record in caplog.records if "Command started" in record.getMessage()]
+        waited = [name for name, told in zip(commands, begun, strict=True) if r"\"j\": true" in told]
+        assert waited == ["update", "insert", "findAndModify", "insert"], "the mark, the record, the swap and the audit"
+
+    def test_notes_and_the_clock_are_one_round_trip(
         self, store: MongoUpstoxStorage, caplog: pytest.LogCaptureFixture
     ) -> None:
         store.backend.write_note("one", "text")
         with sent(caplog) as commands:
             assert store.backend.read_notes(["one"])[1] == {"one": "text"}
-        assert commands == ["hello", "find"]
+        assert commands == ["aggregate"]
 
     def test_the_clock_of_the_database_has_no_time_zone(
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch

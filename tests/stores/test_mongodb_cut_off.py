@@ -125,7 +125,7 @@ class TestMongoDB(OnMongoDB):
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         store.store_token(USER)
-        with cut_off_before(monkeypatch, "bulk_write", "tokens"):
+        with cut_off_before(monkeypatch, "update_one", "tokens"):
             second = store.store_token(USER)["token"]
         assert f"The record of the earlier token of {USER} is still marked as active" in caplog.text
         assert living(store)["token"] == second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -87,6 +88,20 @@ class TestMongoDB(OnMongoDB):
                 store.backend.end_login(ends, in_doubt=False)  # ... and the process of the other login dies.
         assert not self.found(store)
 
+    def test_a_login_that_lost_its_lease_and_ends_well_leaves_the_doubt_of_the_next_one(
+        self, store: MongoUpstoxStorage, open_store: OpenStore
+    ) -> None:
+        other = open_store()
+        store.store_token(USER)
+        with store.backend.lock(USER):
+            store.backend.begin_login(USER, USER, store.backend.context.now(), {})
+            with self.mongo.bare() as db:
+                db.leases.delete_many({})
+            with other.backend.lock(USER):
+                other.backend.begin_login(USER, USER, other.backend.context.now(), {})  # ... and its process dies.
+            store.backend.end_login(USER, in_doubt=False)
+        assert not self.found(other)
+
     def test_a_caller_that_lost_its_lease_begins_no_login(self, store: MongoUpstoxStorage) -> None:
         store.store_token(USER)
         with store.backend.lock(USER), self.mongo.bare() as db:
@@ -96,11 +111,19 @@ class TestMongoDB(OnMongoDB):
         assert self.found(store)
         assert [entry["action"] for entry in store.get_audit_trail(USER)].count("login") == 1
 
+    def test_a_login_that_lost_its_lease_leaves_the_note_of_the_next_one(self, store: MongoUpstoxStorage) -> None:
+        with store.backend.lock("-account-x"):
+            store.backend.begin_login(None, "-account-x", store.backend.context.now(), {})
+            with self.mongo.bare() as db:
+                db.login_notes.update_one({}, {"$set": {"sealed": "-account-x somebody"}})
+                store.backend.end_login("-account-x", in_doubt=False)
+                assert db.login_notes.count_documents({}) == 1
+
     def test_a_login_that_is_cut_off_before_it_begins_leaves_no_doubt(
         self, store: MongoUpstoxStorage, monkeypatch: pytest.MonkeyPatch, upstox: LocalUpstox
     ) -> None:
         stored = store.store_token(USER)
-        with pytest.raises(StoreUnavailable), cut_off_before(monkeypatch, "bulk_write", "active_tokens"):
+        with pytest.raises(StoreUnavailable), cut_off_before(monkeypatch, "update_one", "active_tokens"):
             store.store_token(USER)
         assert upstox.logins() == 1
         assert living(store)["token"] == stored["token"]
@@ -174,6 +197,22 @@ class TestMongoDB(OnMongoDB):
             results = [threads.submit(store.get_or_create_token, USER) for store in (slow, other)]
             assert len({result.result()["token"] for result in results}) == 1
         assert upstox.logins() == 1
+
+    def test_one_thread_renews_all_leases_and_names_the_one_that_was_taken_over(
+        self, open_store: OpenStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        store, before = open_store(lease=0.6), {*threading.enumerate()}
+        with store.backend.lock("-account-x"), store.backend.lock(USER), self.mongo.bare() as db:
+            begun = {lease["_id"]: lease["until"] for lease in db.leases.find()}
+            assert len(begun) == 2
+            time.sleep(0.6)
+            assert all(lease["until"] > begun[lease["_id"]] for lease in db.leases.find())
+            assert [each.name for each in {*threading.enumerate()} - before].count("lease renewals") == 1
+            db.leases.update_one({"_id": USER}, {"$set": {"owner": "somebody else"}})
+            wait_until(lambda: f"Another caller has taken over the lease of {USER}" in caplog.text)
+            until = db.leases.find_one({"_id": "-account-x"})["until"]
+            wait_until(lambda: db.leases.find_one({"_id": "-account-x"})["until"] > until)
+            assert "the lease of -account-x" not in caplog.text
 
     def test_the_clock_of_this_machine_does_not_matter_for_the_lease(
         self, open_store: OpenStore, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from typing import Any
 
 import pymongo
 import pytest
+from pymongo.collection import Collection
 from pymongo.errors import PyMongoError
 
 from upstox_db_examples import KeyRing, MongoUpstoxStorage, StorageError, StoreUnavailable
@@ -76,7 +77,10 @@ def members() -> Iterator[list[Member]]:
         with members[0].direct(seconds=30) as client:
             client.admin.command("replSetInitiate", config)
         with primary(members).direct(seconds=30) as client:
-            client.admin.command("createUser", "root", pwd=members[0]._password(), roles=["root"])
+            everywhere = {"w": len(members)}  # A test logs in to each member.
+            client.admin.command(
+                "createUser", "root", pwd=members[0]._password(), roles=["root"], writeConcern=everywhere
+            )
         yield members
 
 
@@ -120,6 +124,77 @@ def test_a_lease_that_only_a_dead_primary_knew_begins_no_login(members: list[Mem
                 other.backend.end_login(user_id, in_doubt=False)
         killed.start()
         assert [entry["action"] for entry in other.get_audit_trail(user_id)] == ["login", "created", "login"]
+
+
+@pytest.mark.usefixtures("own_servers")
+@pytest.mark.slow
+@pytest.mark.parametrize("has_lease", [True, False])
+def test_a_primary_that_dies_while_a_login_begins_takes_nothing_of_it_with_it(
+    members: list[Member], url: str, keys: KeyRing, monkeypatch: pytest.MonkeyPatch, has_lease: bool
+) -> None:
+    user_id = f"EF000{2 + has_lease}"
+    options: Any = {"keys": keys, "login": made_up_login, "timeout": 15}
+    with ExitStack() as stack:
+        cut_off, other = (stack.enter_context(MongoUpstoxStorage(url, **options)) for _ in range(2))
+        cut_off.store_token(user_id)
+        now, mark = cut_off.backend.context.now(), Collection.update_one
+        killed = primary(members)
+        secondaries = [each for each in members if each is not killed]
+
+        def lose_the_primary(self: Collection[Any], *arguments: Any, **more: Any) -> Any:
+            if self.name == "active_tokens":
+                monkeypatch.setattr(Collection, "update_one", mark)
+                killed.kill()
+                primary(secondaries)
+                for each in secondaries:
+                    each.fetch_again()
+                if not has_lease:  # So the new primary gives it to somebody else.
+                    stack.enter_context(other.backend.lock(user_id))
+                    other.backend.begin_login(user_id, user_id, now, {})
+            return mark(self, *arguments, **more)
+
+        if not has_lease:
+            for each in secondaries:
+                each.fetch_nothing_more()
+        with cut_off.backend.lock(user_id):
+            if has_lease:
+                cut_off.backend.write_note("a later write", "takes the lease along")
+                for each in secondaries:
+                    each.fetch_nothing_more()
+            monkeypatch.setattr(Collection, "update_one", lose_the_primary)
+            if has_lease:
+                cut_off.backend.begin_login(user_id, user_id, now, {})
+            else:
+                with pytest.raises(StoreUnavailable, match="another caller took over"):
+                    cut_off.backend.begin_login(user_id, user_id, now, {})
+            # One login runs, and the store knows of it. Where both marked the token, it is held back meanwhile.
+            assert [entry["action"] for entry in other.get_audit_trail(user_id)] == ["login", "created", "login"]
+            assert other.backend.find_in_doubt(user_id) is not None
+            assert bool(held(other, user_id)) is has_lease
+        killed.start()
+
+
+@pytest.mark.usefixtures("own_servers")
+@pytest.mark.slow
+def test_no_login_begins_before_a_majority_knows_of_it(members: list[Member], url: str, keys: KeyRing) -> None:
+    first = primary(members)
+    secondaries = [each for each in members if each is not first]
+    options: Any = {"keys": keys, "login": made_up_login}
+    with (
+        MongoUpstoxStorage(url, timeout=15, **options) as store,
+        MongoUpstoxStorage(url, timeout=1, **options) as hasty,
+    ):
+        store.store_token("EF0004")
+        now = store.backend.context.now()
+        for each in secondaries:
+            each.fetch_nothing_more()
+        try:
+            for user_id in ("EF0004", "EF0005"):  # EF0005 has no token that could get a mark.
+                with pytest.raises(StoreUnavailable), hasty.backend.lock(user_id):
+                    hasty.backend.begin_login(user_id, user_id, now, {})
+        finally:
+            for each in secondaries:
+                each.fetch_again()
 
 
 @pytest.mark.usefixtures("own_servers")

@@ -7,27 +7,26 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from bson import ObjectId
 from pymongo import ASCENDING, DESCENDING, ReturnDocument, UpdateOne
-from pymongo.database import Database
 from pymongo.errors import DuplicateKeyError, PyMongoError
 
-from ..core.backend import RUNNING, Backend, HarmlessLogins
+from ..core.backend import Backend
 from ..core.context import Context
 from ..core.errors import LoginSuperseded, StorageError, StoreUnavailable
 from ..core.listener import Listener, TokenState
 from ..core.token import AuditEntry, StoredToken
 from . import reports
 from .changes import (
+    end_record,
     end_records,
     find_dead,
-    list_running,
+    find_earlier,
+    find_newest,
     make_active,
-    mark_each,
-    mark_of,
     merge_records,
     move_audit,
     swap,
@@ -36,7 +35,6 @@ from .changes import (
 from .connection import Document, MongoDBConnection, index_keys
 from .documents import (
     ATTEMPTS,
-    FIRST_ENTRY,
     GENERATION_KEYS,
     NOT_ACTIVE,
     ONLY_ACTIVE,
@@ -49,6 +47,7 @@ from .documents import (
     record_of,
 )
 from .lease import LONG_AGO, Leases
+from .logins import Logins, list_running, mark_of_running
 from .notices import ChangeStream
 from .schema import make_collections, make_runtime_role, refuse_another_case
 
@@ -65,7 +64,8 @@ class MongoBackend(Backend):
     def __init__(self, connection: MongoDBConnection, lease: float, context: Context) -> None:
         super().__init__(context, connection.where)
         self.connection, self._database = connection, connection.database
-        self._leases, self._harmless = Leases(self._database, lease), HarmlessLogins()
+        self._leases = Leases(self._database, lease)
+        self._logins = Logins(self._database, self._leases)
 
     def has_tables(self) -> bool:
         with self._database() as db:
@@ -124,10 +124,7 @@ class MongoBackend(Backend):
 
     def find_newest(self, user_id: str) -> StoredToken | None:
         with self._database() as db:
-            # The order matters: otherwise a token that becomes active in between would look like one that never did.
-            found = db.tokens.find({"user_id": user_id}, FIRST_ENTRY)
-            records = list(found.sort("generation", DESCENDING).limit(ATTEMPTS))
-            active = db.active_tokens.find_one({"_id": user_id}) or NOT_ACTIVE
+            records, active = find_newest(db, user_id)
         whole = next((record for record in records if not is_free(record, active, self.context.now())), None)
         # The records may be behind after a restore from backups of different moments.
         if active["generation"] > (whole["generation"] if whole else float("-inf")):
@@ -163,11 +160,13 @@ class MongoBackend(Backend):
                     if taken is None:
                         raise
                     token_id = taken
-                harmless = self._harmless.marks if action == "created" else self._list_logins_that_are_over(db)
-                active, mark = active_of(token, token_id), self._mark_of_running(db, harmless)
+                harmless = self._logins.harmless(db, action)
+                active, mark = active_of(token, token_id), mark_of_running(list_running(db), harmless)
                 before, is_active = swap(db, token.user_id, active if mark is None else {**active, "login": mark})
                 # Such a login may have begun or ended just before the swap.
-                mark = self._update_mark(db, {"_id": token.user_id, "token_id": token_id}, mark, harmless)
+                earlier, running = find_earlier(db, token)
+                which = {"_id": token.user_id, "token_id": token_id}
+                mark = self._logins.update_mark(db, which, mark, harmless, running)
         except StorageError as error:
             refused = error.__cause__
             if not isinstance(refused, DuplicateKeyError) or index_keys(refused) != GENERATION_KEYS:
@@ -177,10 +176,9 @@ class MongoBackend(Backend):
             raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.")
         try:
             with self._database() as db:
-                earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
-                for old in [each["_id"] for each in db.tokens.find(earlier, {"_id": 1}).sort("generation")]:
-                    cut_off = before["ended"] if before and before["token_id"] == old and "ended" in before else None
-                    end_records(db, [{**(cut_off or ended), "token_id": old}])
+                for old in earlier:
+                    cut_off = before and before["token_id"] == old["_id"] and before.get("ended")
+                    end_record(db, old, {**(cut_off or ended), "token_id": old["_id"]})
                     ended = {**ended, "_id": ObjectId()}
         except StorageError as error:  # The token is stored. The next insert catches up.
             logger.warning("The record of the earlier token of %s is still marked as active: %s", token.user_id, error)
@@ -245,59 +243,10 @@ class MongoBackend(Backend):
         return self._leases.hold(name, self.context.login_wait)
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
-        mark = {"lock": lock, "owner": self._leases.owner_of(lock)}
-        # An existing mark is from a login with an unknown outcome. (If a user is named, it may be from a login that is
-        # running under another lock. One mark cannot stand for both logins.)
-        marked: Document = {"$cond": [{"$eq": [{"$type": "$login"}, "missing"]}, {"$literal": mark}, {"$literal": {}}]}
-        anybody: Document = {"login": {"$exists": False}}
-        # A caller that was stopped and lost its lease meanwhile would kill the token that another login has made.
-        self._leases.prove_held()
-        with self._database() as db:
-            over, note = self._list_logins_that_are_over(db), f"{lock} {mark['owner']}"
-            # Write the entry first, then the mark. They cannot be one transaction, because a single server has none. If
-            # this is interrupted in between, the entry reports a login that never began, and nothing is lost. The other
-            # way round, a living token would be in doubt for no reason. Both are durable before the login begins.
-            db.token_audit.insert_one(self._entry(user_id, "login", now, metadata=metadata))
-            if user_id is None:
-                db.login_notes.replace_one({"_id": RUNNING + lock}, {"sealed": note}, upsert=True)
-            mark_each(
-                db,
-                {**(anybody if user_id is None else {"_id": user_id}), **not_revoked()},
-                [{"$set": {"login": marked}}],
-            )
-        self._harmless.marks = over | {note}
+        self._logins.begin(user_id, lock, self._entry(user_id, "login", now, metadata=metadata))
 
     def end_login(self, lock: str, *, in_doubt: bool, user_id: str | None = None) -> None:
-        mine = {"login.lock": lock, "login.owner": self._leases.owner_of(lock)}
-        which = mine if user_id is None else {"_id": user_id, **mine}
-        with self._database() as db:
-            # The note goes first. Whoever still finds it after giving its mark to a token can leave the mark to us.
-            if user_id is None and not in_doubt:  # A note that stays counts as one of a login that was killed.
-                db.login_notes.delete_one({"_id": RUNNING + lock})
-            # A mark without an owner stays, whoever holds the lock.
-            mark = {} if in_doubt else self._mark_of_running(db, self._harmless.marks)
-            mark_each(db, which, _change_to(mark))
-            if mark:
-                self._update_mark(db, {}, mark, self._harmless.marks)
-
-    def _update_mark(
-        self, db: Database[Document], which: Document, mark: Document | None, harmless: frozenset[str]
-    ) -> Document | None:
-        """Give these tokens another mark if they have this one and its login has ended meanwhile. Return their mark."""
-        for _ in range(ATTEMPTS):
-            running = [mark_of(note) for note in list_running(db) if note not in harmless]
-            if mark in running or (mark is None and not running):
-                break
-            earlier, mark = mark, running[0] if running else None
-            mark_each(db, {**which, "login": {"$exists": False} if earlier is None else earlier}, _change_to(mark))
-        return mark
-
-    def _list_logins_that_are_over(self, db: Database[Document]) -> frozenset[str]:
-        return frozenset(note for note in list_running(db) if not self._leases.lives(db, **mark_of(note)))
-
-    def _mark_of_running(self, db: Database[Document], harmless: frozenset[str]) -> Document | None:
-        """Return the mark of a login without a user id that may replace this token. Its end brings the next one's."""
-        return next((mark_of(note) for note in list_running(db) if note not in harmless), None)
+        self._logins.end(lock, in_doubt=in_doubt, user_id=user_id)
 
     def clear_doubt(self, token: StoredToken) -> None:
         with self._database() as db:
@@ -316,10 +265,11 @@ class MongoBackend(Backend):
 
     def read_notes(self, names: Sequence[str]) -> tuple[float, dict[str, str]]:
         with self._database() as db:
-            # Two steps: an aggregation could do both at once, but $documents needs the right to read all collections.
-            now: datetime = db.command("hello")["localTime"]  # has no time zone, whatever the client's setting
-            notes = db.login_notes.find({"_id": {"$in": list(names)}}) if names else ()
-            return now.replace(tzinfo=UTC).timestamp(), {note["_id"]: note["sealed"] for note in notes}
+            # $facet makes one document, even of no notes. (A pipeline that begins with $documents needs the right to
+            # read all collections.)
+            both: list[Document] = [{"$facet": {"notes": [{"$match": {"_id": {"$in": list(names)}}}]}}]
+            (told,) = db.login_notes.aggregate([*both, {"$set": {"now": "$$NOW"}}])
+        return told["now"].timestamp(), {note["_id"]: note["sealed"] for note in told["notes"]}
 
     def write_note(self, name: str, text: str) -> None:
         with self._database() as db:
@@ -431,9 +381,7 @@ class MongoBackend(Backend):
             for token in living:
                 make_active(db, token)
             if living:
-                running = list_running(db)
-                over = frozenset(note for note in running if not self._leases.lives(db, **mark_of(note)))
-                self._update_mark(db, {"_id": user_id}, None, over)
+                self._logins.update_mark(db, {"_id": user_id}, None, self._logins.harmless(db, "merged"))
             which = {"_id": user_id, "generation": {"$in": [token.generation for token in ended]}}
             if ended:
                 db.active_tokens.update_one(which, {"$unset": dict.fromkeys((*ONLY_ACTIVE, "login"), 1)})
@@ -459,7 +407,3 @@ class MongoBackend(Backend):
         except StorageError as error:
             return {"mongodb": f"error: {error}", **details}
         return {"mongodb": "healthy", **details}
-
-
-def _change_to(mark: Document | None) -> Document:
-    return {"$unset": {"login": 1}} if mark is None else {"$set": {"login": mark}}

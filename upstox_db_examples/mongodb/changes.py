@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
 from bson import ObjectId
-from pymongo import UpdateOne
+from pymongo import ASCENDING, DESCENDING, UpdateOne
 from pymongo.database import Database
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
-from ..core.backend import RUNNING
 from ..core.errors import StoreUnavailable
 from ..core.token import StoredToken
 from .connection import Document, index_keys
 from .documents import ATTEMPTS, FIRST_ENTRY, GENERATION_KEYS, NOT_ACTIVE, active_of, is_free, record_of
 from .lease import SOON
+from .logins import RUNNING_NOTES
 
 
 def take_over(db: Database[Document], record: Document, now: datetime) -> ObjectId | None:
@@ -58,29 +57,39 @@ def swap(db: Database[Document], user_id: str, active: Document) -> tuple[Docume
     )
 
 
-def mark_each(db: Database[Document], which: Document, change: Any) -> None:
-    """Change the marks of these tokens.
+def find_newest(db: Database[Document], user_id: str) -> tuple[list[Document], Document]:
+    """Return the user's latest records, latest first, and the document of the active token, in one message.
 
-    This changes each token separately, because the driver does not retry `update_many` after a lost connection. A login
-    takes so long that a firewall may have cut the connection.
+    The order matters: otherwise a token that becomes active in between would look like one that never did.
     """
-    one = which.get("_id")
-    users = [one] if isinstance(one, str) else [active["_id"] for active in db.active_tokens.find(which, {"_id": 1})]
-    changes = [UpdateOne({**which, "_id": user_id}, change) for user_id in users]
-    if changes:
-        db.active_tokens.bulk_write(changes, ordered=False)
+    found = list(
+        db.tokens.aggregate(
+            [
+                {"$match": {"user_id": user_id}},
+                {"$sort": {"generation": DESCENDING}},
+                {"$limit": ATTEMPTS},
+                {"$set": {"audit": {"$slice": ["$audit", 1]}}},  # A record may have a hundred audit entries.
+                {"$unionWith": {"coll": "active_tokens", "pipeline": [{"$match": {"_id": user_id}}]}},
+            ]
+        )
+    )
+    return [each for each in found if "user_id" in each], next((e for e in found if e["_id"] == user_id), NOT_ACTIVE)
 
 
-def list_running(db: Database[Document]) -> list[str]:
-    """Return the notes of the logins without a user id that have not ended."""
-    notes = db.login_notes.find({"_id": {"$gte": RUNNING, "$lt": RUNNING[:-1] + "!"}})
-    return [note["sealed"] for note in notes]
-
-
-def mark_of(note: str) -> Document:
-    """Return the mark that this note stands for."""
-    lock, _, owner = note.rpartition(" ")
-    return {"lock": lock, "owner": owner}
+def find_earlier(db: Database[Document], token: StoredToken) -> tuple[list[Document], list[str]]:
+    """Return the user's earlier records that are still marked as active, and the notes of the running logins."""
+    earlier = {"user_id": token.user_id, "is_active": True, "generation": {"$lt": token.generation}}
+    found = list(
+        db.tokens.aggregate(
+            [
+                {"$match": earlier},
+                {"$sort": {"generation": ASCENDING}},
+                {"$project": {"audit": 1}},
+                {"$unionWith": {"coll": "login_notes", "pipeline": [{"$match": RUNNING_NOTES}]}},
+            ]
+        )
+    )
+    return [each for each in found if "audit" in each], [each["sealed"] for each in found if "sealed" in each]
 
 
 def find_dead(db: Database[Document], now: datetime, limit: int) -> dict[ObjectId, str]:
@@ -126,11 +135,22 @@ def end_records(db: Database[Document], entries: list[Document]) -> int:
     return ended
 
 
+def end_record(db: Database[Document], record: Document, entry: Document) -> None:
+    """End this record with this audit entry, if it is still active. `end_records` takes more messages."""
+    which, ending = {"_id": record["_id"], "is_active": True}, {"$set": {"is_active": False}, "$push": {"audit": entry}}
+    if db.tokens.with_options(write_concern=SOON).update_one(which, ending).matched_count:
+        # A use that was counted since we read the record stays there. The entries of a record are shown, too.
+        _move_entries(db, [{**record, "audit": [*record["audit"], entry]}])
+
+
 def move_audit(db: Database[Document], token_ids: list[ObjectId]) -> None:
     """Move audit entries from the records to their own collection. It is safe to repeat after an interruption."""
     records = list(db.tokens.find({"_id": {"$in": token_ids}, "audit.0": {"$exists": True}}, {"audit": 1}))
-    if not records:
-        return
+    if records:
+        _move_entries(db, records)
+
+
+def _move_entries(db: Database[Document], records: list[Document]) -> None:
     try:
         db.token_audit.insert_many([entry for record in records for entry in record["audit"]], ordered=False)
     except BulkWriteError as error:

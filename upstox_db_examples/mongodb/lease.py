@@ -8,38 +8,36 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
-from pymongo import ReturnDocument
+from pymongo import UpdateOne
 from pymongo.database import Database
 from pymongo.write_concern import WriteConcern
 
 from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import StorageError, StoreUnavailable, TokenNotStored
 from ..core.forks import start_anew_in_children
+from .renewals import Lease, Renewals
 
 logger = logging.getLogger(__name__)
 
 LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 # For writes that need not be waited for. A journal and an oplog keep the order of writes, so a later write that is
-# waited for brings the earlier ones along: `prove_held` a taken lease, before any login. A release that is lost only
+# waited for brings the earlier ones along, unless the server died or another became the primary in between. Where that
+# matters, look again after the later write: what is still there was written before it. A release that is lost only
 # means that the lease ends by itself.
 SOON = WriteConcern(w=1)
-
-
-class _Lease(NamedTuple):
-    name: str
-    owner: str
+TAKEN_OVER = "This took so long that another caller took over. Nothing was changed. Try again."
 
 
 class _Holding(threading.local):
     """What this thread holds: its leases, the outer one first, and the owner ids by name of the last ones it held."""
 
     def __init__(self) -> None:
-        self.leases: list[_Lease] = []
+        self.leases: list[Lease] = []
         self.owners: dict[str, str] = {}
 
 
@@ -61,11 +59,13 @@ class Leases:
         self._database = database
         self._seconds = seconds
         self._local_locks = LocalLocks()
+        self._renewals = Renewals(self._renew_each, self._release, seconds)
         self.start_anew()
         start_anew_in_children(self)
 
     def start_anew(self) -> None:
         self._holding = _Holding()  # A child that is forked during a login takes no part in it.
+        self._renewals.start_anew()
 
     @contextmanager
     def hold(self, name: str, wait: float) -> Iterator[None]:
@@ -76,7 +76,7 @@ class Leases:
         """
         deadline = time.monotonic() + wait
         with self._local_locks.hold(name, wait):
-            lease = _Lease(name, uuid.uuid4().hex)
+            lease = Lease(name, uuid.uuid4().hex)
             while not self._take(lease):
                 if time.monotonic() >= deadline:
                     raise lock_timeout(name, wait)
@@ -85,11 +85,10 @@ class Leases:
             self._holding.leases = [*outer, lease]
             # Of earlier leases nothing is kept, because an import takes one for each user.
             self._holding.owners = dict(self._holding.leases)
-            released, unanswered = threading.Event(), threading.Event()
-            renewing = threading.Thread(target=self._renew_until, args=(released, unanswered, lease), daemon=True)
+            unanswered = False
             try:
                 try:
-                    renewing.start()
+                    self._renewals.add(lease)
                 except RuntimeError as error:
                     self._release(lease)
                     raise StoreUnavailable(
@@ -100,13 +99,13 @@ class Leases:
             except (StoreUnavailable, TokenNotStored):
                 # The server may still not answer, and this caller has waited long enough. So the other thread releases
                 # the lease. If we just let it expire, a login that is over would look as if it were still running.
-                unanswered.set()
+                unanswered = True
                 raise
             finally:
                 if process == os.getpid():  # Otherwise this is a child that was forked meanwhile.
                     self._holding.leases = outer
-                    released.set()  # A renewal in progress finds another owner, or no lease.
-                    if not unanswered.is_set():
+                    self._renewals.remove(lease, release=unanswered)
+                    if not unanswered:
                         self._release(lease)
 
     def owner_of(self, name: str) -> str:
@@ -122,22 +121,29 @@ class Leases:
         alive = {"$expr": {"$gt": ["$until", "$$NOW"]}}
         return db.leases.find_one({"_id": lock, "owner": owner, **alive}, {"_id": 1}) is not None
 
-    def prove_held(self) -> None:
+    def held(self) -> dict[str, str]:
+        """Return the owners of the leases that this thread has taken and not given back, by their names."""
+        return dict(self._holding.leases)
+
+    def prove_held(self, write_concern: WriteConcern | None = None) -> None:
         """Check the leases just before anything that must not happen twice.
 
         That is a login, or writing back what was read under the lease. Afterwards the lease is durable, too.
 
+        Args:
+            write_concern: `SOON` if the caller waits for a later write and looks again.
+
         Raises:
             StoreUnavailable: another caller has taken over a lease of this thread.
         """
-        if not all(self._renew(lease) for lease in self._holding.leases):
-            raise StoreUnavailable("This took so long that another caller took over. Nothing was changed. Try again.")
+        if not all(self._renew(lease, write_concern) for lease in self._holding.leases):
+            raise StoreUnavailable(TAKEN_OVER)
 
-    def _take(self, lease: _Lease) -> bool:
+    def _take(self, lease: Lease) -> bool:
         """Take the lease if it is free. This is one atomic change, by the server's clock ($$NOW)."""
         free = {"$lte": [{"$ifNull": ["$until", LONG_AGO]}, "$$NOW"]}
         with self._database() as db:
-            after = db.leases.with_options(write_concern=SOON).find_one_and_update(
+            taken = db.leases.with_options(write_concern=SOON).update_one(
                 {"_id": lease.name},
                 [
                     {"$set": {"free": free}},
@@ -150,31 +156,24 @@ class Leases:
                     {"$unset": "free"},
                 ],
                 upsert=True,
-                return_document=ReturnDocument.AFTER,
             )
-        return after is not None and bool(after["owner"] == lease.owner)
+        return taken.upserted_id is not None or taken.modified_count == 1
 
-    def _renew(self, lease: _Lease) -> bool:
+    def _renew(self, lease: Lease, write_concern: WriteConcern | None = None) -> bool:
         with self._database() as db:
-            renewal = [{"$set": {"until": self._until()}}]
-            return db.leases.update_one({"_id": lease.name, "owner": lease.owner}, renewal).matched_count == 1
+            leases, renewal = db.leases.with_options(write_concern=write_concern), [{"$set": {"until": self._until()}}]
+            return leases.update_one({"_id": lease.name, "owner": lease.owner}, renewal).matched_count == 1
 
-    def _renew_until(self, released: threading.Event, unanswered: threading.Event, lease: _Lease) -> None:
-        pause = self._seconds / 3
-        while not released.wait(pause):
-            try:
-                if not self._renew(lease):
-                    if not released.is_set():
-                        logger.warning("Another caller has taken over the lease of %s", lease.name)
-                    return
-                pause = self._seconds / 3
-            except StorageError as error:
-                logger.warning("The lease of %s could not be renewed: %s", lease.name, error)
-                pause = self._seconds / 30  # Retry soon, while it can still succeed.
-        if unanswered.is_set():
-            self._release(lease)
+    def _renew_each(self, leases: Collection[Lease]) -> list[Lease]:
+        renewal = [{"$set": {"until": self._until()}}]
+        with self._database() as db:
+            each = [UpdateOne({"_id": lease.name, "owner": lease.owner}, renewal) for lease in leases]
+            if db.leases.bulk_write(each, ordered=False).matched_count == len(leases):
+                return []
+            held = {found["owner"] for found in db.leases.find({"_id": {"$in": [lease.name for lease in leases]}})}
+            return [lease for lease in leases if lease.owner not in held]
 
-    def _release(self, lease: _Lease) -> None:
+    def _release(self, lease: Lease) -> None:
         try:
             with self._database() as db:
                 db.leases.with_options(write_concern=SOON).delete_one({"_id": lease.name, "owner": lease.owner})

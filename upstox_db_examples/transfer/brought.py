@@ -21,12 +21,12 @@ class Brought:
 
     def add(self, tokens: Iterable[StoredToken]) -> None:
         """Remember these tokens of the next user."""
-        self._hashes.extend(map(_hash, tokens))
+        self._hashes.extend(map(_hash, _sorted(tokens)))
 
     def take(self, tokens: Iterable[StoredToken]) -> set[int]:
         """Return the generations of those that were brought over. Ask for all users, in the order of `add`."""
         taken = set()
-        for token in tokens:
+        for token in _sorted(tokens):
             if self.left and self._hashes[self._place] == _hash(token):
                 self._place += 1
                 taken.add(token.generation)
@@ -36,6 +36,10 @@ class Brought:
     def left(self) -> int:
         """How many have not been taken."""
         return len(self._hashes) - self._place
+
+
+def _sorted(tokens: Iterable[StoredToken]) -> list[StoredToken]:
+    return sorted(tokens, key=lambda token: token.generation)
 
 
 def _hash(token: StoredToken) -> int:
