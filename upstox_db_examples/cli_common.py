@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from .cli_output import print_error, print_result, report
 from .core.environment import read_variable
 from .core.errors import (
+    ConfigurationError,
     DatabaseMissing,
     InvalidInput,
     LoginInterrupted,
@@ -27,6 +28,8 @@ from .core.errors import (
 from .core.token import IST
 
 if TYPE_CHECKING:  # A command imports only what it needs, because a script may call it before each request.
+    from pathlib import Path
+
     from .core.login import Accounts, SdkLogin, TotpLogin
     from .core.store import TokenStorage
     from .core.token import TokenResult
@@ -188,6 +191,18 @@ def name_users(users: list[str]) -> str:
     """Say which users the store has."""
     more = f", and {len(users) - 10} more: see upstox-db users" if len(users) > 10 else ""
     return f"Its users: {', '.join(users[:10])}{more}." if users else "This store has no users yet."
+
+
+def exists(path: Path) -> bool:
+    """Return whether something is there.
+
+    Raises:
+        ConfigurationError: the path is too long, or its folder cannot be read.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 class FromEnvironment(click.Parameter):

@@ -15,6 +15,7 @@ from .cli_common import (
     OpenStore,
     command,
     duration,
+    exists,
     known_user,
     list_users,
     table,
@@ -163,7 +164,7 @@ def has_keys() -> bool:
     """Return whether there is a key ring, without making one."""
     from .core.cipher import key_file
 
-    return bool(read_variable("UPSTOX_DB_KEYS", any_character=True)) or key_file().exists()
+    return bool(read_variable("UPSTOX_DB_KEYS", any_character=True)) or exists(key_file())
 
 
 def what_stops_logins(store: OpenStore, opened: TokenStorage, newest: dict[str, StoredToken | None]) -> Stops:

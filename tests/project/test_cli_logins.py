@@ -110,6 +110,8 @@ def test_what_has_to_be_put_right_first_ends_with_3(run: Run, account: Account, 
         (["status", "--store", "oracle://scott:tiger@host/db"], {}),
         (["--store", "nowhere/upstox.db", "token"], {}),
         (["--accounts", "nothing.toml", "token"], {}),
+        (["backup", "a" * 300], {}),
+        *(([name], {"UPSTOX_DB_KEY_FILE": "a" * 300}) for name in ("token", "status", "rotate-keys")),
     ):
         done = run(*arguments, **environment)
         assert (done.returncode, done.stdout) == (3, ""), done
