@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from .cli_output import print_error, print_result, report
 from .core.environment import read_variable
 from .core.errors import (
+    ConfigurationError,
     DatabaseMissing,
     InvalidInput,
     LoginInterrupted,
@@ -27,6 +28,8 @@ from .core.errors import (
 from .core.token import IST
 
 if TYPE_CHECKING:  # A command imports only what it needs, because a script may call it before each request.
+    from pathlib import Path
+
     from .core.login import Accounts, SdkLogin, TotpLogin
     from .core.store import TokenStorage
     from .core.token import TokenResult
@@ -142,20 +145,28 @@ def list_users(opened: TokenStorage) -> list[str]:
     return sorted(user for user in opened.backend.list_users() if user)
 
 
-def known_user(opened: TokenStorage, user: str) -> str:
+def stored_spelling(opened: TokenStorage, user: str) -> str | None:
     """Return the user id as the store spells it. Upstox writes ids in upper case, and people type them in lower case.
 
-    Raises:
-        InvalidInput: the store has never seen this user.
+    Returns:
+        None if the store has never seen this user.
     """
     from .core.checks import require_user_id
     from .core.users import spellings
 
     users = list_users(opened)
-    for spelling in spellings(require_user_id(user)):
-        if spelling in users:
-            return spelling
-    raise InvalidInput(f"This store does not know {user}. {name_users(users)}")
+    return next((each for each in spellings(require_user_id(user)) if each in users), None)
+
+
+def known_user(opened: TokenStorage, user: str) -> str:
+    """Return the user id as the store spells it.
+
+    Raises:
+        InvalidInput: the store has never seen this user.
+    """
+    if known := stored_spelling(opened, user):
+        return known
+    raise InvalidInput(f"This store does not know {user}. {name_users(list_users(opened))}")
 
 
 def user_or_only_one(store: OpenStore, opened: TokenStorage, user: str | None) -> str:
@@ -179,7 +190,19 @@ def user_or_only_one(store: OpenStore, opened: TokenStorage, user: str | None) -
 def name_users(users: list[str]) -> str:
     """Say which users the store has."""
     more = f", and {len(users) - 10} more: see upstox-db users" if len(users) > 10 else ""
-    return f"Its users: {', '.join(users[:10])}{more}." if users else "It has no users yet."
+    return f"Its users: {', '.join(users[:10])}{more}." if users else "This store has no users yet."
+
+
+def exists(path: Path) -> bool:
+    """Return whether something is there.
+
+    Raises:
+        ConfigurationError: the path is too long, or its folder cannot be read.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 class FromEnvironment(click.Parameter):

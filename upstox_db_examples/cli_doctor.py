@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from .cli_common import DONE, FIX_FIRST, TRY_AGAIN, OpenStore, command, exit_code
+from .cli_common import DONE, FIX_FIRST, TRY_AGAIN, OpenStore, command, exists, exit_code
 from .core.environment import read_variable
 from .core.errors import LoginError, StorageError
 
@@ -150,7 +150,7 @@ def check_keys(_: OpenStore) -> Iterator[Finding]:
         ring, where = KeyRing.default(), "UPSTOX_DB_KEYS"
     else:
         where = str(key_file())
-        if not key_file().exists():
+        if not exists(key_file()):
             told = "does not exist. The first login makes it. If other machines use the store, copy theirs."
             yield Finding("keys", NOTE, f"{where} {told}")
             return

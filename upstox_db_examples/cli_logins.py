@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from .cli_common import NoLivingToken, OpenStore, command, known_user, list_users, masked, name_users
+from .cli_common import (
+    NoLivingToken,
+    OpenStore,
+    command,
+    known_user,
+    list_users,
+    masked,
+    name_users,
+    stored_spelling,
+)
 from .cli_output import print_error, require_output
 from .core.environment import expand_home, strip_invisible
 from .core.errors import (
@@ -149,7 +158,7 @@ def stored_token(store: OpenStore, user: str | None) -> TokenResult:
             with.
     """
     from .core.settings import Settings
-    from .core.users import Users
+    from .core.users import Users, is_same_user
 
     opened = store()
     user = user or Users(opened.backend, opened.cipher, Settings("", {"login": store.login})).guess(last=False)
@@ -160,7 +169,9 @@ def stored_token(store: OpenStore, user: str | None) -> TokenResult:
         )
     if found := opened.get_valid_token(user):
         return found
-    user = known_user(opened, user)
+    # The account of the credentials is no mistyped name: its first login is still to come.
+    is_own = is_same_user(user, store.login.user_id or "")
+    user = stored_spelling(opened, user) or (user if is_own else known_user(opened, user))
     newest = opened.backend.find_newest(user)
     if newest and newest.in_doubt:
         why = "A login that is running or broke off may have replaced it. Without --no-login, Upstox is asked."

@@ -15,6 +15,7 @@ from .cli_common import (
     OpenStore,
     command,
     duration,
+    exists,
     known_user,
     list_users,
     table,
@@ -79,8 +80,8 @@ def status(ctx: click.Context, users: tuple[str, ...]) -> None:
     default is all users.
 
     The exit code is 0 if each database answers and each of these users has a working token. It is 1 if a database does
-    not answer, or a login is due. It is 3 if somebody has to fix something first. A script must not log in then: five
-    wrong PINs lock the account.
+    not answer, or a login is due: the first one, too. It is 3 if somebody has to fix something first. A script must not
+    log in then: five wrong PINs lock the account.
     """
     store: OpenStore = ctx.obj
     opened = store()
@@ -95,7 +96,7 @@ def status(ctx: click.Context, users: tuple[str, ...]) -> None:
         others, rows = look_at(store, opened, named)
         lines = [table([shown(store, row) for row in rows], COLUMNS), ""] if rows else ["No users yet.", ""]
         lines += [f"{row.user_id}: {row.problem}" for row in rows if row.problem]
-        codes += [each.exit_code for each in others if not rows]
+        codes += [TRY_AGAIN, *(each.exit_code for each in others)] if not rows else []  # The first login is due.
     except StoreUnavailable as error:
         if not codes:
             raise
@@ -163,7 +164,7 @@ def has_keys() -> bool:
     """Return whether there is a key ring, without making one."""
     from .core.cipher import key_file
 
-    return bool(read_variable("UPSTOX_DB_KEYS", any_character=True)) or key_file().exists()
+    return bool(read_variable("UPSTOX_DB_KEYS", any_character=True)) or exists(key_file())
 
 
 def what_stops_logins(store: OpenStore, opened: TokenStorage, newest: dict[str, StoredToken | None]) -> Stops:

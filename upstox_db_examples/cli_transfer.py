@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_common import ArgumentOrVariable, OpenStore, command, many
+from .cli_common import ArgumentOrVariable, OpenStore, command, exists, many
 from .cli_output import on_terminal, print_error
 from .core.environment import expand_home
 from .core.errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
@@ -61,7 +61,7 @@ def backup(store: OpenStore, file: str, keep: int | None) -> None:
     from .transfer import export_tokens
 
     opened, wanted = store(), expand_home(file)
-    earlier = list_backups(wanted) if keep else [wanted] if wanted.exists() else []
+    earlier = list_backups(wanted) if keep else [wanted] if exists(wanted) else []
     tokens = has_tokens(opened)
     if earlier and not tokens:
         raise InvalidInput(

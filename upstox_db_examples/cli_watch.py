@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_common import OpenStore, command, masked, user_or_only_one
+from .cli_common import OpenStore, command, list_users, masked, stored_spelling, user_or_only_one
 from .cli_output import print_error
 
 if TYPE_CHECKING:
@@ -36,8 +36,9 @@ def watch(store: OpenStore, user: str | None, to_run: str | None, variable: str 
     default is the store's only user, or the one of UPSTOX_USER_ID.
 
     COMMAND is a program and its arguments. No shell reads it. It does not run for the token that is there at the start,
-    and not when a token has ended. If the token changes while COMMAND runs, it runs again afterwards. Other programs of
-    your account can read the environment of COMMAND, so leave out --env if COMMAND can read its standard input.
+    and not when a token has ended. If the token changes while COMMAND runs, it runs again afterwards. Ctrl-C goes to
+    COMMAND too, and upstox-db waits for its end, unless you press it again. Other programs of your account can read the
+    environment of COMMAND, so leave out --env if COMMAND can read its standard input.
     """
     if variable is not None and to_run is None:
         raise click.UsageError("--env is for the command of --exec.")
@@ -45,7 +46,8 @@ def watch(store: OpenStore, user: str | None, to_run: str | None, variable: str 
         raise click.UsageError("--env takes the name of an environment variable.")
     arguments = words_of(to_run) if to_run is not None else []
     opened = store()
-    user = user or user_or_only_one(store, opened, None)  # A user who is named may not have logged in yet.
+    user = user or (None if list_users(opened) else store.login.user_id)  # This user may not have logged in yet.
+    user = (user and stored_spelling(opened, user)) or user or user_or_only_one(store, opened, None)
     # The command matters more than a standard output that nobody reads any more.
     show = store.report if arguments else store.result
     with contextlib.suppress(KeyboardInterrupt), opened.watch(user) as watching:
@@ -53,6 +55,7 @@ def watch(store: OpenStore, user: str | None, to_run: str | None, variable: str 
             if result is None:
                 show(f"{user}: no working token", {"user_id": user, "token": None})
                 continue
+            user = result["user_id"]
             show(store.describe(result), masked(result))
             if number and arguments:
                 run(arguments, result, variable)
@@ -78,9 +81,16 @@ def run(arguments: list[str], result: TokenResult, variable: str | None) -> None
     environment = {**os.environ, variable: result["token"]} if variable else None
     line = f"{result['token']}\n"
     try:
-        done = subprocess.run(arguments, input=line, text=True, env=environment, check=False)  # noqa: S603 -- the user's
+        running = subprocess.Popen(arguments, stdin=subprocess.PIPE, text=True, env=environment)  # noqa: S603 -- the user's
     except OSError as error:
         print_error(f"{arguments[0]} cannot be run: {error.strerror}.")
-    else:
-        if done.returncode:
-            print_error(f"{arguments[0]} ended with {done.returncode}.")
+        return
+    try:
+        running.communicate(line)
+    except KeyboardInterrupt:
+        # Ctrl-C reached COMMAND as well, which may have orders to cancel. (Rejected: `subprocess.run`. It kills COMMAND
+        # a quarter of a second later.) A second Ctrl-C ends the wait.
+        running.wait()
+        raise
+    if running.returncode:
+        print_error(f"{arguments[0]} ended with {running.returncode}.")

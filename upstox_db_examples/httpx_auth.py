@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
+import ipaddress
 import logging
+import re
 import threading
 from collections.abc import AsyncGenerator, Collection, Generator
 from datetime import datetime, timedelta
@@ -61,6 +64,9 @@ class StoredTokenAuth(Auth):
     The token goes only to Upstox's hosts, and only over https. A request or a redirect to another host has no token,
     and a 401 from there renews nothing.
 
+    With httpx, do not raise errors in a response hook (`event_hooks`): httpx calls it before this object sees the
+    answer, so a 401 would renew nothing. Call `raise_for_status` after the request.
+
     Share one object between threads and tasks, because each object reads the store for itself. With
     `httpx.AsyncClient`, under asyncio or trio, the store runs on a worker thread. A request that is cancelled first
     finishes a login that has begun.
@@ -97,7 +103,7 @@ class StoredTokenAuth(Auth):
     ) -> None:
         if not isinstance(store, TokenStorage):
             raise InvalidInput("The first argument must be a store. An AsyncTokenStorage has one: pass its `store`.")
-        if isinstance(hosts, str) or not all(map(_is_host, hosts)):
+        if isinstance(hosts, str) or not (isinstance(hosts, Collection) and hosts and all(map(_is_host, hosts))):
             raise InvalidInput('hosts must be a list of names without scheme and port, such as ["api.upstox.com"].')
         self._store, self._user_id = store, require_user_id(user_id)
         self._hosts, self._repeat_orders = frozenset(host.lower() for host in hosts), repeat_orders
@@ -129,7 +135,7 @@ class StoredTokenAuth(Auth):
             response.read()
             if _is_refusal(request.method, response.content):
                 token = self._usable(token) or self._ask(token, self._asked)
-                if repeat:
+                if repeat and _is_its_answer(request, response):
                     yield _with(token, request)
 
     async def async_auth_flow(self, request: Request) -> AsyncGenerator[Request, HttpxResponse]:
@@ -145,7 +151,7 @@ class StoredTokenAuth(Auth):
             await response.aread()
             if _is_refusal(request.method, response.content):
                 token = self._usable(token) or await self._ask_on_a_thread(token)
-                if repeat:
+                if repeat and _is_its_answer(request, response):
                     yield _with(token, request)
 
     # requests
@@ -248,6 +254,11 @@ def _carried(token: Secret, request: Request | PreparedRequest) -> bool:
     return request.headers.get("Authorization") == f"Bearer {token.reveal()}"
 
 
+def _is_its_answer(request: Request, response: HttpxResponse) -> bool:
+    """Return whether the answer is to this request. A redirect may turn a POST, which was carried out, into a GET."""
+    return response.request.method == request.method
+
+
 def _is_refusal(method: str | None, body: bytes) -> bool:
     return method == "HEAD" or code_and_message(Reply(401, body).json())[0] == REFUSED
 
@@ -258,4 +269,9 @@ def _note(error: StorageError, refused: Secret | None) -> None:
 
 
 def _is_host(host: object) -> bool:
-    return isinstance(host, str) and bool(host) and "/" not in host and host.count(":") != 1
+    """Return whether a request's URL can have this host. Any other name would keep the token from every request."""
+    if not isinstance(host, str):
+        return False
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", host, re.IGNORECASE | re.ASCII) is not None

@@ -69,10 +69,12 @@ class Lane:
                 if isinstance(stop, GeneratorExit) or future.cancel():
                     raise
                 with CancelScope(shield=True):
-                    await _until_done(future, on_cancel)
+                    interrupt = await _until_done(future, on_cancel)
                 error = future.exception()
                 if isinstance(error, StorageError) and error.token is not None:
                     raise error from error.__cause__
+                if interrupt is not None:
+                    raise interrupt from None
                 raise
         try:
             return future.result()
@@ -91,14 +93,21 @@ def _settle[R](future: Future[R], call: Callable[[], R]) -> None:
             future.set_exception(error)
 
 
-async def _until_done(future: Future[Any], on_cancel: Callable[[], object]) -> None:
+async def _until_done(future: Future[Any], on_cancel: Callable[[], object]) -> KeyboardInterrupt | None:
+    """Wait until the call is done, and return the Ctrl-C that came meanwhile."""
+
     def finish() -> None:
         try:
             on_cancel()
         finally:
             wait([future])
 
+    interrupt = None
     while not future.done():
-        # A scope does not hold asyncio's `Task.cancel` back, and `asyncio.run` cancels every task when it ends.
-        with contextlib.suppress(get_cancelled_exc_class()):
-            await to_thread.run_sync(finish, abandon_on_cancel=True, limiter=CapacityLimiter(1))
+        try:
+            # A scope does not hold asyncio's `Task.cancel` back, and `asyncio.run` cancels every task when it ends.
+            with contextlib.suppress(get_cancelled_exc_class()):
+                await to_thread.run_sync(finish, abandon_on_cancel=True, limiter=CapacityLimiter(1))
+        except KeyboardInterrupt as error:  # Nor does a scope hold trio's back.
+            interrupt = error
+    return interrupt

@@ -12,6 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from click.testing import CliRunner
+
+from upstox_db_examples.local.__main__ import main
 
 from ..support.command import avoid_the_end_of_the_day, call, good
 
@@ -46,3 +49,10 @@ def test_its_export_lines_let_the_command_run_until_it_ends(
         redis = urlsplit(os.environ["UPSTOX_DB_STORE"].split()[0])
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", redis.port or 0), timeout=5)
+
+
+def test_a_user_id_that_cannot_be_is_refused_before_anything_starts() -> None:
+    for user in ("", "no user", "ü"):
+        done = CliRunner().invoke(main, ["--user", user])
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "--user: A user id must be" in done.stderr

@@ -75,6 +75,7 @@ def test_each_thing_that_has_to_be_fixed_is_named(run: Run, account: Account, tm
         ({"UPSTOX_USER_ID": "a b"}, "variables", "UPSTOX_USER_ID is not a user id"),
         ({"UPSTOX_BASE_DOMAIN": "http://example.com/{stage}"}, "variables", "must be https"),
         ({"UPSTOX_DB_KEYS": "nonsense"}, "keys", "UPSTOX_DB_KEYS holds no usable keys"),
+        ({"UPSTOX_DB_KEY_FILE": "a" * 300}, "keys", "cannot be read: File name too long"),
         ({"UPSTOX_DB_KEY_FILE": str(tmp_path / "other")}, "keys", "The store has tokens under k"),
         ({"UPSTOX_DB_STORE": "oracle://scott:tiger@host/db"}, "store", "neither the path of a file nor the address"),
     ):

@@ -77,7 +77,9 @@ def test_without_a_login_a_missing_token_can_be_tried_again_and_a_wrong_name_can
 ) -> None:
     assert run("token", "--no-login").returncode == 3, "there is no store yet"
     good(run("init"))
-    assert run("token", "--no-login").returncode == 3, "the store does not know the user yet"
+    for named in ([], [USER], [USER.lower()]):
+        assert run("token", *named, "--no-login").returncode == 1, "their first login is still to come"
+    assert run("token", "ZZ9999", "--no-login").returncode == 3
     token = good(run("token"))
     assert good(run("token", "--no-login")) == token
     without_variables(monkeypatch, "USER_ID")
@@ -108,6 +110,8 @@ def test_what_has_to_be_put_right_first_ends_with_3(run: Run, account: Account, 
         (["status", "--store", "oracle://scott:tiger@host/db"], {}),
         (["--store", "nowhere/upstox.db", "token"], {}),
         (["--accounts", "nothing.toml", "token"], {}),
+        (["backup", "a" * 300], {}),
+        *(([name], {"UPSTOX_DB_KEY_FILE": "a" * 300}) for name in ("token", "status", "rotate-keys")),
     ):
         done = run(*arguments, **environment)
         assert (done.returncode, done.stdout) == (3, ""), done

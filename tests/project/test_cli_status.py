@@ -29,7 +29,9 @@ def change(sql: str, file: str = "upstox.db") -> None:
 def test_a_working_token_is_shown_with_its_end_in_india_and_how_long_it_lives(run: Run, tmp_path: Path) -> None:
     assert run("status").returncode == 3, "there is no store"
     good(run("init"))
-    assert good(run("status")) == "No users yet.\n\nsqlite: healthy\n"
+    empty = run("status")
+    assert (empty.returncode, empty.stdout) == (1, "No users yet.\n\nsqlite: healthy\n"), "the first login is due"
+    assert run("history").stderr == "InvalidInput: This store has no users yet.\n"
     good(run("login"))
     before = (tmp_path / "upstox.db").read_bytes(), sorted(tmp_path.iterdir())
     for arguments in (["status"], ["status", USER], ["status", USER.lower()]):

@@ -68,7 +68,7 @@ def test_init_makes_the_tables_and_can_be_repeated(run: Run, postgres_url: str) 
             assert shown in told
             assert told.endswith(" is up to date.\n")
     assert shown in in_json(run("--store", postgres_url, "init", "--json"))["store"]
-    assert "healthy" in good(run("--store", "new.db", "status"))
+    assert "healthy" in run("--store", "new.db", "status").stdout
     done = run("--store", "new.db", "init", "--runtime-role", "trader")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("InvalidInput: SQLite has no roles")

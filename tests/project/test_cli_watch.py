@@ -32,6 +32,18 @@ told = {"arguments": sys.argv[1:], "input": sys.stdin.read(), "environment": dic
 sys.exit(3 if number == 0 else 0)
 """
 
+# Ends on Ctrl-C, as a bot does that has to cancel its orders first.
+BOT = """
+import pathlib, signal, time
+try:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    pathlib.Path("begun").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path("orders are cancelled").touch()
+"""
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SQLiteUpstoxStorage]:
@@ -54,7 +66,7 @@ def test_the_command_runs_for_each_new_token_and_gets_it_on_its_standard_input_o
         return json.loads(file.read_text())
 
     for variable, first in ((None, 0), ("BOT_TOKEN", 2)):
-        arguments = ["--store", str(tmp_path / "upstox.db"), "watch", USER, "--exec", command]
+        arguments = ["--store", str(tmp_path / "upstox.db"), "watch", USER.lower(), "--exec", command]
         with subprocess.Popen(
             [sys.executable, "-m", "upstox_db_examples", *arguments, *(["--env", variable] if variable else [])],
             cwd=tmp_path,
@@ -86,6 +98,29 @@ def test_the_command_runs_for_each_new_token_and_gets_it_on_its_standard_input_o
         assert errors == (f"{sys.executable} ended with 3.\n" if first == 0 else "")
         assert not [token for token in tokens if token[8:24] in told + errors]
     assert sorted(file.name for file in tmp_path.glob("run-*")) == [f"run-{number}" for number in range(4)]
+
+
+def test_ctrl_c_lets_the_command_end_by_itself(store: SQLiteUpstoxStorage, tmp_path: Path) -> None:
+    """And the user of the credentials need not have logged in yet."""
+    (tmp_path / "bot.py").write_text(BOT)
+    with subprocess.Popen(
+        [sys.executable, "-m", "upstox_db_examples", "watch", "--exec", shlex.join([sys.executable, "bot.py"])],
+        cwd=tmp_path,
+        env={**os.environ, "UPSTOX_DB_KEY_FILE": "keys", "PYTHONPATH": str(ROOT), "UPSTOX_USER_ID": USER},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as watching:
+        try:
+            assert watching.stdout is not None
+            assert watching.stdout.readline() == f"{USER}: no working token\n"
+            store.store_token(USER)
+            wait_until((tmp_path / "begun").exists)
+            os.killpg(watching.pid, signal.SIGINT)  # as a terminal does it
+            assert watching.wait(20) == 0
+        finally:
+            watching.kill()
+    assert (tmp_path / "orders are cancelled").exists()
 
 
 @pytest.mark.parametrize(

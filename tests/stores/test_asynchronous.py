@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import signal
 import sqlite3
 import threading
 import time
@@ -228,6 +230,23 @@ def test_a_token_that_cannot_be_stored_is_in_the_error_of_a_cancelled_call(
     (error,) = caught
     assert upstox.is_living(error.token.reveal())
     assert error.token.reveal() not in shown_with_locals(error)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ctrl_c_loses_no_token_and_a_second_one_does_not_either(
+    open_sqlite: Open, upstox: LocalUpstox, backend: str
+) -> None:
+    store = open_sqlite()
+
+    def press_it_twice(step: int, what: str) -> None:
+        for _ in range(2 if (step, what) == (6, "answer") else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    upstox.on_step = press_it_twice
+    with pytest.raises(KeyboardInterrupt):
+        run(backend, AsyncTokenStorage(store).store_token)
+    assert upstox.is_living(str(held(store)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -263,6 +263,25 @@ def test_a_redirect_elsewhere_carries_no_token_and_its_refusal_renews_nothing(
 
 
 @each_way
+def test_an_order_whose_redirect_is_refused_is_not_sent_again(
+    store: TokenStorage, upstox: LocalUpstox, send: Any
+) -> None:
+    orders = []
+
+    class Redirecting(Elsewhere):
+        def _serve(self, route: str, shown: Shown) -> Answer:
+            if route.startswith("POST"):
+                orders.append(route)
+                return Answer("", 303, Location=self.url())
+            return super()._serve(route, shown)
+
+    with Redirecting(Answer(REFUSAL, 401)) as here:
+        assert send("POST", here.url(), StoredTokenAuth(store, USER, hosts=HERE, repeat_orders=True)).status == 401
+    assert len(orders) == 1, "the redirect tells that it was carried out"
+    assert upstox.logins() == 2
+
+
+@each_way
 def test_every_other_answer_passes_through(store: TokenStorage, upstox: LocalUpstox, send: Any) -> None:
     other = {"status": "error", "errors": [{"errorCode": "UDAPI100067"}]}
     for answer in (Answer(REFUSAL, 403), Answer(other, 401), Answer("no JSON", 401), Answer(REFUSAL, 200)):
@@ -312,9 +331,21 @@ def test_the_token_goes_to_upstoxs_hosts_over_https_only(store: TokenStorage) ->
     ):
         assert carried(url) == (False, False), url
     assert uses(store) == 0, "the store was read once, and that was a login"
-    for wrong in ("api.upstox.com", ["https://api.upstox.com"], ["127.0.0.1:8000"], [""], [None]):
+    names = (
+        "https://api.upstox.com",
+        "127.0.0.1:8000",
+        "",
+        None,
+        "[::1]",
+        "*.upstox.com",
+        "api.upstox.com.",
+        " a",
+        "a\n",
+    )
+    for wrong in (*([name] for name in names), "api.upstox.com", "localhost", [], None, 5, iter(HERE)):
         with pytest.raises(InvalidInput, match="names without scheme and port"):
             StoredTokenAuth(store, USER, hosts=wrong)  # type: ignore[arg-type]
+    StoredTokenAuth(store, USER, hosts=["::1", "LOCALHOST", "my_host"])
     with pytest.raises(InvalidInput, match="user id"):
         StoredTokenAuth(store, "")
     with pytest.raises(InvalidInput, match="pass its `store`"):

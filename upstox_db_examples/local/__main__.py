@@ -19,6 +19,7 @@ from pathlib import Path
 
 import click
 
+from ..core.checks import require_user_id
 from ..core.errors import StorageError
 from ..patterns import PATTERNS
 from . import servers
@@ -45,6 +46,10 @@ def main(pattern: str, user: str) -> None:
 
     Unlike at Upstox, you can log in more than once in 30 seconds.
     """
+    try:
+        user = require_user_id(user)
+    except StorageError as error:
+        raise click.BadParameter(str(error), param_hint="--user") from None
     # By default these would leave the folder behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(0))
