@@ -1,7 +1,7 @@
 """How much memory an export and an import take. Each is measured in a process of its own.
 
-It grows with the number of users, and by the same for each. So it is measured for fewer tokens than a million, because
-an import of a million takes hours, and then reckoned for a million.
+It grows with the number of users, and by the same for each. An import of a million takes hours. So it is measured for
+two smaller numbers of tokens, and the growth from one to the other is reckoned for a million.
 
 Run as a program, it makes the call that is measured, and prints by how many kilobytes the peak grew.
 """
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import base64
 import resource
+import shutil
 import subprocess
 import sys
-from contextlib import closing
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from upstox_db_examples import KeyRing, Secret, SQLiteUpstoxStorage, export_tokens, import_tokens
+from upstox_db_examples import KeyRing, Secret, SQLiteUpstoxStorage, export_tokens, import_tokens, open_store
 from upstox_db_examples.core.cipher import Binding
 from upstox_db_examples.sqlite.connections import open_connection
 
@@ -29,26 +32,37 @@ IN_ONE = 10_000  # tokens in one transaction of the loading
 class Peak(NamedTuple):
     """By how many megabytes a call raises the peak of its process for a million tokens, and how many were measured."""
 
+    store: str
     what: str
     tokens: int
     mb: float
 
 
-def peaks(folder: Path, tokens: int) -> list[Peak]:
-    """Export the tokens from SQLite, and import them into another file."""
+def peaks(folder: Path, store: str, empty: Callable[[], AbstractContextManager[str]], tokens: int) -> list[Peak]:
+    """Import the tokens into this store, and export them from it.
+
+    Args:
+        empty: makes a store's place with nothing in it, and yields its address.
+    """
     key = KeyRing.new_key()
-    grown: dict[str, list[float]] = {"export": [], "import": []}
+    grown: dict[str, list[float]] = {"import": [], "export": []}
     few = max(1, tokens // 10)
     for count in (few, tokens):
-        place = folder / f"memory{count}"
-        place.mkdir(exist_ok=True)
+        place = Path(tempfile.mkdtemp(dir=folder, prefix="memory"))
         (place / "key").write_text(base64.b64encode(key).decode())
         load(place / "source.db", key, count)
-        for what, each in grown.items():
-            command = [sys.executable, "-m", "benchmarks.memory", what, str(place)]
-            done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-            each.append(int(done.stdout) / 1024)
-    return [Peak(what, tokens, (most - less) / (tokens - few) * MILLION) for what, (less, most) in grown.items()]
+        with SQLiteUpstoxStorage(place / "source.db", keys=KeyRing(key)) as source:
+            export_tokens(source, place / "tokens", progress=False)
+        with empty() as address:
+            for what, each in grown.items():
+                command = [sys.executable, "-m", "benchmarks.memory", what, str(place), address]
+                done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+                each.append(int(done.stdout) / 1024)
+        shutil.rmtree(place)
+    return [
+        Peak(store, what, tokens, max(0.0, most - less) / (tokens - few) * MILLION)
+        for what, (less, most) in grown.items()
+    ]
 
 
 def load(path: Path, key: bytes, count: int) -> None:
@@ -74,16 +88,15 @@ def load(path: Path, key: bytes, count: int) -> None:
             conn.execute("COMMIT")
 
 
-def main(what: str, place: Path) -> None:
+def main(what: str, place: Path, address: str) -> None:
     ring = KeyRing(base64.b64decode((place / "key").read_text()))
-    before = _peak_kb()
-    if what == "export":
-        with SQLiteUpstoxStorage(place / "source.db", keys=ring) as source:
-            export_tokens(source, place / "export", progress=False)
-    else:
-        with SQLiteUpstoxStorage(place / "target.db", keys=ring) as target:
-            import_tokens(target, place / "export", progress=False)
-    print(_peak_kb() - before)
+    with open_store(address, keys=ring) as store:
+        before = _peak_kb()
+        if what == "import":
+            import_tokens(store, place / "tokens", progress=False)
+        else:
+            export_tokens(store, place / "exported", progress=False)
+        print(_peak_kb() - before)
 
 
 def _peak_kb() -> int:
@@ -92,4 +105,4 @@ def _peak_kb() -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

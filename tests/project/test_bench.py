@@ -137,7 +137,7 @@ def test_the_committed_table_has_the_shape_that_the_command_writes() -> None:
 
 def test_growth_is_measured_for_calls_a_batch_and_memory(tmp_path: Path) -> None:
     servers = Servers(tmp_path, "", "", "")
-    text = growth.written(growth.measured(servers, {"SQLite": (20, 40)}, 2, 10, 1, 0.01))
+    text = growth.written(growth.measured(servers, {"SQLite": (20, 40)}, 2, {"SQLite": 10}, 1, 0.01))
     verdicts = re.findall(r"\| (?:\*\*not )?reached(?:\*\*)? \|$", text, re.MULTILINE)
     assert len(verdicts) == len(["read", "store", "batch", "export", "import"])
     assert re.search(r"\| SQLite \| read \| 20: \d+ µs, 40: \d+ µs \|", text)

@@ -6,10 +6,9 @@ new. A bad profile field must never cost a token, because the login has already 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 from .checks import USER_ID
@@ -158,18 +157,14 @@ def _read(answer: object) -> Minted | LoginError:
             find_token(answer),
             fields.get("user_id"),
         )
-    named = fields.get("user_id")
-    user_id = named.strip() if isinstance(named, str) else ""
-    if not USER_ID.fullmatch(user_id):
-        user_id = subject(token) or ""
-    if not USER_ID.fullmatch(user_id):
+    user_id = (_user_id(fields.get("user_id")) or _user_id(subject(token)) or "").strip()
+    if not user_id:
         return _attach_token(LoginInterrupted("The login gave a token but no usable user id."), token)
     profile: dict[str, Any] = {name: _text(fields.get(name)) for name in TEXTS}
     profile |= {name: _list(fields.get(name)) or [] for name in ("products", "exchanges")}
-    active = fields.get("is_active")
     method = answer._method if isinstance(answer, LoginAnswer) else "upstox_totp_sdk"
     profile["metadata"] = {
-        "is_active_user": active if isinstance(active, bool) else None,
+        "is_active_user": _flag(fields.get("is_active")),
         "generation_method": method,
     }
     return Minted(user_id, token, profile, _odd_fields(fields, token))
@@ -206,8 +201,10 @@ def _flat(answer: object) -> dict[str, Any] | None:
     own = [name for name in getattr(answer, "__dict__", ()) if isinstance(name, str) and not name.startswith("_")]
     fields = {}
     for name in dict.fromkeys([*own, *_names_to_ask_for(answer)]):
-        with contextlib.suppress(Exception):  # A custom property may fail in any way.
+        try:
             fields[name] = getattr(answer, name)
+        except Exception:  # noqa: S112 - A custom property may fail in any way. suppress() takes four times as long.
+            continue
     if isinstance(answer, type) or not ("access_token" in fields or {"success", "data"} <= fields.keys()):
         return None
     return fields
@@ -250,13 +247,27 @@ def _list(value: object) -> list[str] | None:
     return list(value)
 
 
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _user_id(value: object) -> str | None:
+    return value if isinstance(value, str) and USER_ID.fullmatch(value.strip()) else None
+
+
+# How to read each expected field. None means that its type is wrong.
+_READ: dict[str, Callable[[object], object]] = {
+    "user_id": _user_id,
+    **dict.fromkeys(TEXTS, _text),
+    **dict.fromkeys(LISTS, _list),
+    **dict.fromkeys(FLAGS, _flag),
+}
+
+
 def _odd_fields(fields: Mapping[str, Any], token: Secret) -> dict[str, list[str]]:
     missing = [name for name in EXPECTED if name not in fields]
     null = [name for name in EXPECTED if name in fields and fields[name] is None]
-    right: dict[str, Any] = dict.fromkeys(TEXTS, _text) | dict.fromkeys(LISTS, _list)
-    right |= dict.fromkeys(FLAGS, lambda value: value if isinstance(value, bool) else None)
-    right["user_id"] = lambda value: value if isinstance(value, str) and USER_ID.fullmatch(value.strip()) else None
-    other = [name for name in EXPECTED if fields.get(name) is not None and right[name](fields[name]) is None]
+    other = [name for name in EXPECTED if fields.get(name) is not None and _READ[name](fields[name]) is None]
     unknown = [name for name in fields if name not in EXPECTED and name not in NOT_PROFILE]
     kinds = {
         "fields_missing": missing,

@@ -182,8 +182,8 @@ class Backend(ABC):
     def insert(
         self, token: StoredToken, action: str = "created", metadata: dict[str, Any] | None = None
     ) -> StoredToken:
-        """Store this token as the active one (`action`, with this metadata) and return it with its id,
-        and with `in_doubt` set if it got a mark.
+        """Store this token as the active one (`action`, with this metadata). Set its `token_id`, and its `in_doubt` if
+        it got a mark, and return it.
 
         The earlier token is deactivated and erased ("deactivated", with the reason new_token_generated). Both happen at
         `created_at`.

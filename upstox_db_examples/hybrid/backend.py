@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -140,7 +139,7 @@ class HybridBackend(Backend):
             # Ask only PostgreSQL: if a login could not reach Redis and was killed while it waited, it left a copy that
             # is still believed. PostgreSQL is up, because it has just given us the lock.
             token = self.postgres.find_and_record(user_id, alive_after, now, {"use": use}, locked=True)
-            return replace(token, source="postgresql") if token else None
+            return _from_postgresql(token) if token else None
         found = self.redis.read_and_count(user_id, alive_after, now, self.context.actor, use)
         if found.what == "old" and self._postgres_is_left_alone():
             found = self.redis.read_and_count(user_id, alive_after, now, self.context.actor, use, insist=True)
@@ -169,7 +168,8 @@ class HybridBackend(Backend):
         # is running, Redis would not know how it ends.
         if found.what in ("old", "nothing", "dead") and not token.in_doubt:
             uses = max(uses, self.redis.put(token, now, since=found.time) or 0)
-        return replace(token, usage_count=uses, source="postgresql")
+        token.usage_count = uses
+        return _from_postgresql(token)
 
     def _find_without_postgresql(
         self, user_id: str, alive_after: datetime, now: datetime, use: str, error: StoreUnavailable
@@ -222,7 +222,7 @@ class HybridBackend(Backend):
     ) -> StoredToken:
         buried = self._bury([token.user_id])
         unbelieved = buried.certain or self._is_marked_by_this_thread(token.user_id)
-        stored = replace(self.postgres.insert(token, action, metadata), source="postgresql")
+        stored = _from_postgresql(self.postgres.insert(token, action, metadata))
         if not stored.in_doubt:
             self.redis.put(stored, self.context.now(), tombstone=buried.tombstone)
         self._tombstones.pop(token.user_id, None)
@@ -406,6 +406,11 @@ class HybridBackend(Backend):
 
     def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
         return self.postgres.read_entries(user_id, after, limit)
+
+
+def _from_postgresql(token: StoredToken) -> StoredToken:
+    token.source = "postgresql"
+    return token
 
 
 def _columns(uses: list[Use]) -> dict[str, list[Any]]:

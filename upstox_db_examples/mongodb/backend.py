@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -182,7 +181,8 @@ class MongoBackend(Backend):
                     ended = {**ended, "_id": ObjectId()}
         except StorageError as error:  # The token is stored. The next insert catches up.
             logger.warning("The record of the earlier token of %s is still marked as active: %s", token.user_id, error)
-        return replace(token, token_id=str(token_id), in_doubt=mark is not None)
+        token.token_id, token.in_doubt = str(token_id), mark is not None
+        return token
 
     def revoke(self, user_id: str, now: datetime) -> bool:
         entry = self._entry(user_id, "revoked", now)

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -173,7 +172,8 @@ class PostgreSQLBackend(Backend):
             if violated_constraint(error) in queries.SUPERSEDED:
                 raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             raise
-        return replace(token, token_id=int(rows[0]["token_id"]), in_doubt=rows[0]["in_doubt"])
+        token.token_id, token.in_doubt = int(rows[0]["token_id"]), rows[0]["in_doubt"]
+        return token
 
     def begin_login(self, user_id: str | None, lock: str, now: datetime, metadata: dict[str, Any]) -> None:
         self.mark(user_id, lock, now, metadata)

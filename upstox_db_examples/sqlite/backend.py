@@ -8,7 +8,6 @@ import sqlite3
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 ROOM = 64_000  # bytes; more than a token takes, with its index and audit entries
 CACHE = -2000  # SQLite's default
-_FILLER = json.dumps("0" * ROOM)  # once, because making it takes a tenth of the time of storing a token
+_FILLER = "0" * ROOM
 
 
 class SQLiteBackend(Backend):
@@ -92,13 +91,8 @@ class SQLiteBackend(Backend):
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         wait = self.context.login_wait
-        with self._local_locks.hold(name, wait):
-            try:
-                self._locks.mkdir(mode=0o700, exist_ok=True)
-            except OSError as error:
-                raise ConfigurationError(f"No lock file can be made in {self._locks}: {error.strerror}.") from error
-            with locks.hold(f"{self._locks}/{name}.lock", name, wait):
-                yield
+        with self._local_locks.hold(name, wait), locks.hold(f"{self._locks}/{name}.lock", name, wait):
+            yield
 
     def _version(self, conn: sqlite3.Connection) -> int:
         # One statement sees one moment. With two, another process might make the tables in between.
@@ -188,7 +182,8 @@ class SQLiteBackend(Backend):
                     raise
                 raise LoginSuperseded(f"A newer token of {token.user_id} is already stored. Read that one.") from error
             self._audit_entry(conn, token_id, token.user_id, action, token.created_at, metadata)
-        return replace(token, token_id=token_id, in_doubt=mark is not None)
+        token.token_id, token.in_doubt = token_id, mark is not None
+        return token
 
     def revoke(self, user_id: str, now: datetime) -> bool:
         return self._erase("revoked", now, queries.ERASE, user_id) > 0
@@ -277,7 +272,8 @@ class SQLiteBackend(Backend):
         conn.execute("PRAGMA cache_size = 1")
         try:
             conn.execute("SAVEPOINT room")
-            conn.execute(queries.RECORD, (None, None, "room", "", 0, _FILLER))
+            # Not as the metadata: SQLite would look whether they are JSON.
+            conn.execute(queries.RECORD, (None, None, "room", _FILLER, 0, "{}"))
             conn.execute("ROLLBACK TO room")
         finally:
             conn.execute(f"PRAGMA cache_size = {CACHE}")
@@ -350,5 +346,5 @@ class SQLiteBackend(Backend):
         now: datetime,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        values = (token_id, user_id, action, self.context.actor, to_seconds(now), json.dumps(metadata or {}))
-        conn.execute(queries.RECORD, values)
+        text = json.dumps(metadata) if metadata else "{}"
+        conn.execute(queries.RECORD, (token_id, user_id, action, self.context.actor, to_seconds(now), text))

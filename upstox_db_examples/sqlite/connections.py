@@ -26,9 +26,10 @@ from .forks import Connection, close_before_forks, is_pending
 logger = logging.getLogger(__name__)
 
 BUSY_SECONDS = 5.0  # how long a statement waits for another writer
-# Seconds that a read waits if another thread is reading. SQLite gives Python's lock away several times in each read, so
-# 32 threads that read at the same time mostly take the lock from each other, and read half as much as one thread does.
-TURN = 0.005
+# While another thread is reading, a read waits for this many seconds, at most so many times. SQLite gives Python's lock
+# away several times in each read, so 32 threads that read at the same time mostly take the lock from each other, and
+# together read a third of what one thread does.
+TURN, TURNS = 0.005, 4
 
 
 class SQLiteConnections:
@@ -70,9 +71,11 @@ class SQLiteConnections:
         Raises:
             StoreUnavailable, ConfigurationError: the translation of SQLite's error.
         """
-        if self.is_reading:
+        for _ in range(TURNS):
+            if not self.is_reading:
+                break
             time.sleep(TURN)
-        # Not a lock: Ctrl-C could leave it locked. A wrong value here costs one pause.
+        # Not a lock: Ctrl-C could leave it locked. A wrong value here costs one read these pauses.
         self.is_reading = True
         try:
             return self._read(sql, values)

@@ -43,7 +43,8 @@ else:
 
 @contextmanager
 def hold(path: str, name: str, wait: float) -> Iterator[None]:
-    """Hold the lock of this file. The file is made if it is missing, and it stays: unlinking it would let two in.
+    """Hold the lock of this file. The file and its folder are made if they are missing, and they stay: unlinking the
+    file would let two in.
 
     Args:
         path: of the file. Not a `Path`: Python 3.12 keeps the name of each for ever, and an import locks every user.
@@ -53,7 +54,11 @@ def hold(path: str, name: str, wait: float) -> Iterator[None]:
         ConfigurationError: there can be no lock there.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:
+            Path(path).parent.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise ConfigurationError(f"No lock file can be made in {Path(path).parent}: {error.strerror}.") from error
     process, deadline = os.getpid(), time.monotonic() + wait

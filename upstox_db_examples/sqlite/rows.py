@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,7 +61,9 @@ def read_token(row: Iterable[Any]) -> StoredToken:
 def read_known(row: sqlite3.Row) -> StoredToken:
     """Read a token with more than a reader needs: when Upstox issued it."""
     *handed_out, issued_at = row
-    return replace(read_token(handed_out), issued_at=None if issued_at is None else to_moment(issued_at))
+    token = read_token(handed_out)
+    token.issued_at = None if issued_at is None else to_moment(issued_at)
+    return token
 
 
 def read_every_column(row: sqlite3.Row) -> StoredToken:
