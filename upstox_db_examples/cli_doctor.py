@@ -101,11 +101,18 @@ def check_variables(store: OpenStore) -> Iterator[Finding]:
     names = {*OUR_VARIABLES, *(field.upper() for field in FIELDS)}
     if others := sorted(name for name in os.environ if name.startswith("UPSTOX_") and name[7:] not in names):
         yield Finding("variables", NOTE, f"Nothing here reads {', '.join(others)}. Is the name right?")
+    try:
+        base_domain, wrong = checked_base_domain(None), ""
+    except LoginError as error:
+        base_domain, wrong = "", str(error)
+        yield Finding("variables", FIX, wrong)
     accounts: list[str | None] = [*getattr(store.login, "user_ids", [None])]
     for account in accounts:
         try:
             store.login.check(account)
         except LoginError as error:
+            if str(error) == wrong:
+                continue
             yield Finding("variables", FIX, f"{account}: {error}" if account else str(error))
         else:
             whose = account or store.login.user_id
@@ -114,7 +121,6 @@ def check_variables(store: OpenStore) -> Iterator[Finding]:
             if not whose:
                 told = "Set UPSTOX_USER_ID as well: then a wrong account is noticed before a login is spent."
                 yield Finding("variables", NOTE, told)
-    base_domain = checked_base_domain(None)
     if base_domain:
         where = urlsplit(base_domain.replace("{stage}", "api")).hostname
         local = ", which is on this machine" if is_this_machine(base_domain) else ""
@@ -163,7 +169,11 @@ def check_clock(_: OpenStore) -> Iterator[Finding]:
     """Compare this machine's clock with the Date header of Upstox's answers."""
     from .core.upstox_api import checked_base_domain
 
-    base_domain = checked_base_domain(None)
+    try:
+        base_domain = checked_base_domain(None)
+    except LoginError:  # The check of the variables has said what is wrong with it.
+        yield Finding("clock", NOTE, "Not compared with Upstox's, because UPSTOX_BASE_DOMAIN is wrong.")
+        return
     where = urlsplit((base_domain or "https://api.upstox.com").replace("{stage}", "api")).hostname
     ahead, lost = seconds_ahead(base_domain)
     if ahead is None:

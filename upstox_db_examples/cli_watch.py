@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -37,8 +39,8 @@ def watch(store: OpenStore, user: str | None, to_run: str | None, variable: str 
 
     COMMAND is a program and its arguments. No shell reads it. It does not run for the token that is there at the start,
     and not when a token has ended. If the token changes while COMMAND runs, it runs again afterwards. Ctrl-C goes to
-    COMMAND too, and upstox-db waits for its end, unless you press it again. Other programs of your account can read the
-    environment of COMMAND, so leave out --env if COMMAND can read its standard input.
+    COMMAND too, and so does SIGTERM. Then upstox-db waits for its end, unless the signal comes again. Other programs of
+    your account can read the environment of COMMAND, so leave out --env if COMMAND can read its standard input.
     """
     if variable is not None and to_run is None:
         raise click.UsageError("--env is for the command of --exec.")
@@ -85,12 +87,20 @@ def run(arguments: list[str], result: TokenResult, variable: str | None) -> None
     except OSError as error:
         print_error(f"{arguments[0]} cannot be run: {error.strerror}.")
         return
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        running.send_signal(number)
+        raise SystemExit(128 + number)  # as a shell reports it
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         running.communicate(line)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         # Ctrl-C reached COMMAND as well, which may have orders to cancel. (Rejected: `subprocess.run`. It kills COMMAND
-        # a quarter of a second later.) A second Ctrl-C ends the wait.
+        # a quarter of a second later.) A second signal ends the wait.
         running.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if running.returncode:
         print_error(f"{arguments[0]} ended with {running.returncode}.")

@@ -73,7 +73,7 @@ def test_each_thing_that_has_to_be_fixed_is_named(run: Run, account: Account, tm
         ({"UPSTOX_PIN_CODE": ""}, "variables", "UPSTOX_PIN_CODE (pin_code) not set"),
         ({"UPSTOX_TOTP_SECRET": "JBSWY3DP"}, "TOTP", "totp_secret is cut off: it has 40 bits"),
         ({"UPSTOX_USER_ID": "a b"}, "variables", "UPSTOX_USER_ID is not a user id"),
-        ({"UPSTOX_BASE_DOMAIN": "http://example.com/{stage}"}, "variables", "must be https"),
+        ({"UPSTOX_BASE_DOMAIN": "http://example.com/{stage}"}, "variables", "UPSTOX_BASE_DOMAIN must be https"),
         ({"UPSTOX_DB_KEYS": "nonsense"}, "keys", "UPSTOX_DB_KEYS holds no usable keys"),
         ({"UPSTOX_DB_KEY_FILE": "a" * 300}, "keys", "cannot be read: File name too long"),
         ({"UPSTOX_DB_KEY_FILE": str(tmp_path / "other")}, "keys", "The store has tokens under k"),
@@ -92,6 +92,13 @@ def test_each_thing_that_has_to_be_fixed_is_named(run: Run, account: Account, tm
     (tmp_path / "upstox.db").chmod(0o600)
     found = look(run, UPSTOX_PINCODE="123456")
     assert any(text == "Nothing here reads UPSTOX_PINCODE. Is the name right?" for _, _, text in found)
+
+
+def test_a_wrong_base_domain_is_named_once(run: Run) -> None:
+    good(run("init"))
+    found = look(run, code=3, UPSTOX_BASE_DOMAIN="http://example.com/{stage}")
+    assert [what for what, verdict, text in found if "must be https" in text] == ["variables"], found
+    assert verdicts(found, NOTE)["clock"] == "Not compared with Upstox's, because UPSTOX_BASE_DOMAIN is wrong."
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ told = {"arguments": sys.argv[1:], "input": sys.stdin.read(), "environment": dic
 sys.exit(3 if number == 0 else 0)
 """
 
-# Ends on Ctrl-C, as a bot does that has to cancel its orders first.
+# Ends on Ctrl-C or SIGTERM, as a bot does that has to cancel its orders first.
 BOT = """
 import pathlib, signal, time
 try:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     pathlib.Path("begun").touch()
     time.sleep(60)
 except KeyboardInterrupt:
@@ -100,7 +101,14 @@ def test_the_command_runs_for_each_new_token_and_gets_it_on_its_standard_input_o
     assert sorted(file.name for file in tmp_path.glob("run-*")) == [f"run-{number}" for number in range(4)]
 
 
-def test_ctrl_c_lets_the_command_end_by_itself(store: SQLiteUpstoxStorage, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stop", "number", "code"),
+    [(os.killpg, signal.SIGINT, 0), (os.kill, signal.SIGTERM, 143)],
+    ids=["Ctrl-C in a terminal", "SIGTERM from a supervisor"],
+)
+def test_the_command_ends_by_itself(
+    store: SQLiteUpstoxStorage, tmp_path: Path, stop: Callable[[int, int], None], number: int, code: int
+) -> None:
     """And the user of the credentials need not have logged in yet."""
     (tmp_path / "bot.py").write_text(BOT)
     with subprocess.Popen(
@@ -116,8 +124,8 @@ def test_ctrl_c_lets_the_command_end_by_itself(store: SQLiteUpstoxStorage, tmp_p
             assert watching.stdout.readline() == f"{USER}: no working token\n"
             store.store_token(USER)
             wait_until((tmp_path / "begun").exists)
-            os.killpg(watching.pid, signal.SIGINT)  # as a terminal does it
-            assert watching.wait(20) == 0
+            stop(watching.pid, number)
+            assert watching.wait(20) == code
         finally:
             watching.kill()
     assert (tmp_path / "orders are cancelled").exists()

@@ -36,7 +36,9 @@ def checked_base_domain(base_domain: str | None) -> str:
     Raises:
         LoginRefused: the address lacks {stage}, or is neither https nor on this machine.
     """
-    base_domain = clean(base_domain or "") or read_variable("UPSTOX_BASE_DOMAIN", any_character=True)
+    name, base_domain = "base_domain", clean(base_domain or "")
+    if not base_domain:
+        name, base_domain = "UPSTOX_BASE_DOMAIN", read_variable("UPSTOX_BASE_DOMAIN", any_character=True)
     if not base_domain:
         return ""
     try:
@@ -46,10 +48,10 @@ def checked_base_domain(base_domain: str | None) -> str:
     except (ValueError, LookupError, AttributeError):
         is_safe, fits = True, False
     if not is_safe:
-        raise LoginRefused("base_domain must be https, because the PIN and the secrets are sent there.")
+        raise LoginRefused(f"{name} must be https, because the PIN and the secrets are sent there.")
     if not fits:
         raise LoginRefused(
-            "base_domain must be a URL with {stage} in it (it becomes 'api' or 'service') and no other braces."
+            f"{name} must be a URL with {{stage}} in it (it becomes 'api' or 'service') and no other braces."
         )
     return base_domain
 
