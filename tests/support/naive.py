@@ -19,7 +19,10 @@ from upstox_db_examples.core.settings import Options, Settings
 from upstox_db_examples.core.token import StoredToken, TokenResult
 from upstox_db_examples.hybrid import HybridUpstoxStorage
 from upstox_db_examples.hybrid.backend import HybridBackend
+from upstox_db_examples.hybrid.fold import Fold
+from upstox_db_examples.hybrid.redis import RedisTokens
 from upstox_db_examples.hybrid.uses import Use
+from upstox_db_examples.postgresql.backend import PostgreSQLBackend
 from upstox_db_examples.sqlite import SQLiteUpstoxStorage
 from upstox_db_examples.sqlite.backend import SQLiteBackend
 
@@ -98,9 +101,15 @@ class TellsRedisLast(HybridUpstoxStorage):
     backend_class = TellsRedisLastBackend
 
 
+class AddsAgain(Fold):
+    def put(self, uses: list[Use]) -> int:
+        return super().put([use._replace(use_id=uuid.uuid4().hex) for use in uses])
+
+
 class FoldsAgainBackend(HybridBackend):
-    def fold(self, uses: list[Use]) -> int:
-        return super().fold([use._replace(use_id=uuid.uuid4().hex) for use in uses])
+    def __init__(self, postgres: PostgreSQLBackend, redis: RedisTokens, believed: float, buried_for: float) -> None:
+        super().__init__(postgres, redis, believed, buried_for)
+        self.fold = AddsAgain(postgres.connections, redis)
 
 
 class FoldsAgain(HybridUpstoxStorage):

@@ -1,8 +1,8 @@
 """Pattern 4: Redis in front of PostgreSQL."""
 
 from ..postgresql.queries import HANDED_OUT
-from .backend import FOLD_AT
 from .client import runtime_acl
+from .fold import FOLD_AT
 from .queries import (
     ACTIVE_USERS,
     FOLD,

@@ -21,13 +21,10 @@ from ..postgresql.backend import PostgreSQLBackend
 from ..postgresql.errors import violated_constraint
 from ..postgresql.rows import read_token
 from . import queries
+from .fold import FOLD_AT, Fold
 from .redis import Buried, Found, RedisTokens
-from .uses import Use
 
 logger = logging.getLogger(__name__)
-
-FOLD_AT = 500  # waiting uses in Redis
-USES_AT_ONCE = 500  # in one message to PostgreSQL
 
 
 class HybridBackend(Backend):
@@ -51,12 +48,12 @@ class HybridBackend(Backend):
         self._schema_seen = False
         self._postgres_failed, self._postgres_again_at = False, 0.0
         self._tombstones: dict[str, str] = {}  # by user; from logins of this process
-        self._earlier_after = "-"
+        self.fold = Fold(postgres.connections, redis)
         self.start_anew()
         start_anew_in_children(self)
 
     def start_anew(self) -> None:
-        self._asking, self._folding = threading.Lock(), threading.Lock()
+        self._asking = threading.Lock()
 
     def has_tables(self) -> bool:
         return self.postgres.has_tables()
@@ -79,43 +76,9 @@ class HybridBackend(Backend):
         self._schema_seen, self._postgres_failed = True, False
 
     def fold_uses(self) -> int:
-        """Copy the uses that wait in Redis to PostgreSQL, each exactly once, even if a process is killed meanwhile.
-
-        Uses that PostgreSQL does not confirm, because it has no such token of this user, are dropped.
-
-        Returns:
-            how many were new there.
-        """
-        return self._fold_waiting_uses() + self._fold_earlier_uses()
-
-    def _fold_waiting_uses(self) -> int:
+        """Copy the uses that wait in Redis to PostgreSQL, and return how many were new there."""
         self._require_database()
-        folded = 0
-        while uses := self.redis.list_uses(USES_AT_ONCE):
-            known = self._confirmed(uses)
-            if len(known) < len(uses):
-                logger.warning("Dropping %s uses of tokens that PostgreSQL does not know.", len(uses) - len(known))
-            folded += self.fold(known)
-            self.redis.forget_uses(uses)
-            if len(uses) < USES_AT_ONCE:
-                break
-        return folded
-
-    def _fold_earlier_uses(self) -> int:
-        """Fold the uses that an earlier version left in Redis. Its keys named no database, so they may be another's.
-
-        Those that PostgreSQL does not confirm stay there, for the database whose they are.
-        """
-        folded = 0
-        while True:
-            uses, after = self.redis.list_earlier_uses(self._earlier_after, USES_AT_ONCE)
-            if after == self._earlier_after:
-                return folded
-            known = self._confirmed(uses)
-            if known:
-                folded += self.fold(known)
-                self.redis.forget_uses(known, earlier=True)
-            self._earlier_after = after
+        return self.fold.all_uses()
 
     def close(self) -> None:
         self.redis.close()
@@ -144,8 +107,8 @@ class HybridBackend(Backend):
         if found.what == "old" and self._postgres_is_left_alone():
             found = self.redis.read_and_count(user_id, alive_after, now, self.context.actor, use, insist=True)
         if found.token is not None and found.token.expires_at > alive_after:
-            if found.waiting % FOLD_AT == 0 and not self._postgres_failed:
-                self._fold_quietly()
+            if found.waiting % FOLD_AT == 0 and self._schema_seen and not self._postgres_failed:
+                self.fold.quietly()
             return found.token
         try:
             # If Redis gave no answer, it may still count this use when it wakes up. The id ensures that it counts once.
@@ -227,7 +190,7 @@ class HybridBackend(Backend):
             self.redis.put(stored, self.context.now(), tombstone=buried.tombstone)
         self._tombstones.pop(token.user_id, None)
         self._wait_until_unbelieved(unbelieved)
-        self._fold_quietly()
+        self.fold.quietly()
         return stored
 
     def _bury(self, user_ids: Iterable[str]) -> Buried:
@@ -337,27 +300,6 @@ class HybridBackend(Backend):
             pass  # PostgreSQL's own check has reported it.
         return {"redis": health.pop("redis"), **health, "details": details}
 
-    def _fold_quietly(self) -> None:
-        """Fold the uses. If somebody else is folding, or PostgreSQL does not answer, they keep waiting.
-
-        Those of an earlier version wait until somebody asks for a history or the statistics.
-        """
-        if self._folding.acquire(blocking=False):
-            try:
-                self._fold_waiting_uses()
-            except StorageError as error:
-                logger.warning("Use counts stay in Redis for now: %s", error)
-            finally:
-                self._folding.release()
-
-    def fold(self, uses: list[Use]) -> int:
-        """Copy these uses to PostgreSQL, and return how many were new there."""
-        return sum(row["uses"] for row in self._run(queries.FOLD, **_columns(uses))) if uses else 0
-
-    def _confirmed(self, uses: list[Use]) -> list[Use]:
-        """Return the uses that PostgreSQL confirms: it has the token, of this user, and it was alive then."""
-        return [uses[row["nth"] - 1] for row in self._run(queries.CONFIRMED, **_columns(uses))] if uses else []
-
     # PostgreSQL does these alone.
 
     def find_in_doubt(self, user_id: str) -> StoredToken | None:
@@ -411,13 +353,3 @@ class HybridBackend(Backend):
 def _from_postgresql(token: StoredToken) -> StoredToken:
     token.source = "postgresql"
     return token
-
-
-def _columns(uses: list[Use]) -> dict[str, list[Any]]:
-    return {
-        "tokens": [use.token for use in uses],
-        "users": [use.user for use in uses],
-        "actors": [use.actor for use in uses],
-        "times": [use.at.isoformat() for use in uses],
-        "uses": [use.use_id for use in uses],
-    }
