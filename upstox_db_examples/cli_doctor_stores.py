@@ -14,9 +14,9 @@ from urllib.parse import parse_qs, urlsplit
 from .cli_common import OpenStore
 from .cli_doctor import FIX, LATER, NOTE, OK, WRONG_CLOCK, Finding, verdict_of
 from .cli_status import has_keys
-from .core.backend import ACCOUNT_LOCK
 from .core.cipher import KeyRing
 from .core.errors import DatabaseMissing, StorageError
+from .core.locks import ACCOUNT_LOCK
 from .core.token import Secret
 from .patterns import INSTALLED_AS
 

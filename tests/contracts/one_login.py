@@ -20,7 +20,7 @@ from upstox_db_examples import (
     TokenNotStored,
     TokenStorage,
 )
-from upstox_db_examples.core.backend import ENTRIES_LOCK
+from upstox_db_examples.core.locks import ENTRIES_LOCK
 from upstox_db_examples.local.upstox import Account, Failure, LocalUpstox
 
 from ..support.clocks import Clock, ist

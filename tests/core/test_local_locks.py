@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from upstox_db_examples import StoreUnavailable
-from upstox_db_examples.core.backend import LocalLocks
+from upstox_db_examples.core.locks import LocalLocks
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from upstox_db_examples import Accounts, Secret, StorageError
-from upstox_db_examples.core.backend import ACCOUNT_LOCK
+from upstox_db_examples.core.locks import ACCOUNT_LOCK
 from upstox_db_examples.local.upstox import Account, LocalUpstox
 
 from . import processes

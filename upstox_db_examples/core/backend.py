@@ -24,35 +24,18 @@ One thread calls `begin_login`, `insert` and `end_login` of one login.
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, ClassVar
 
 from .context import Context
-from .errors import StoreUnavailable
 from .listener import Listener, Polling, TokenState
 from .token import AuditEntry, StoredToken
 
-# Lock names besides the user ids. They cannot clash, because no user id begins with a hyphen.
-SCHEMA_LOCK, NOBODY_LOCK, ENTRIES_LOCK, ACCOUNT_LOCK = "-schema", "-nobody", "-entries", "-account-"
-
 USERS_AT_ONCE = 1000  # in one answer of the database
-
-
-def lock_timeout(name: str, wait: float) -> StoreUnavailable:
-    """Error for a lock wait that timed out."""
-    if name == SCHEMA_LOCK:
-        holder = "another program to make the tables"
-    elif name in (NOBODY_LOCK, ENTRIES_LOCK):
-        holder = "another transfer"
-    else:
-        holder = f"another login of {'this account' if name.startswith(ACCOUNT_LOCK) else name}"
-    return StoreUnavailable(f"Waited {wait:g} s for {holder}. Try again, or raise login_wait.")
 
 
 # The name of the note that a login without a user id leaves while it runs begins like this. The note is its mark.
@@ -66,51 +49,6 @@ class HarmlessLogins(threading.local):
     """
 
     marks: frozenset[str] = frozenset()
-
-
-class _LocalLock:
-    """A lock, and an entry for each thread that holds it or waits for it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users: list[None] = []
-
-
-class LocalLocks:
-    """Let one thread of this process at a time compete for a database lock, so that only one waits at the database.
-
-    The locks are kept per process, because a forked child may inherit a lock that a thread of its parent holds. A lock
-    that nobody uses is forgotten, because an import has as many as there are users.
-    """
-
-    def __init__(self) -> None:
-        self._locks: dict[tuple[int, str], _LocalLock] = {}
-
-    @contextmanager
-    def hold(self, name: str, wait: float) -> Iterator[None]:
-        """Hold the lock with this name.
-
-        Raises:
-            StoreUnavailable: another thread held it for the whole `wait` seconds.
-        """
-        key, deadline = (os.getpid(), name), time.monotonic() + wait
-        while True:
-            local = self._locks.setdefault(key, _LocalLock())
-            local.users.append(None)
-            if not local.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                local.users.pop()
-                raise lock_timeout(name, wait)
-            if self._locks.get(key) is local:
-                break
-            # It was forgotten just before we could say that we use it. Another thread may hold the next one.
-            local.lock.release()
-        try:
-            yield
-        finally:
-            local.users.pop()
-            if not local.users:
-                self._locks.pop(key, None)
-            local.lock.release()
 
 
 class Backend(ABC):

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from .answer import Minted, read_answer
-from .backend import ACCOUNT_LOCK, Backend
+from .backend import Backend
 from .errors import (
     LoginError,
     LoginInterrupted,
@@ -26,6 +26,7 @@ from .errors import (
     TokenNotStored,
 )
 from .interrupts import PutOff
+from .locks import ACCOUNT_LOCK
 from .notes import Applicant, Notes, applicant_of
 from .refusals import FIX_CODES
 from .saving import Saving, result_of

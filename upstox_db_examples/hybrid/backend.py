@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any
 
-from ..core.backend import SCHEMA_LOCK, Backend
+from ..core.backend import Backend
 from ..core.errors import StorageError, StoreUnavailable
 from ..core.forks import no_fork, start_anew_in_children
 from ..core.listener import Listener, TokenState
+from ..core.locks import SCHEMA_LOCK
 from ..core.token import AuditEntry, StoredToken
 from ..postgresql.backend import PostgreSQLBackend
 from ..postgresql.errors import violated_constraint

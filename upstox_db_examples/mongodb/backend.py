@@ -45,7 +45,7 @@ from .documents import (
     read_record,
     record_of,
 )
-from .lease import LONG_AGO, Leases
+from .lease import Leases
 from .logins import Logins, list_running, mark_of_running
 from .notices import ChangeStream
 from .schema import make_collections, make_runtime_role, refuse_another_case
@@ -326,20 +326,8 @@ class MongoBackend(Backend):
             return {row["_id"]: row["count"] for row in db.active_tokens.aggregate(each_key)}
 
     def read_users(self, after: str, limit: int) -> list[str]:
-        # Not `distinct`: its answer has at most 16 MB, which is half a million users. A user with many entries fills
-        # one answer, and the next one begins after that user.
-        which: Document = {"user_id": {"$gt": after}}
         with self._database() as db:
-            found = [
-                [
-                    each["user_id"]
-                    for each in documents.find(which, {"_id": 0, "user_id": 1}).sort("user_id").limit(limit)
-                ]
-                for documents in (db.tokens, db.token_audit)
-            ]
-        # Beyond the end of a full answer there may be more.
-        ends = [users[-1] for users in found if len(users) == limit]
-        return sorted({user for users in found for user in users if all(user <= end for end in ends)})[:limit]
+            return reports.read_users(db, after, limit)
 
     def read_tokens(self, user_id: str | None) -> list[StoredToken]:
         with self._database() as db:
@@ -352,23 +340,8 @@ class MongoBackend(Backend):
         return tokens
 
     def read_entries(self, user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
-        place = (after.performed_at, after.position) if after else (LONG_AGO, ObjectId(bytes(12)))
-        later = {"user_id": user_id, "performed_at": {"$gte": place[0]}}
-        at_once: Document = {"performed_at": place[0], "_id": {"$lte": place[1]}}
-        order = [("performed_at", ASCENDING), ("_id", ASCENDING)]
         with self._database() as db:
-            # Read the records first, as in `read_audit_trail`.
-            records = list(db.tokens.find({"user_id": user_id}, {"audit": 1, "generation": 1}))
-            found = list(db.token_audit.find({**later, "$nor": [at_once]}).sort(order).limit(limit))
-        generations = {record["_id"]: record["generation"] for record in records}
-        inside = [entry for record in records for entry in record["audit"]]
-        entries = {e["_id"]: e for e in [*inside, *found] if (e["performed_at"], e["_id"]) > place}
-        return [
-            AuditEntry(
-                e["action"], e["actor"], e["performed_at"], e["metadata"], generations.get(e["token_id"]), e["_id"]
-            )
-            for e in sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]))[:limit]
-        ]
+            return reports.read_entries(db, user_id, after, limit)
 
     def merge(self, user_id: str | None, tokens: list[StoredToken], entries: list[AuditEntry]) -> None:
         living = [token for token in tokens if token.ciphertext]

@@ -17,9 +17,9 @@ from pymongo import UpdateOne
 from pymongo.database import Database
 from pymongo.write_concern import WriteConcern
 
-from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import StorageError, StoreUnavailable, TokenNotStored
 from ..core.forks import start_anew_in_children
+from ..core.locks import LocalLocks, lock_timeout
 from .renewals import Lease, Renewals
 
 logger = logging.getLogger(__name__)

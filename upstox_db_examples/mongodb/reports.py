@@ -1,15 +1,18 @@
-"""What the store tells about a user: history, statistics, audit trail."""
+"""What the store tells about its users: history, statistics, audit trail, and their names."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from pymongo import DESCENDING
+from bson import ObjectId
+from pymongo import ASCENDING, DESCENDING
 from pymongo.database import Database
 
+from ..core.token import AuditEntry
 from .connection import Document
 from .documents import format_record, format_value, not_revoked
+from .lease import LONG_AGO
 
 
 def read_history(db: Database[Document], user_id: str, limit: int, now: datetime) -> list[dict[str, Any]]:
@@ -54,3 +57,33 @@ def read_audit_trail(db: Database[Document], user_id: str, limit: int) -> list[d
         }
         for entry in newest
     ]
+
+
+def read_entries(db: Database[Document], user_id: str | None, after: AuditEntry | None, limit: int) -> list[AuditEntry]:
+    place = (after.performed_at, after.position) if after else (LONG_AGO, ObjectId(bytes(12)))
+    later = {"user_id": user_id, "performed_at": {"$gte": place[0]}}
+    at_once: Document = {"performed_at": place[0], "_id": {"$lte": place[1]}}
+    order = [("performed_at", ASCENDING), ("_id", ASCENDING)]
+    # Read the records first, as in `read_audit_trail`.
+    records = list(db.tokens.find({"user_id": user_id}, {"audit": 1, "generation": 1}))
+    found = list(db.token_audit.find({**later, "$nor": [at_once]}).sort(order).limit(limit))
+    generations = {record["_id"]: record["generation"] for record in records}
+    inside = [entry for record in records for entry in record["audit"]]
+    entries = {e["_id"]: e for e in [*inside, *found] if (e["performed_at"], e["_id"]) > place}
+    return [
+        AuditEntry(e["action"], e["actor"], e["performed_at"], e["metadata"], generations.get(e["token_id"]), e["_id"])
+        for e in sorted(entries.values(), key=lambda e: (e["performed_at"], e["_id"]))[:limit]
+    ]
+
+
+def read_users(db: Database[Document], after: str, limit: int) -> list[str]:
+    # Not `distinct`: its answer has at most 16 MB, which is half a million users. A user with many entries fills one
+    # answer, and the next one begins after that user.
+    which: Document = {"user_id": {"$gt": after}}
+    found = [
+        [each["user_id"] for each in documents.find(which, {"_id": 0, "user_id": 1}).sort("user_id").limit(limit)]
+        for documents in (db.tokens, db.token_audit)
+    ]
+    # Beyond the end of a full answer there may be more.
+    ends = [users[-1] for users in found if len(users) == limit]
+    return sorted({user for users in found for user in users if all(user <= end for end in ends)})[:limit]

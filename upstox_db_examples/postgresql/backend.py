@@ -12,10 +12,11 @@ from typing import Any
 from psycopg2.errors import InsufficientPrivilege, UndefinedObject
 from psycopg2.extensions import connection
 
-from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins
+from ..core.backend import RUNNING, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import ConfigurationError, LoginSuperseded, StorageError, StoreUnavailable
 from ..core.listener import Listener, TokenState
+from ..core.locks import SCHEMA_LOCK
 from ..core.token import AuditEntry, StoredToken, fields_of_token
 from . import notices, queries, schema
 from .connections import PostgreSQLConnections

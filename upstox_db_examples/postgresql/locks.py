@@ -25,9 +25,9 @@ from contextlib import contextmanager
 import psycopg2
 from psycopg2.extensions import TRANSACTION_STATUS_IDLE, connection
 
-from ..core.backend import LocalLocks, lock_timeout
 from ..core.errors import StoreUnavailable
 from ..core.forks import start_anew_in_children
+from ..core.locks import LocalLocks, lock_timeout
 from .connections import PostgreSQLConnections, is_readable
 from .queries import LOGINS_THAT_ARE_OVER
 

@@ -12,11 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.backend import RUNNING, SCHEMA_LOCK, Backend, HarmlessLogins, LocalLocks
+from ..core.backend import RUNNING, Backend, HarmlessLogins
 from ..core.context import Context
 from ..core.errors import ConfigurationError, InvalidInput, LoginSuperseded, StorageError
 from ..core.forks import start_anew_in_children
 from ..core.listener import Listener, TokenState
+from ..core.locks import SCHEMA_LOCK, LocalLocks
 from ..core.token import AuditEntry, StoredToken
 from . import locks, queries
 from .connections import SQLiteConnections, refuse_cut_off

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.backend import lock_timeout
 from ..core.errors import ConfigurationError
+from ..core.locks import lock_timeout
 
 PAUSE = 0.05  # seconds between two attempts
 

@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
 
-from ..core.backend import ENTRIES_LOCK, NOBODY_LOCK
 from ..core.batch import progress_bar
 from ..core.environment import expand_home
 from ..core.errors import InvalidInput, StorageError
 from ..core.files import resolve_target
+from ..core.locks import ENTRIES_LOCK, NOBODY_LOCK
 from ..core.store import TokenStorage
 from ..core.token import AuditEntry, Secret, StoredToken
 from .brought import Brought
