@@ -143,6 +143,13 @@ def test_growth_is_measured_for_calls_a_batch_and_memory(tmp_path: Path) -> None
     assert re.search(r"\| SQLite \| read \| 20: \d+ µs, 40: \d+ µs \|", text)
 
 
+def test_the_memory_of_a_larger_parent_does_not_hide_what_a_call_takes() -> None:
+    ballast = b"x" * 200_000_000
+    code = "from benchmarks.memory import peak_kb; a = peak_kb(); b = b'x' * 50_000_000; print(peak_kb() - a)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert 45_000 < int(done.stdout) < 60_000 < len(ballast) // 1024
+
+
 def test_targets_are_judged_by_their_bounds() -> None:
     assert [verdict(ratio, 3.1) for ratio in (3.0, 3.104, 3.106)] == ["reached", "reached", "**not reached**"]
 
