@@ -42,6 +42,28 @@ def test_the_outer_login_alone_puts_signals_off() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+def end_in_a_login(connection: Connection, number: int, times: int) -> None:
+    """Be asked to end during a login, without a handler. Send what is still done."""
+    signal.signal(number, signal.SIG_DFL)
+    with PutOff():
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+        connection.send("the token is stored")
+    connection.send("the process lives on")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_is_asked_to_end_finishes_its_login(number: int) -> None:
+    for times in (1, 2):
+        process, connection = start(end_in_a_login, number, times)
+        if times == 1:
+            assert connection.recv() == "the token is stored"
+        with pytest.raises(EOFError):
+            connection.recv()
+        process.join()
+        assert process.exitcode == -number
+
+
 def fork_in_a_login(connection: Connection) -> None:
     """Fork during a login, in the main thread and in another one. Send what Ctrl-C did in each child."""
     results = []

@@ -94,26 +94,26 @@ class Pace:
         A `LoginLimited` raised inside the block holds all accounts back, or only this one if Upstox limits only it.
         """
         begin = self._wait(user_id, others, stopped)
-        held_until = 0.0
+        began, held_until = True, 0.0
         try:
             yield
-        except LoginLimited as error:
-            held_until = self._clock() + error.retry_after
-            if not error.account_only:
-                with self._lock:
-                    self._held_until = max(self._held_until, held_until)
-            raise
-        except (LoginError, TokenNotStored):
-            raise  # Upstox has counted this login, whether or not the token could be stored.
-        except StorageError:
-            # No login began, so it does not count. A store that is down then fails for a hundred accounts at once,
-            # and not over half an hour.
-            with self._lock, contextlib.suppress(ValueError):
-                self._begun.remove(begin)
+        except StorageError as error:
+            began = isinstance(error, TokenNotStored) or (isinstance(error, LoginError) and error.login_began)
+            if isinstance(error, LoginLimited):
+                held_until = self._clock() + error.retry_after
+                if not error.account_only:
+                    with self._lock:
+                        self._held_until = max(self._held_until, held_until)
             raise
         finally:
-            next_code = self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS
-            self._next_turn[user_id] = max(next_code, held_until)
+            if began:
+                held_until = max(held_until, self._clock() + TOTP_SECONDS - time.time() % TOTP_SECONDS)
+            else:
+                # It does not count. A store that is down then fails for a hundred accounts at once, and not over half
+                # an hour.
+                with self._lock, contextlib.suppress(ValueError):
+                    self._begun.remove(begin)
+            self._next_turn[user_id] = max(held_until, self._next_turn.get(user_id, 0.0))
 
     def _wait(
         self, user_id: str, others: Callable[[float], list[float]] | None, stopped: threading.Event | None
@@ -164,18 +164,38 @@ def store_batch(
     given = _check_user_ids(user_ids)
     due = list(dict.fromkeys(given))
     results: dict[str, BatchResult] = {}
-    with progress_bar(len(due), "account", progress) as advance:
-        # Accounts retry in rounds, so the others get their turn while one waits for its next one-time password.
-        for tries_left in reversed(range(ROUNDS)):
-            again = []
-            for user_id in due:
-                results[user_id] = result = _store_one(life_cycle, user_id, replace, len(given) > 1, pace)
-                if tries_left and _can_be_tried_again(result.exception):
-                    again.append(user_id)
-                else:
-                    advance()
-            due = again
+    try:
+        with progress_bar(len(due), "account", progress) as advance:
+            # Accounts retry in rounds, so the others get their turn while one waits for its next one-time password.
+            for tries_left in reversed(range(ROUNDS)):
+                again = []
+                for user_id in due:
+                    results[user_id] = result = _store_one(life_cycle, user_id, replace, len(given) > 1, pace)
+                    _raise_interrupt_behind(result.exception)
+                    if tries_left and _can_be_tried_again(result.exception):
+                        again.append(user_id)
+                    else:
+                        advance()
+                due = again
+    except BaseException as interrupt:
+        # Nobody gets the results now, and some of them may have tokens that are nowhere else.
+        unsaved = [
+            result.exception
+            for result in results.values()
+            if isinstance(result.exception, StorageError) and result.exception.token
+        ]
+        if not unsaved:
+            raise
+        unsaved[0].others = unsaved[1:]
+        raise unsaved[0] from interrupt
     return [results[user_id] for user_id in given]
+
+
+def _raise_interrupt_behind(error: Exception | None) -> None:
+    """Raise the Ctrl-C that came during this login. An error with a token has taken its place; see interrupts.py."""
+    behind = error.__cause__ if error else None
+    if behind is not None and not isinstance(behind, Exception):
+        raise behind
 
 
 def _store_one(life_cycle: LifeCycle, user_id: str, replace: bool, several: bool, pace: Pace) -> BatchResult:
@@ -213,8 +233,9 @@ def _failure(user_id: str, error: Exception) -> BatchResult:
 
 
 def _check_user_ids(user_ids: Iterable[str]) -> list[str]:
-    given = [] if isinstance(user_ids, str | bytes) else list(user_ids)
-    if isinstance(user_ids, str | bytes) or not all(isinstance(user_id, str) for user_id in given):
+    is_list = isinstance(user_ids, Iterable) and not isinstance(user_ids, str | bytes)
+    given = list(user_ids) if is_list else []
+    if not is_list or not all(isinstance(user_id, str) for user_id in given):
         raise InvalidInput("user_ids must be a list of user ids, and each must be a string.")
     return given
 

@@ -7,6 +7,7 @@ login failed, there is no cause on purpose: the SDK's exceptions and their frame
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, Self
 
 from .token import Secret
@@ -19,6 +20,7 @@ class StorageError(Exception):
         token: a token that a login has just made and that no database has, masked when shown. Save it, for example
             with `save_token`. It is None in every other error.
         user_id: the owner of that token, if the answer named one.
+        others: if this ended a batch, the errors of its other accounts with such tokens.
 
     Example:
         >>> try:
@@ -30,6 +32,7 @@ class StorageError(Exception):
 
     token: Secret | None = None
     user_id: str | None = None
+    others: Sequence[StorageError] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the finished message: Python would pass it to the constructor, which would put it into another one.
@@ -167,6 +170,7 @@ class LoginError(StorageError):
     Attributes:
         code: Upstox's error code, if there is one.
         token_may_exist: whether Upstox may have made a token anyway. If so, it has killed the user's earlier one.
+        login_began: whether this login was tried. If not, Upstox has counted nothing.
 
     Example:
         >>> upstox.fail("lost")  # the answer with the token gets lost
@@ -178,6 +182,7 @@ class LoginError(StorageError):
     """
 
     token_may_exist: bool = True
+    login_began: bool = True
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)

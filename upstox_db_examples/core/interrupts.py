@@ -2,7 +2,8 @@
 
 Python runs a signal's handler in the main thread, between any two instructions, and most handlers raise an exception
 there. So while a login runs in the main thread, a signal that has a Python handler is put off, and its handler runs
-when the token is stored. Handlers never run in other threads.
+when the token is stored. So is SIGTERM, from a supervisor, where the system would end the process at once. Handlers
+never run in other threads.
 
 Rejected: run the login in a thread of its own, which no signal reaches. A custom login may be tied to the thread that
 created it, as a browser is.
@@ -28,6 +29,8 @@ RAISING = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
+# Those that ask a process to end. Without a handler, the system ends it.
+ENDING = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 Handler = Callable[[int, FrameType | None], Any]
 _outermost: PutOff | None = None  # There is one main thread, so at most one login puts signals off.
 
@@ -63,6 +66,8 @@ class PutOff:
             try:
                 for number in RAISING:
                     handler = signal.getsignal(number)
+                    if number in ENDING and handler is signal.SIG_DFL:
+                        handler = _end_process
                     if callable(handler):
                         signal.signal(number, self._put_off)
                         self._handlers[number] = handler
@@ -80,7 +85,7 @@ class PutOff:
         _outermost = None
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._put_off:  # The login may have set a handler of its own; keep that.
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is _end_process else handler)
         try:
             self._run_handlers()
         except BaseException as interrupt:
@@ -106,6 +111,12 @@ class PutOff:
         while self._pending:
             number = self._pending.pop(0)
             self._handlers[number](number, sys._getframe())
+
+
+def _end_process(number: int, _frame: FrameType | None) -> None:
+    """Do what the system does on this signal if nobody handles it."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def raise_pending() -> None:

@@ -137,9 +137,13 @@ class LifeCycle:
             return living
         now = self._now()
         applicant = applicant_of(self._settings.login, user_id)
-        refusal = self._refuse_before_a_request(user_id, wish, applicant)
-        if wish.refused and newest and newest.ciphertext and newest.expires_at > now:
-            self._refuse_to_renew_again(newest.user_id)
+        try:
+            refusal = self._refuse_before_a_request(user_id, wish, applicant)
+            if wish.refused and newest and newest.ciphertext and newest.expires_at > now:
+                self._refuse_to_renew_again(newest.user_id)
+        except LoginError as error:
+            error.login_began = False
+            raise
         before = (newest.generation if newest else 0) if user_id else None
         with PutOff() as put_off:
             try:

@@ -228,6 +228,8 @@ class TokenStorage:
 
         Raises:
             InvalidInput: `user_ids` is not a list of strings. There is no other error: a failed account is a result.
+            StorageError: in place of Ctrl-C, if the database has refused new tokens. The error carries the first one,
+                and its `others` are the errors with the others.
         """
         return store_batch(self._life_cycle, user_ids, replace=replace, progress=progress, pace=pace)
 

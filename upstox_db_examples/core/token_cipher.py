@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .cipher import CIPHERTEXT_VERSION, READABLE_VERSIONS, Binding, KeyRing, KeySource
-from .errors import KeyUnavailable, TokenRefused
+from .errors import ConfigurationError, KeyUnavailable, TokenRefused
 from .token import Secret, StoredToken
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class TokenCipher:
     def ring(self) -> KeyRing:
         """The key ring. It is loaded on first use, because history, audit and cleanup need no key."""
         if (ring := self._ring) is None:
-            ring = self._ring = self._keys() if callable(self._keys) else self._keys
+            ring = self._ring = self._load()
         return ring
 
     def reload(self) -> None:
@@ -46,9 +46,16 @@ class TokenCipher:
 
     def with_fresh_keys(self) -> TokenCipher:
         """Load the key ring again, for others too, and return a cipher that keeps this ring."""
-        ring = self._keys() if callable(self._keys) else self._keys
-        self._ring = ring
+        self._ring = ring = self._load()
         return TokenCipher(ring, self._store_kind)
+
+    def _load(self) -> KeyRing:
+        ring = self._keys() if callable(self._keys) else self._keys
+        if isinstance(ring, KeyRing):
+            return ring
+        kind = type(ring).__name__
+        del ring  # A traceback that prints local variables must not show a key.
+        raise ConfigurationError(f"The callable given as keys must return a KeyRing, and not {kind}.")
 
     def bind(self, token: StoredToken, store_kind: str | None = None) -> Binding:
         """Return what the ciphertext of this token is bound to."""
@@ -82,7 +89,11 @@ class TokenCipher:
         except KeyUnavailable as error:
             # A long-running program picks up a newly added key here.
             logger.info("Key %s is not in the key ring. Loading the keys again", error.key_id)
-            self.reload()
+            try:
+                self._ring = self._load()
+            except Exception as failed:  # The ring at hand still reads the other tokens.
+                logger.warning("The keys could not be loaded again (%s)", type(failed).__name__)
+                raise error from failed
             return self.ring.decrypt(token.ciphertext, binding)
 
     def is_of(self, stored: StoredToken, token: Secret) -> bool:
