@@ -213,7 +213,18 @@ def test_the_collector_counts_logins_and_refusals(here: Playground, store: Token
         store.store_token(USER)
     text = generate_latest(registry).decode()
     assert 'upstox_logins_total{user="AB1234"} 2.0' in text
-    assert 'upstox_refusals_total{user="AB1234"} 1.0' in text
+    assert '# TYPE upstox_refusals gauge\nupstox_refusals{user="AB1234"} 1.0' in text
     (left,) = [line.split()[1] for line in text.splitlines() if line.startswith("upstox_token_seconds_to_live{")]
     assert 0 < float(left) <= 86_400
     assert token[8:24] not in text
+
+
+def test_the_count_of_logins_does_not_fall_when_reads_fill_the_audit_trail(here: Playground) -> None:
+    registry = CollectorRegistry()
+    with SQLiteUpstoxStorage(here.folder / "read.db", audit_reads=True) as store:
+        registry.register(TokenCollector(store, [USER]))
+        store.store_token(USER)
+        for _ in range(1000):
+            store.get_valid_token(USER)
+        assert {entry["action"] for entry in store.get_audit_trail(USER, limit=1000)} == {"used"}
+        assert 'upstox_logins_total{user="AB1234"} 1.0' in generate_latest(registry).decode()
