@@ -22,8 +22,12 @@ class TokenCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         left = GaugeMetricFamily("upstox_token_seconds_to_live", "0 without a token", labels=["user"])
-        logins = CounterMetricFamily("upstox_logins", "Tokens stored, each from a login here or elsewhere", labels=["user"])
-        refusals = GaugeMetricFamily("upstox_refusals", "Refused logins in the last 1000 audit entries", labels=["user"])
+        logins = CounterMetricFamily(
+            "upstox_logins", "Tokens stored, each from a login here or elsewhere", labels=["user"]
+        )
+        refusals = GaugeMetricFamily(
+            "upstox_refusals", "Refused logins in the last 1000 audit entries", labels=["user"]
+        )
         for user in self.user_ids:
             alive = [token["expires_at"] for token in self.store.get_token_history(user, 1) if token["is_active"]]
             seconds = sum((datetime.fromisoformat(end) - datetime.now(UTC)).total_seconds() for end in alive)

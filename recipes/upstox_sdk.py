@@ -16,9 +16,9 @@ SHORTLY = timedelta(minutes=1)  # before its expiry, a token is looked up again
 class StoredTokenClient(upstox_client.ApiClient):
     """Upstox's client for one user: `upstox_client.UserApi(StoredTokenClient(store, "AB1234"))`.
 
-    The token is looked up again shortly before it expires, so a client may live for many days. After
-    a refusal, a GET is sent again. Anything else raises its 401 after the renewal: you decide whether
-    an order is sent again. The SDK's `async_req=True` is not covered.
+    The token is looked up again shortly before it expires, so a client may live for many days.
+    After a refusal, a GET is sent again. Anything else raises its 401 after the renewal: you decide
+    whether an order is sent again. The SDK's `async_req=True` is not covered.
     """
 
     def __init__(self, store: TokenStorage, user_id: str, host: str | None = None) -> None:
