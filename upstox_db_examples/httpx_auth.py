@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from .core.checks import require_user_id
-from .core.errors import InvalidInput, StorageError
+from .core.errors import InvalidInput, StorageError, TokenNotStored
 from .core.forks import start_anew_in_children
 from .core.refusals import Reply, code_and_message
 from .core.store import TokenStorage
-from .core.token import Secret
+from .core.token import ExpiryPolicy, Secret
 from .core.upstox_api import THIS_MACHINE
+from .core.users import is_same_user
 
 if TYPE_CHECKING:
     from httpx import Auth, Request
@@ -66,6 +67,10 @@ class StoredTokenAuth(Auth):
 
     With httpx, do not raise errors in a response hook (`event_hooks`): httpx calls it before this object sees the
     answer, so a 401 would renew nothing. Call `raise_for_status` after the request.
+
+    If a login gives a token and the database then refuses it (`TokenNotStored`), this object holds that token and the
+    requests go on. The log has a warning. An error would drop the only copy of the token, and each later request would
+    log in again and kill the token before.
 
     Share one object between threads and tasks, because each object reads the store for itself. With
     `httpx.AsyncClient`, under asyncio or trio, the store runs on a worker thread. A request that is cancelled first
@@ -200,7 +205,7 @@ class StoredTokenAuth(Auth):
         held = self._held
         if held is None or (refused and held.token.reveal() == refused.reveal()):
             return None
-        return held.token if self._store.backend.context.now() < held.until else None
+        return held.token if self._now() < held.until else None
 
     def _ask(self, refused: Secret | None, asked: int) -> Secret:
         """Get a token from the store: another one than the refused one.
@@ -223,15 +228,39 @@ class StoredTokenAuth(Auth):
                     result = self._store.renew_token(self._user_id, refused)
                 else:
                     result = self._store.get_or_create_token(self._user_id)
+            except TokenNotStored as error:
+                if not is_same_user(error.user_id or "", self._user_id):
+                    self._fail(error, refused)
+                    raise
+                # By Upstox's own rule, whatever the store's policy is.
+                self._hold(error.token, ExpiryPolicy().expires_at(error.token, self._now()))
+                cause = error.__cause__
+                if isinstance(cause, BaseException) and not isinstance(cause, Exception):
+                    raise  # Somebody pressed Ctrl-C meanwhile.
+                logger.warning(
+                    "A login gave a new token of %s, but it is not in the store. Requests carry it until Upstox "
+                    "refuses it. The cause: %s",
+                    self._user_id,
+                    cause if isinstance(cause, StorageError) else type(cause).__name__,
+                )
+                return error.token
             except StorageError as error:
-                self._failure = copy.copy(error)
-                _note(error, refused)
+                self._fail(error, refused)
                 raise
-            expires = datetime.fromisoformat(result["expires_at"])
-            # A store returns a token even in its last minute, if a login would gain nothing.
-            until = expires - SHORTLY
-            self._held = _Held(result.masked_token, until if self._store.backend.context.now() < until else expires)
+            self._hold(result.masked_token, datetime.fromisoformat(result["expires_at"]))
             return result.masked_token
+
+    def _hold(self, token: Secret, expires: datetime) -> None:
+        # A store returns a token even in its last minute, if a login would gain nothing.
+        until = expires - SHORTLY
+        self._held = _Held(token, until if self._now() < until else expires)
+
+    def _fail(self, error: StorageError, refused: Secret | None) -> None:
+        self._failure = copy.copy(error)
+        _note(error, refused)
+
+    def _now(self) -> datetime:
+        return self._store.backend.context.now()
 
     async def _ask_on_a_thread(self, refused: Secret | None) -> Secret:
         return await self._lane.run(functools.partial(self._ask, refused, self._asked))

@@ -127,7 +127,10 @@ def open_store(address: str, **options: Unpack[Options]) -> TokenStorage:
         if scheme in pattern.schemes:
             if not scheme and looks_like_no_file(text.reveal()):
                 break
-            return import_store(folder)(*pattern.arguments(text.reveal()), **options)
+            try:
+                return import_store(folder)(*pattern.arguments(text.reveal()), **options)
+            finally:
+                options.pop("keys", None)  # Nor must it show raw keys.
     del scheme
     known = ", ".join(f"{scheme}://" for pattern in PATTERNS.values() for scheme in pattern.schemes if scheme)
     raise InvalidInput(f"This is neither the path of a file nor the address of a store. There are: {known}.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sqlite3
 import tomllib
 from pathlib import Path
 
 import pytest
 
 import upstox_db_examples
+from upstox_db_examples import KeyRing, SQLiteUpstoxStorage
 from upstox_db_examples.core.login import FIELDS
 from upstox_db_examples.local.upstox import LocalUpstox
 
@@ -56,6 +59,36 @@ def test_the_code_of_the_pages_runs(tmp_path: Path, postgres_url: str, mongo: Mo
         done = run(code, tmp_path, **environment)
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+def test_the_example_of_the_errors_says_for_each_kind_what_to_do(tmp_path: Path) -> None:
+    (code,) = code_blocks(ROOT / "docs" / "token_life.md", "python")
+    file = tmp_path / "upstox.db"
+    with LocalUpstox(totp_once=False, limits=False) as upstox:
+        environment = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
+
+        def tell(**changed: str) -> tuple[str, int]:
+            done = run(code, tmp_path, **{**environment, "UPSTOX_USER_ID": "AB1234", **changed})
+            assert "Traceback" not in done.stderr
+            return (done.stdout + done.stderr).partition(":")[0], done.returncode
+
+        fix = ("Fix this, and do not try again before", 1)
+        assert tell(UPSTOX_PIN_CODE="000000") == fix
+        upstox.fail("drop")
+        assert tell() == ("Try again soon", 1)
+        upstox.fail("rate_limit")
+        assert tell() == ("Try again in 60 s", 1)
+        file.unlink()  # The store would respect that limit.
+        SQLiteUpstoxStorage(file, keys=KeyRing(KeyRing.new_key())).close()
+        with contextlib.closing(sqlite3.connect(file)) as conn:
+            conn.execute("CREATE TRIGGER t BEFORE INSERT ON upstox_tokens BEGIN SELECT RAISE(ABORT, 'no room'); END")
+            assert tell() == ("Mend the store", 0), "the token is used"
+            conn.execute("DROP TRIGGER t")
+        assert tell()[1] == 0
+        KeyRing.from_file(tmp_path / "others")
+        assert tell(UPSTOX_DB_KEY_FILE=str(tmp_path / "others")) == fix, "a key is missing"
+        (tmp_path / "keys").chmod(0o644)
+        assert tell() == fix, "others can read the key file"
 
 
 def test_the_readme_installs_an_extra_that_there_is() -> None:

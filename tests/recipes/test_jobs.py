@@ -22,7 +22,15 @@ from recipes.bot import Refused, run_bot
 from recipes.playground import USER, Playground
 from recipes.prometheus_collector import TokenCollector
 from recipes.upstox_sdk import StoredTokenClient
-from upstox_db_examples import AsyncTokenStorage, LoginRefused, SdkLogin, TokenResult, TokenStorage
+from upstox_db_examples import (
+    AsyncTokenStorage,
+    LoginRefused,
+    SdkLogin,
+    SQLiteUpstoxStorage,
+    TokenResult,
+    TokenStorage,
+)
+from upstox_db_examples.local.playground import Playground as LocalPlayground
 from upstox_db_examples.local.upstox import LocalUpstox
 
 from ..support.processes import wait_until
@@ -65,6 +73,20 @@ def test_upstoxs_sdk_renews_and_does_not_repeat_an_order(here: Playground, store
     assert (here.upstox.logins(), here.upstox.orders(USER)) == (2, 0)
     orders.place_order(body)
     assert (here.upstox.logins(), here.upstox.orders(USER)) == (2, 1)
+
+
+def test_upstoxs_sdk_sends_the_first_order_of_the_next_day_with_its_token() -> None:
+    with LocalPlayground() as day:
+        store = day.keep(SQLiteUpstoxStorage(day.folder / "upstox.db", clock=day.clock))
+        client = StoredTokenClient(store, USER, day.upstox.base_domain.format(stage="api"))
+        order = {"body": {}, "response_type": "object", "auth_settings": ["OAUTH2"]}
+        assert client.call_api("/v3/order/place", "POST", **order)
+        day.set_time("2026-01-07 08:45")
+        store.get_or_create_token(USER)  # The morning's login, by another program.
+        assert client.call_api("/v3/order/place", "POST", **order)
+        day.set_time("2026-01-08 03:29:30")  # In its last half minute, a new token would live no longer.
+        assert client.call_api("/v3/order/place", "POST", **order)
+        assert day.upstox.logins() == 2
 
 
 def test_apscheduler_logs_in_at_a_quarter_to_nine_in_india(here: Playground, store: TokenStorage) -> None:
@@ -191,7 +213,18 @@ def test_the_collector_counts_logins_and_refusals(here: Playground, store: Token
         store.store_token(USER)
     text = generate_latest(registry).decode()
     assert 'upstox_logins_total{user="AB1234"} 2.0' in text
-    assert 'upstox_refusals_total{user="AB1234"} 1.0' in text
+    assert '# TYPE upstox_refusals gauge\nupstox_refusals{user="AB1234"} 1.0' in text
     (left,) = [line.split()[1] for line in text.splitlines() if line.startswith("upstox_token_seconds_to_live{")]
     assert 0 < float(left) <= 86_400
     assert token[8:24] not in text
+
+
+def test_the_count_of_logins_does_not_fall_when_reads_fill_the_audit_trail(here: Playground) -> None:
+    registry = CollectorRegistry()
+    with SQLiteUpstoxStorage(here.folder / "read.db", audit_reads=True) as store:
+        registry.register(TokenCollector(store, [USER]))
+        store.store_token(USER)
+        for _ in range(1000):
+            store.get_valid_token(USER)
+        assert {entry["action"] for entry in store.get_audit_trail(USER, limit=1000)} == {"used"}
+        assert 'upstox_logins_total{user="AB1234"} 1.0' in generate_latest(registry).decode()

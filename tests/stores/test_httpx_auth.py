@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +23,11 @@ from upstox_db_examples import (
     LoginInterrupted,
     LoginLimited,
     SdkLogin,
+    Secret,
     SQLiteUpstoxStorage,
     StoredTokenAuth,
+    TokenNotStored,
+    TokenResult,
     TokenStorage,
 )
 from upstox_db_examples.local.upstox import Account, LocalUpstox
@@ -30,7 +36,7 @@ from upstox_db_examples.local.web import Answer, Shown, WebServer
 from ..support.clocks import Clock
 from ..support.leaks import shown_with_locals
 from ..support.loops import BACKENDS, WAYS_TO_CANCEL, HeldLogin, at_once, drivers_seen_here, run
-from ..support.processes import KEY, USER, Address
+from ..support.processes import KEY, USER, Address, token_data
 from ..support.project import run as run_code
 from ..support.stores import held, opening
 
@@ -410,6 +416,72 @@ def test_a_cancelled_request_finishes_a_login_that_has_begun(
 
     run(backend, main)
     assert upstox.logins() == 1
+
+
+TAKES_NO_TOKEN = (
+    "CREATE TRIGGER takes_no_token BEFORE INSERT ON upstox_tokens BEGIN SELECT RAISE(ABORT, 'no room'); END"
+)
+
+
+@each_way
+def test_a_token_that_the_store_did_not_take_is_held_and_used(
+    open_sqlite: Open, tmp_path: Path, upstox: LocalUpstox, send: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_sqlite(renew_pause=0.001)
+    auth = StoredTokenAuth(store, USER, hosts=HERE)
+    with contextlib.closing(sqlite3.connect(tmp_path / "upstox.db")) as conn:
+        conn.execute(TAKES_NO_TOKEN)
+        assert [send("GET", profile(upstox), auth) for _ in range(3)] == [Sent(200, [])] * 3
+        assert (upstox.logins(), held(store)) == (1, None)
+        upstox.kill_token(USER)
+        assert [send("GET", profile(upstox), auth) for _ in range(2)] == [Sent(200, [401]), Sent(200, [])]
+        assert (upstox.logins(), held(store)) == (2, None)
+        conn.execute("DROP TRIGGER takes_no_token")
+    upstox.kill_token(USER)
+    assert send("GET", profile(upstox), auth) == Sent(200, [401])
+    assert upstox.logins() == 3
+    assert upstox.is_living(str(held(store)))
+    warnings = [each.getMessage() for each in caplog.records if "not in the store" in each.getMessage()]
+    assert len(warnings) == 2
+    assert "eyJ" not in caplog.text
+
+
+def test_a_held_token_that_is_not_in_the_store_is_dropped_before_it_expires(
+    open_sqlite: Open, tmp_path: Path, upstox: LocalUpstox, clock: Clock
+) -> None:
+    auth = StoredTokenAuth(open_sqlite(), USER, hosts=HERE)
+    with contextlib.closing(sqlite3.connect(tmp_path / "upstox.db")) as conn:
+        conn.execute(TAKES_NO_TOKEN)
+        assert with_httpx("GET", profile(upstox), auth) == Sent(200, [])
+        clock.now += timedelta(days=1)
+        upstox.move_clock(timedelta(days=1))
+        assert with_httpx("POST", order(upstox), auth) == Sent(200, [])
+    assert upstox.logins() == 2
+
+
+def test_another_users_token_is_not_used_and_ctrl_c_is_not_swallowed(
+    open_sqlite: Open, tmp_path: Path, upstox: LocalUpstox
+) -> None:
+    class Interrupted(SQLiteUpstoxStorage):
+        calls = 0
+
+        def get_or_create_token(self, user_id: str | None = None) -> TokenResult:
+            self.calls += 1
+            raise TokenNotStored(token, user_id) from KeyboardInterrupt()
+
+    token = Secret(open_sqlite().store_token(USER)["token"])
+    with Interrupted(tmp_path / "interrupted.db") as store:
+        auth = StoredTokenAuth(store, USER, hosts=HERE)
+        with pytest.raises(TokenNotStored):
+            with_httpx("GET", profile(upstox), auth)
+        assert with_httpx("GET", profile(upstox), auth) == Sent(200, [])
+        assert store.calls == 1, "the token is held all the same"
+    with contextlib.closing(sqlite3.connect(tmp_path / "upstox.db")) as conn:
+        conn.execute(TAKES_NO_TOKEN)
+        other = open_sqlite(login=lambda _: token_data("CD5678", "eyJ0eXAi" + "x" * 60))
+        with pytest.raises(TokenNotStored) as caught:
+            with_httpx("GET", profile(upstox), StoredTokenAuth(other, "EF9012", hosts=HERE))
+        assert caught.value.user_id == "CD5678"
 
 
 # Where the packages are missing

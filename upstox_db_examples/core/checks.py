@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from datetime import UTC, datetime
 
 from .errors import InvalidInput
 
+LONGEST_TIME = 86_400  # seconds: no token lives longer than a day
+LONGEST_ACTOR = 200
 USER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,49}")
 
 
@@ -55,13 +56,42 @@ def require_aware(moment: datetime, name: str) -> datetime:
 
 
 def require_positive(name: str, number: float) -> None:
-    """Check that the number is positive and finite.
+    """Check that the number can be a time to wait, in seconds.
 
     Raises:
-        InvalidInput: it is not. An infinite time would make somebody wait forever.
+        InvalidInput: it is not positive, or longer than a day. A driver and the clock cannot count up to every time,
+            and an infinite one would make somebody wait forever.
     """
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
-        raise InvalidInput(f"{name} must be a positive number.")
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= LONGEST_TIME:
+        raise InvalidInput(f"{name} must be a positive number of seconds, at most {LONGEST_TIME} (a day).")
+
+
+def require_function(name: str, function: object, instead: str) -> None:
+    """Check that this can be called when it is needed.
+
+    Args:
+        instead: what to write, for the message.
+
+    Raises:
+        InvalidInput: it cannot be called, or it is a class: a call would only make an instance.
+    """
+    if callable(function) and not isinstance(function, type):
+        return
+    kind = f"the class {function.__name__}" if isinstance(function, type) else f"of the type {type(function).__name__}"
+    del function  # A traceback that prints local variables must not show it: it may be a key.
+    raise InvalidInput(f"{name} cannot be {kind}. Write {instead}.")
+
+
+def require_actor(actor: object) -> None:
+    """Check that every database can keep this name.
+
+    Raises:
+        InvalidInput: it is no text, too long, or holds half a character or a NUL, which PostgreSQL does not take.
+    """
+    if not isinstance(actor, str) or len(actor) > LONGEST_ACTOR or "\0" in actor or not is_unicode(actor):
+        raise InvalidInput(
+            f"actor must be text of at most {LONGEST_ACTOR} characters, without NUL or half a character."
+        )
 
 
 def require_pool_size(number: int) -> None:

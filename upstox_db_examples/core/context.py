@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from .checks import require_aware
+from .errors import InvalidInput
 
 
 class Context:
@@ -28,10 +29,17 @@ class Context:
         return self._actor or f"{_user_and_host()}:{os.getpid()}"
 
     def now(self) -> datetime:
-        """Return the current time in UTC and in whole seconds, which every store can keep."""
+        """Return the current time in UTC and in whole seconds, which every store can keep.
+
+        Raises:
+            InvalidInput: the program's clock returned no aware datetime, or one too near the first or the last year.
+        """
         if self._clock is None:
             return datetime.fromtimestamp(int(time.time()), UTC)
-        return require_aware(self._clock(), "The result of clock").replace(microsecond=0)
+        now = require_aware(self._clock(), "The result of clock").replace(microsecond=0)
+        if not 1970 <= now.year < 9999:  # Some days are added to it or taken off.
+            raise InvalidInput("The result of clock must be within the years 1970 to 9998.")
+        return now
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from .checks import check_user_id, is_unicode, require_limit, require_user_id
 from .errors import DatabaseMissing, InvalidInput, KeyUnavailable, LoginError, StorageError, TokenRefused
 from .life_cycle import LifeCycle, Wish
 from .login import Login, log_out, owner_of
-from .settings import Options, Settings
+from .settings import Options, Settings, require_login
 from .token import Secret, TokenResult, issued_at, jwt_expiry, subject
 from .token_cipher import TokenCipher
 from .users import Users, is_same_user
@@ -68,6 +68,7 @@ class TokenStorage:
 
     @login.setter
     def login(self, login: Login) -> None:
+        require_login(login)
         self._settings.login = login
 
     def init_database(self, runtime_role: str | None = None) -> None:

@@ -163,7 +163,11 @@ class ExpiryPolicy:
 
     Attributes:
         time_of_day, zone: every token expires at this time, 03:30 in India.
-        margin: how far this machine's clock may be off. `get_valid_token` returns no token that expires sooner.
+        margin: how far this machine's clock may be off, less than a day. `get_valid_token` returns no token that
+            expires sooner.
+
+    Raises:
+        InvalidInput: a value is of another type, the margin is out of bounds, or `time_of_day` has a zone of its own.
 
     Example:
         >>> from datetime import datetime
@@ -176,6 +180,16 @@ class ExpiryPolicy:
     time_of_day: time = time(3, 30)
     zone: tzinfo = IST
     margin: timedelta = timedelta(minutes=1)
+
+    def __post_init__(self) -> None:
+        from .errors import InvalidInput  # Only here: errors.py imports this file.
+
+        if not isinstance(self.time_of_day, time) or self.time_of_day.tzinfo is not None:
+            raise InvalidInput("time_of_day must be a time without a zone, such as time(3, 30).")
+        if not isinstance(self.zone, tzinfo):
+            raise InvalidInput('zone must be a time zone, such as ZoneInfo("Asia/Kolkata").')
+        if not isinstance(self.margin, timedelta) or not timedelta(0) <= self.margin < timedelta(days=1):
+            raise InvalidInput("margin must be a timedelta from 0 to less than a day, such as timedelta(minutes=1).")
 
     def next_death(self, now: datetime) -> datetime:
         """Return when a token made now expires, in UTC. This is always after `now`."""
