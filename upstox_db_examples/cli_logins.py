@@ -118,7 +118,7 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
     from .token_file import read_token_file
 
     opened, file = store(new=True), expand_home(file)
-    result = opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)
+    result = opened.save_token(read_token_file(file, opened.cipher), verify=verify)
     file.unlink()
     store.report(store.describe(result), masked(result))
 

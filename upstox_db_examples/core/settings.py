@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import TypedDict
 
 from .checks import require_positive
-from .cipher import KeyRing, KeySource
+from .cipher import KeySource
 from .context import Context
 from .login import Login, SdkLogin
 from .token import ExpiryPolicy
@@ -18,7 +18,8 @@ class Options(TypedDict, total=False):
 
     Attributes:
         login: the login; `SdkLogin()` by default. It is called only when a login is due.
-        keys: a `KeyRing`, or a callable that returns one (from a vault or a KMS); `KeyRing.default()` by default.
+        keys: a `KeyRing`, or a callable that returns one (from a vault or a KMS); `KeyRing.default()` by default, which
+            makes no new key for a store that has tokens already.
         clock: returns the current time as an aware datetime; tests and notebooks set it.
         actor: the name in the audit trail; `user@host:pid` by default.
         policy: decides when tokens expire.
@@ -61,7 +62,7 @@ class Settings:
         if unknown := sorted(set(options) - Options.__annotations__.keys()):
             raise TypeError(f"{store} does not take {', '.join(unknown)}.")
         self.login: Login = options.get("login") or SdkLogin()
-        self.keys: KeySource = options.get("keys") or KeyRing.default
+        self.keys: KeySource | None = options.get("keys")
         self.policy = options.get("policy") or ExpiryPolicy()
         self.renew_pause = options.get("renew_pause", 600.0)
         self.create = options.get("create", True)

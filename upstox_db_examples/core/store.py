@@ -50,7 +50,7 @@ class TokenStorage:
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend = backend
-        self.cipher = TokenCipher(settings.keys, backend.store_kind)
+        self.cipher = TokenCipher(settings.keys, backend.store_kind, backend.count_keys)
         self._settings = settings
         self._policy, self._now = settings.policy, settings.context.now
         self._users = Users(backend, self.cipher, settings)
