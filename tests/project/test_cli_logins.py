@@ -194,6 +194,16 @@ def test_a_token_that_login_could_not_store_is_in_an_encrypted_file_and_can_be_s
     assert upstox.logins() == 1
 
 
+def test_save_is_done_even_if_the_file_cannot_be_removed(run: Run, upstox: LocalUpstox) -> None:
+    token = upstox.notify(USER)["access_token"]
+    with Path(unsaved_file(token)).open() as file:
+        name = f"/dev/fd/{file.fileno()}"  # The system lets nobody remove this name, not even root.
+        done = run("save", name)
+    assert (done.returncode, done.stdout[:6]) == (0, USER)
+    assert re.fullmatch(rf"Done, but {name} cannot be removed: [^.]+\. Delete it yourself\.\n", done.stderr)
+    assert good(run("token")).strip() == token
+
+
 def test_save_takes_no_other_file_and_no_dead_token(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
     (tmp_path / "other").write_text("eyJ" + "a" * 30)
     for name, words in (("other", "is not a file that 'upstox-db login' wrote"), ("none", "cannot be read")):
