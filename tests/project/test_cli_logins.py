@@ -134,7 +134,7 @@ def test_what_cannot_be_read_ends_with_3_and_stays(run: Run, tmp_path: Path, ups
     token = good(run("token"))
     done = run("token", UPSTOX_DB_KEY_FILE=str(tmp_path / "other-keys"))
     assert (done.returncode, done.stdout) == (3, "")
-    assert re.match("Made a new key in .*other-keys.*\nKeyUnavailable: ", done.stderr)
+    assert re.match("KeyUnavailable: There is no key file .*other-keys", done.stderr)
     assert good(run("token")) == token
     assert upstox.logins() == 1
 
@@ -230,6 +230,7 @@ def test_renew_gives_another_token_than_the_refused_one(run: Run, upstox: LocalU
     again = run("renew", USER, stdin=renewed)
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr.startswith("LoginLimited: The token of AB1234 was renewed less than 600 s ago")
+    assert again.stderr.endswith("'upstox-db login' and store_token() log in anyway.\n")
     nothing = run("renew", USER)
     assert (nothing.returncode, nothing.stdout) == (3, "")
     assert "on standard input" in nothing.stderr

@@ -76,6 +76,9 @@ def test_init_makes_the_tables_and_can_be_repeated(run: Run, postgres_url: str) 
     done = run("--store", postgres_url, "init", "--runtime-role", "nobody_of_that_name")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.endswith(" does not know that role. Create it first.\n")
+    for store in ("new.db", postgres_url):
+        done = run("--store", store, "init", "--runtime-role", "")
+        assert (done.returncode, done.stdout) == (3, ""), "a variable that is not set must not look like a role"
     assert f":{urlsplit(postgres_url).password}@" not in told + done.stderr
 
 

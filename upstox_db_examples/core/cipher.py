@@ -120,7 +120,9 @@ class KeyRing:
         version, _, rest = ciphertext.partition(".")
         key_id, _, encode = rest.partition(".")
         if version not in READABLE_VERSIONS or not encode:
-            raise TokenRefused("The stored token is not properly encrypted. Log in again with store_token().")
+            raise TokenRefused(
+                "The stored token is not properly encrypted. Log in again with 'upstox-db login' or store_token()."
+            )
         cipher = self._ciphers.get(key_id)
         if cipher is None:
             raise KeyUnavailable(key_id)
@@ -136,7 +138,7 @@ class KeyRing:
             pass
         raise TokenRefused(
             f"The stored token of {binding.user_id} was changed or belongs to another row. Find out who wrote to "
-            "the database, then log in again with store_token()."
+            "the database, then log in again with 'upstox-db login' or store_token()."
         )
 
     @classmethod

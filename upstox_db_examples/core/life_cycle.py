@@ -208,7 +208,7 @@ class LifeCycle:
             raise LoginLimited(
                 f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and was refused again, so "
                 "another login would not help. Find out why Upstox answers 401: an unregistered IP address "
-                "is one cause. store_token() logs in anyway.",
+                "is one cause. 'upstox-db login' and store_token() log in anyway.",
                 retry_after=left,
                 account_only=True,
             )

@@ -20,7 +20,8 @@ _TOO_MANY = "has no free connections. Use a smaller pool_size, or a pooler, or w
 _TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
     errorcodes.INSUFFICIENT_PRIVILEGE: (
         ConfigurationError,
-        "does not allow this role to do that. The owner can grant it with init_database(runtime_role=...).",
+        "does not allow this role to do that. Do it as the owner of the tables. For storing and reading tokens, the "
+        "owner can let the role in: upstox-db init --runtime-role ROLE, or init_database(runtime_role=...).",
     ),
     errorcodes.READ_ONLY_SQL_TRANSACTION: (StoreUnavailable, "is read-only, like a standby. Connect to the primary."),
     errorcodes.DISK_FULL: (StoreUnavailable, "has a full disk. Free some space and try again."),
