@@ -91,7 +91,7 @@ def check_keys_of_tokens(opened: TokenStorage) -> Iterator[Finding]:
     except StorageError:  # The check of the keys has told it.
         return
     if unknown := [key for key in opened.keys_in_use() if key not in known]:
-        told = "Put it back (UPSTOX_DB_KEYS, or the key file), or log in again."
+        told = "Put it back (UPSTOX_DB_KEYS, or the key file)" + (", or log in again." if known else ".")
         yield Finding("keys", FIX, f"The store has tokens under {', '.join(unknown)}, which this machine lacks. {told}")
 
 

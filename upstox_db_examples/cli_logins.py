@@ -118,9 +118,12 @@ def save(store: OpenStore, file: Path, verify: bool) -> None:
     from .token_file import read_token_file
 
     opened, file = store(new=True), expand_home(file)
-    result = opened.save_token(read_token_file(file, opened.cipher.ring), verify=verify)
-    file.unlink()
+    result = opened.save_token(read_token_file(file, opened.cipher), verify=verify)
     store.report(store.describe(result), masked(result))
+    try:
+        file.unlink()
+    except OSError as error:  # The token is stored. Cron would take a failure for a token that is not.
+        print_error(f"Done, but {file} cannot be removed: {error.strerror}. Delete it yourself.")
 
 
 @command("logout", "upstox-db logout AB1234")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -131,11 +132,13 @@ def restore(store: OpenStore, file: str) -> None:
 
     Existing data stays. This needs the key that the backup was made with, and it can be run again: then nothing is new.
     """
+    from .core.cipher import KeyRing
     from .transfer import import_tokens
-    from .transfer.file import kind_of
+    from .transfer.file import read_export
 
     with using_a_path():
-        kind_of(expand_home(file))  # First, so that a mistyped name makes no store.
+        # First read all of it, so that a mistyped name, a missing key or a damaged file makes no store.
+        deque(read_export(expand_home(file), lambda key_id: KeyRing.default(lambda: [key_id])), maxlen=0)
         counts = import_tokens(store(new=True), file, progress=on_terminal())
     store.report(describe_counts(counts, new=True), counts_in_json(counts, new=True))
 

@@ -22,7 +22,7 @@ def init(store: OpenStore, runtime_role: str | None) -> None:
     Run this as their owner. A program with a runtime role cannot do it itself.
     """
     opened = store(new=True)
-    if runtime_role:
+    if runtime_role is not None:  # An empty name, from a variable that is not set, is an error.
         cast(Any, opened).init_database(runtime_role)
     told = f"{opened!r} is up to date" + (f", and {runtime_role} may store and read tokens." if runtime_role else ".")
     store.report(told, {"store": repr(opened), "runtime_role": runtime_role})

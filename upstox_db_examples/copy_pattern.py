@@ -18,7 +18,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
-from .core.errors import InvalidInput
+from .core.errors import ConfigurationError, InvalidInput
 from .patterns import INSTALLED_AS, PATTERNS
 
 DISTRIBUTION = "upstox-db-examples"
@@ -129,6 +129,7 @@ def lines_of_use(copy: Copy, folder: Path) -> list[str]:
 
     Raises:
         InvalidInput: Python cannot import a folder with this name, or the folder would hide another module.
+        ConfigurationError: the working folder was deleted.
     """
     pattern, name = PATTERNS[copy.pattern], _import_name(copy, folder, "package", "folder")
     last = 'token = storage.get_or_create_token()["token"]'
@@ -140,6 +141,7 @@ def lines_of_minimal_use(copy: Copy, file: Path) -> list[str]:
 
     Raises:
         InvalidInput: this is not the name of a Python file, or the file would hide another module.
+        ConfigurationError: the working folder was deleted.
     """
     if file.suffix != ".py":
         raise InvalidInput(f"{file.name!r} is not the name of a Python file. It has to end with .py.")
@@ -152,9 +154,13 @@ def lines_of_minimal_use(copy: Copy, file: Path) -> list[str]:
 
 def _import_name(copy: Copy, place: Path, kind: str, what: str) -> str:
     """Return the name by which Python imports the copy. It is longer if the copy lies in a package."""
-    names = [place.absolute().name]
+    try:
+        place = place.absolute()
+    except OSError as error:  # The working folder was deleted.
+        raise ConfigurationError(f"The working folder cannot be used: {error.strerror}. Nothing was copied.") from error
+    names = [place.name]
     with suppress(OSError):  # An unreadable folder does not count as a package; `write` reports it.
-        for parent in place.absolute().parents:
+        for parent in place.parents:
             if not (parent / "__init__.py").is_file():
                 break
             names.insert(0, parent.name)

@@ -16,6 +16,7 @@ from .core.cipher import Binding, KeyRing, key_file
 from .core.environment import expand_home
 from .core.errors import ConfigurationError, InvalidInput, StorageError, StoreUnavailable
 from .core.token import Secret
+from .core.token_cipher import TokenCipher
 
 FORMAT = "upstox_db_examples token, version 1"
 PLACE = Binding("token file", datetime(1970, 1, 1, tzinfo=UTC), 0, "token file")
@@ -55,13 +56,13 @@ def _folders() -> Iterator[Path]:
         yield Path(tempfile.gettempdir())
 
 
-def read_token_file(path: Path, ring: KeyRing) -> dict[str, Any]:
+def read_token_file(path: Path, cipher: TokenCipher) -> dict[str, Any]:
     """Read a file of `write_token_file` and return a response for `save_token`.
 
     Raises:
         InvalidInput: the file was not written by `write_token_file`.
         ConfigurationError: the file cannot be read.
-        KeyUnavailable, TokenRefused: the ring lacks the key, or the file was changed.
+        KeyUnavailable, TokenRefused: the key is missing, or the file was changed.
     """
     path = expand_home(path)
     try:
@@ -72,5 +73,7 @@ def read_token_file(path: Path, ring: KeyRing) -> dict[str, Any]:
     lines = content.decode("ascii", errors="replace").splitlines()
     if len(lines) != 2 or lines[0] != FORMAT:
         raise InvalidInput(f"{path} is not a file that 'upstox-db login' wrote for a token.")
-    response: dict[str, Any] = json.loads(ring.decrypt(lines[1], PLACE).reveal())
+    sealed = lines[1]
+    ring = cipher.ring_with(sealed.partition(".")[2].partition(".")[0])
+    response: dict[str, Any] = json.loads(ring.decrypt(sealed, PLACE).reveal())
     return {**response, "access_token": Secret(response["access_token"])}

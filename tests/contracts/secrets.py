@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,29 @@ class SecretContract(OnAStore):
         with pytest.raises(TokenRefused):
             store.get_valid_token("CD0002")
         assert store.get_valid_token("CD0001")
+
+    def test_a_missing_key_file_is_made_where_no_working_token_needs_it(
+        self, store: TokenStorage, clock: Clock, tmp_path: Path
+    ) -> None:
+        stored, file = store.store_token()["token"], tmp_path / "keys"
+        with self.connect(login=store.login, clock=clock) as other:
+            for call in (other.get_or_create_token, other.rotate_keys):
+                with pytest.raises(KeyUnavailable, match=re.escape(f"There is no key file {file}.")) as caught:
+                    call()
+                assert [caught.value.key_id] == list(store.keys_in_use())
+            assert not file.exists()
+            assert living(store)["token"] == stored, "no login was spent"
+            clock.advance(days=1)
+            other.get_or_create_token()
+        assert file.exists()
+
+    def test_a_lost_key_is_replaced_by_a_deliberate_login(
+        self, store: TokenStorage, clock: Clock, tmp_path: Path
+    ) -> None:
+        store.store_token()
+        with self.connect(login=store.login, clock=clock) as other:
+            assert other.store_token()["token"] == living(other)["token"]
+        assert (tmp_path / "keys").exists()
 
     def test_a_ciphertext_from_another_kind_of_store_is_refused(self, store: TokenStorage, keys: KeyRing) -> None:
         store.store_token()

@@ -47,7 +47,7 @@ UNUSABLE: list[tuple[str, list[Any], str]] = [
     ("login", [Accounts], r"Write login=Accounts\(\)"),
     ("login", ["x", {}, 0, {"username": "1"}], r"Write login=SdkLogin\(\)"),
     ("policy", ["x", 60, ExpiryPolicy, timedelta(minutes=1)], "policy must be an ExpiryPolicy"),
-    ("keys", [RAW, bytearray(RAW), RAW.hex(), [RAW], None, KeyRing, 0], r"Write keys=KeyRing\(key\)"),
+    ("keys", [RAW, bytearray(RAW), RAW.hex(), [RAW], KeyRing, 0], r"Write keys=KeyRing\(key\)"),
     ("clock", [5, datetime.now(UTC), datetime], "Write a function that returns the current time"),
 ]
 

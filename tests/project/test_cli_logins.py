@@ -134,7 +134,7 @@ def test_what_cannot_be_read_ends_with_3_and_stays(run: Run, tmp_path: Path, ups
     token = good(run("token"))
     done = run("token", UPSTOX_DB_KEY_FILE=str(tmp_path / "other-keys"))
     assert (done.returncode, done.stdout) == (3, "")
-    assert re.match("Made a new key in .*other-keys.*\nKeyUnavailable: ", done.stderr)
+    assert re.match("KeyUnavailable: There is no key file .*other-keys", done.stderr)
     assert good(run("token")) == token
     assert upstox.logins() == 1
 
@@ -194,6 +194,16 @@ def test_a_token_that_login_could_not_store_is_in_an_encrypted_file_and_can_be_s
     assert upstox.logins() == 1
 
 
+def test_save_is_done_even_if_the_file_cannot_be_removed(run: Run, upstox: LocalUpstox) -> None:
+    token = upstox.notify(USER)["access_token"]
+    with Path(unsaved_file(token)).open() as file:
+        name = f"/dev/fd/{file.fileno()}"  # The system lets nobody remove this name, not even root.
+        done = run("save", name)
+    assert (done.returncode, done.stdout[:6]) == (0, USER)
+    assert re.fullmatch(rf"Done, but {name} cannot be removed: [^.]+\. Delete it yourself\.\n", done.stderr)
+    assert good(run("token")).strip() == token
+
+
 def test_save_takes_no_other_file_and_no_dead_token(run: Run, tmp_path: Path, upstox: LocalUpstox) -> None:
     (tmp_path / "other").write_text("eyJ" + "a" * 30)
     for name, words in (("other", "is not a file that 'upstox-db login' wrote"), ("none", "cannot be read")):
@@ -220,6 +230,7 @@ def test_renew_gives_another_token_than_the_refused_one(run: Run, upstox: LocalU
     again = run("renew", USER, stdin=renewed)
     assert (again.returncode, again.stdout) == (1, "")
     assert again.stderr.startswith("LoginLimited: The token of AB1234 was renewed less than 600 s ago")
+    assert again.stderr.endswith("'upstox-db login' and store_token() log in anyway.\n")
     nothing = run("renew", USER)
     assert (nothing.returncode, nothing.stdout) == (3, "")
     assert "on standard input" in nothing.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -75,4 +76,31 @@ def test_init_makes_the_tables_and_can_be_repeated(run: Run, postgres_url: str) 
     done = run("--store", postgres_url, "init", "--runtime-role", "nobody_of_that_name")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.endswith(" does not know that role. Create it first.\n")
+    for store in ("new.db", postgres_url):
+        done = run("--store", store, "init", "--runtime-role", "")
+        assert (done.returncode, done.stdout) == (3, ""), "a variable that is not set must not look like a role"
     assert f":{urlsplit(postgres_url).password}@" not in told + done.stderr
+
+
+def test_a_mistyped_option_of_postgresql_has_to_be_fixed_and_is_named(run: Run, postgres_url: str) -> None:
+    for option, value in {
+        "sslmode": "verify-ful",
+        "target_session_attrs": "readwrite",
+        "service": "no-such-service",
+        "gssencmode": "s3cret-value",
+        "keepalives": "s3cret-value",
+        "replication": "s3cret-value",
+        "ssl_min_protocol_version": "TLSv1.3&ssl_max_protocol_version=TLSv1.2",
+        "require_auth": "none",
+        "options": "-cno_such_setting%3D1",
+    }.items():
+        done = run("--store", f"{postgres_url}?{option}={value}", "status")
+        assert (done.returncode, done.stdout) == (3, ""), done
+        assert re.fullmatch(rf"ConfigurationError: .*\bthe option {option} .*\n", done.stderr)
+        assert "s3cret" not in done.stderr
+    standby = run("--store", f"{postgres_url}?target_session_attrs=standby", "status")
+    assert (standby.returncode, standby.stdout) == (1, "")
+    assert "target_session_attrs" in standby.stderr
+    nobody = run("--store", "postgresql://user:password@127.0.0.1:1/db", "status")
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+    assert nobody.stderr.endswith("cannot be reached, or refused the connection. Try again later.\n")

@@ -8,6 +8,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from upstox_db_examples import SQLiteUpstoxStorage
 
 from ..support.command import USER, Run, good, in_json
@@ -41,6 +43,34 @@ def test_a_path_that_is_not_there_has_to_be_fixed_first(run: Run, tmp_path: Path
         assert (done.returncode, done.stdout) == (3, ""), done
         assert re.fullmatch(r"ConfigurationError: \S+ cannot be (read|written): \D+\.\n", done.stderr)
     assert sorted(tmp_path.iterdir()) == before, "a mistyped backup must make no store"
+
+
+def test_in_a_deleted_folder_a_command_says_so_in_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPSTOX_DB_STORE", str(tmp_path / "upstox.db"))
+    good(run("login"))
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for arguments in (
+        ["backup", "all.export"],
+        ["backup", "--keep", "2", "all.export"],
+        ["restore", "all.export"],
+        ["migrate", "moved.db"],
+        ["save", "some.token"],
+        ["copy", "sqlite", "mine"],
+        ["copy", "--minimal", "sqlite", "mine.py"],
+        ["--store", "new.db", "init"],
+        ["--accounts", "accounts.toml", "status"],
+    ):
+        done = run(*arguments)
+        assert (done.returncode, done.stdout) == (3, ""), done
+        assert re.fullmatch(
+            r"ConfigurationError: .*: No such file or directory\.( Nothing was copied\.)?\n", done.stderr
+        )
+    monkeypatch.chdir(tmp_path)
 
 
 def test_what_is_no_backup_is_refused(run: Run, tmp_path: Path) -> None:

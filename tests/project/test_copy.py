@@ -210,9 +210,11 @@ def test_the_smallest_version_is_one_file_that_can_be_imported_from_a_package(tm
     assert all(line in original.read_text() for line in lines[2:])
 
 
-def test_a_copy_of_the_smallest_version_runs_without_this_package(tmp_path: Path) -> None:
-    lines = [line.strip() for line in copy("--minimal", "sqlite", "tokens.py").output.splitlines()[-4:]]
-    code = [*lines, "import sys", "print(len(token) > 100, [name for name in sys.modules if 'upstox_db' in name])"]
+@pytest.mark.parametrize("pattern", ["sqlite", "pooled"])
+def test_a_copy_of_the_smallest_version_runs_without_this_package(tmp_path: Path, pattern: str) -> None:
+    lines = [line.strip() for line in copy("--minimal", pattern, "tokens.py").output.splitlines()[-4:]]
+    code = [*lines, "token = storage.get_valid_token('AB1234')", "import sys"]
+    code.append("print(len(token) > 100, [name for name in sys.modules if 'upstox_db' in name])")
     with LocalUpstox() as upstox:
         account = {**upstox.add_account("AB1234").environ(), "UPSTOX_BASE_DOMAIN": upstox.base_domain}
         done = run("\n".join(code), tmp_path, TOKEN_KEY="ab" * 32, **account)

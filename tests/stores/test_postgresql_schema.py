@@ -126,6 +126,8 @@ class TestPostgreSQL(OnPostgreSQL):
             clock.set(7, 3, 30)
             assert runtime.cleanup_expired_tokens() == 1
             assert len(runtime.get_audit_trail(USER)) > 5
+            with pytest.raises(ConfigurationError, match="Do it as the owner of the tables"):
+                runtime.cleanup_old_audit_entries(0)
             for forbidden in (
                 "DELETE FROM upstox_token_audit",
                 "UPDATE upstox_token_audit SET actor = 'nobody'",

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -120,7 +120,9 @@ class KeyRing:
         version, _, rest = ciphertext.partition(".")
         key_id, _, encode = rest.partition(".")
         if version not in READABLE_VERSIONS or not encode:
-            raise TokenRefused("The stored token is not properly encrypted. Log in again with store_token().")
+            raise TokenRefused(
+                "The stored token is not properly encrypted. Log in again with 'upstox-db login' or store_token()."
+            )
         cipher = self._ciphers.get(key_id)
         if cipher is None:
             raise KeyUnavailable(key_id)
@@ -136,7 +138,7 @@ class KeyRing:
             pass
         raise TokenRefused(
             f"The stored token of {binding.user_id} was changed or belongs to another row. Find out who wrote to "
-            "the database, then log in again with store_token()."
+            "the database, then log in again with 'upstox-db login' or store_token()."
         )
 
     @classmethod
@@ -167,12 +169,25 @@ class KeyRing:
         return cls.from_text(read_secret_file(file, "the key file", failed).reveal(), f"The key file {file}")
 
     @classmethod
-    def default(cls) -> KeyRing:
-        """Read UPSTOX_DB_KEYS, or otherwise the file UPSTOX_DB_KEY_FILE (~/.config/upstox_db_examples/keys)."""
+    def default(cls, needed: Callable[[], Collection[str]] = tuple) -> KeyRing:
+        """Read UPSTOX_DB_KEYS, or otherwise the file UPSTOX_DB_KEY_FILE (~/.config/upstox_db_examples/keys).
+
+        Args:
+            needed: returns the ids of the keys that the file should hold. If there are any, a missing file is not
+                created, because a new key could read nothing of what is stored.
+
+        Raises:
+            ConfigurationError: as for `from_file`.
+            KeyUnavailable: there is no such file, and keys are needed.
+        """
         keys = Secret(read_variable("UPSTOX_DB_KEYS", any_character=True))
         if keys.reveal():
             return cls.from_text(keys.reveal(), "UPSTOX_DB_KEYS")
-        return cls.from_file(key_file())
+        file = key_file()
+        # Look twice: another process may have made the file and stored a token in between.
+        if _is_missing(file) and (key_ids := needed()) and _is_missing(file):
+            raise _key_file_is_missing(file, *key_ids)
+        return cls.from_file(file)
 
     def __repr__(self) -> str:
         return f"KeyRing({', '.join(self._ciphers)})"
@@ -197,6 +212,25 @@ def _decode_keys(text: str) -> list[bytes]:
 def _key_id(key: bytes) -> str:
     # The id is derived and not chosen, so two different keys never share a name.
     return "k" + hashlib.sha256(b"upstox_db_examples key id" + key).hexdigest()[:8]
+
+
+def _is_missing(file: Path) -> bool:
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass  # `from_file` says what is wrong with it.
+    return False
+
+
+def _key_file_is_missing(file: Path, key_id: str, *others: str) -> KeyUnavailable:
+    more = f", and under {', '.join(others)}" if others else ""
+    return KeyUnavailable(
+        f"There is no key file {file}. Tokens are stored under the key {key_id}, which it should hold{more}. Put the "
+        "file back, or set UPSTOX_DB_KEYS. No new key was made, because it could not read them. If the key is lost, "
+        "'upstox-db login' or store_token() makes a new one and logs in."
+    )
 
 
 def _make_key_file(file: Path) -> None:

@@ -129,7 +129,8 @@ class KeyUnavailable(StorageError):
             return
         super().__init__(
             f"The token is encrypted with key {key_id}, which is not in the key ring. Put that key back "
-            "(keys=, UPSTOX_DB_KEYS or the key file), or log in again with store_token()."
+            "(keys=, UPSTOX_DB_KEYS or the key file), or log in again with 'upstox-db login' or "
+            "store_token()."
         )
         self.key_id = key_id
 

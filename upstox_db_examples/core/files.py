@@ -75,7 +75,11 @@ def resolve_target(path: str | os.PathLike[str]) -> Path:
         InvalidInput: a device, a FIFO or the like is there.
         StoreUnavailable: a folder is there, or the path leads nowhere.
     """
-    target = Path(os.path.realpath(_usable(path)))
+    text = _usable(path)
+    try:
+        target = Path(os.path.realpath(text))  # This fails if the working folder was deleted.
+    except OSError as error:
+        raise StoreUnavailable(f"{path} cannot be written: {error.strerror or type(error).__name__}.") from error
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:

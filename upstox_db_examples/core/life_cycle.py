@@ -199,7 +199,7 @@ class LifeCycle:
         known = self._users.user_of_account(account_of(self._settings.login, user_id))
         if user_id and known and not is_same_user(known, user_id):
             raise LoginRefused(f"These credentials belong to {known}, not {user_id}. Use Accounts for more users.")
-        _ = self._cipher.ring
+        self._cipher.ring_for_login(deliberate=wish.deliberate)
         return self._notes.look(applicant, deliberate=wish.deliberate)
 
     def _refuse_to_renew_again(self, user_id: str) -> None:
@@ -208,7 +208,7 @@ class LifeCycle:
             raise LoginLimited(
                 f"The token of {user_id} was renewed less than {self._renew_pause:.0f} s ago and was refused again, so "
                 "another login would not help. Find out why Upstox answers 401: an unregistered IP address "
-                "is one cause. store_token() logs in anyway.",
+                "is one cause. 'upstox-db login' and store_token() log in anyway.",
                 retry_after=left,
                 account_only=True,
             )

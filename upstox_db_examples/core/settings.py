@@ -19,7 +19,8 @@ class Options(TypedDict, total=False):
 
     Attributes:
         login: the login; `SdkLogin()` by default. It is called only when a login is due.
-        keys: a `KeyRing`, or a callable that returns one (from a vault or a KMS); `KeyRing.default()` by default.
+        keys: a `KeyRing`, or a callable that returns one (from a vault or a KMS); `KeyRing.default()` by default, which
+            makes no new key while the store has working tokens.
         clock: returns the current time as an aware datetime; tests and notebooks set it.
         actor: the name in the audit trail, at most 200 characters; `user@host:pid` by default.
         policy: decides when tokens expire.
@@ -94,15 +95,15 @@ def require_login(login: object) -> None:
     require_function("login", login, f"login={name}()")
 
 
-def _take_keys(options: Options) -> KeySource:
+def _take_keys(options: Options) -> KeySource | None:
     """Take the keys out of the options, where a traceback that prints local variables would show raw ones.
 
     Raises:
         InvalidInput: these are no keys. If the first use showed that, it would cost a login: the new token could not
             be stored.
     """
-    keys: KeySource = options.pop("keys", KeyRing.default)
-    if not isinstance(keys, KeyRing):
+    keys = options.pop("keys", None)
+    if not isinstance(keys, KeyRing | None):
         try:
             require_function("keys", keys, "keys=KeyRing(key), or a function that returns a KeyRing")
         except InvalidInput:

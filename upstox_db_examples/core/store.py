@@ -6,6 +6,7 @@ which decides when to log in.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -50,7 +51,8 @@ class TokenStorage:
 
     def __init__(self, backend: Backend, settings: Settings) -> None:
         self.backend = backend
-        self.cipher = TokenCipher(settings.keys, backend.store_kind)
+        in_use = functools.partial(_keys_of_working_tokens, backend)
+        self.cipher = TokenCipher(settings.keys, backend.store_kind, in_use)
         self._settings = settings
         self._policy, self._now = settings.policy, settings.context.now
         self._users = Users(backend, self.cipher, settings)
@@ -402,6 +404,16 @@ class TokenStorage:
                 "This token lives longer than an access token can, so it is another kind. Extended and analytics "
                 "tokens can only read, and sandbox tokens cannot place real orders."
             )
+
+
+def _keys_of_working_tokens(backend: Backend) -> list[str]:
+    """Return ids of keys that working tokens are under, of the first ones found. A dead token does not need its key."""
+    now, after = backend.context.now(), None
+    while batch := backend.find_under_other_keys("", ROWS_AT_ONCE, after):
+        after = batch[-1].user_id
+        if keys := {token.ciphertext.partition(".")[2].partition(".")[0] for token in batch if token.expires_at > now}:
+            return sorted(keys)
+    return []
 
 
 def _refused(token: str | Secret | Mapping[str, Any]) -> Secret:

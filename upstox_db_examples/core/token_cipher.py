@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,19 +26,41 @@ class TokenCipher:
     """The key ring of a store, and the kind of store that its ciphertexts are bound to.
 
     Args:
-        keys: a key ring, or a callable that returns one.
+        keys: a key ring, or a callable that returns one; None for `KeyRing.default`.
         store_kind: see `Backend.store_kind`.
+        in_use: returns the ids of the keys that the store's working tokens are under. If there are any, the default
+            makes no new key.
     """
 
-    def __init__(self, keys: KeySource, store_kind: str) -> None:
-        self._keys, self._store_kind = keys, store_kind
+    def __init__(self, keys: KeySource | None, store_kind: str, in_use: Callable[[], Collection[str]] = tuple) -> None:
+        self._keys, self._store_kind, self._in_use = keys, store_kind, in_use
         self._ring: KeyRing | None = None
 
     @property
     def ring(self) -> KeyRing:
         """The key ring. It is loaded on first use, because history, audit and cleanup need no key."""
         if (ring := self._ring) is None:
-            ring = self._ring = self._load()
+            ring = self._ring = self._load(self._in_use)
+        return ring
+
+    def ring_with(self, key_id: str) -> KeyRing:
+        """Return the key ring, to read something that comes from outside the store and is under this key.
+
+        Raises:
+            KeyUnavailable: there is no key file. None is made.
+        """
+        if (ring := self._ring) is None:
+            ring = self._ring = self._load(lambda: [key_id])
+        return ring
+
+    def ring_for_login(self, *, deliberate: bool) -> KeyRing:
+        """Return the key ring before a login.
+
+        Args:
+            deliberate: somebody wants this login, whatever is stored. So a missing key file is made: it may be lost.
+        """
+        if (ring := self._ring) is None:
+            ring = self._ring = self._load(tuple if deliberate else self._in_use)
         return ring
 
     def reload(self) -> None:
@@ -46,10 +69,12 @@ class TokenCipher:
 
     def with_fresh_keys(self) -> TokenCipher:
         """Load the key ring again, for others too, and return a cipher that keeps this ring."""
-        self._ring = ring = self._load()
+        ring = self._ring = self._load(self._in_use)
         return TokenCipher(ring, self._store_kind)
 
-    def _load(self) -> KeyRing:
+    def _load(self, needed: Callable[[], Collection[str]]) -> KeyRing:
+        if self._keys is None:
+            return KeyRing.default(needed)
         ring = self._keys() if callable(self._keys) else self._keys
         if isinstance(ring, KeyRing):
             return ring
@@ -83,14 +108,14 @@ class TokenCipher:
             KeyUnavailable: the ring does not have the key.
             TokenRefused: the ciphertext does not belong to this row, was changed, or was never encrypted.
         """
-        binding = self.bind(token, store_kind)
+        binding, ring = self.bind(token, store_kind), self.ring
         try:
-            return self.ring.decrypt(token.ciphertext, binding)
+            return ring.decrypt(token.ciphertext, binding)
         except KeyUnavailable as error:
             # A long-running program picks up a newly added key here.
             logger.info("Key %s is not in the key ring. Loading the keys again", error.key_id)
             try:
-                self._ring = self._load()
+                self._ring = self._load(self._in_use)
             except Exception as failed:  # The ring at hand still reads the other tokens.
                 logger.warning("The keys could not be loaded again (%s)", type(failed).__name__)
                 raise error from failed

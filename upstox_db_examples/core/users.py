@@ -64,7 +64,9 @@ class Users:
                     self._user_of[account] = token.user_id
                     return token.user_id
             except (TokenRefused, KeyUnavailable):
-                logger.warning("A row of %s names this account but is not its own, so it is skipped", token.user_id)
+                logger.warning(
+                    "A row of %s names this account but cannot be read as its own: it is skipped", token.user_id
+                )
         return None
 
     def look_up(self, user_id: str) -> tuple[str, StoredToken | None]:

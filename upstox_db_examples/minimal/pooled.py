@@ -1,10 +1,10 @@
 """The smallest pooled SQLite store, for the Upstox access tokens of several accounts. Copy it and make it your own.
 
-    storage = PooledTokens("upstox.db", bytes.fromhex(os.environ["TOKEN_KEY"]), {"AB1234": credentials})
+    storage = PooledTokens("upstox.db", bytes.fromhex(os.environ["TOKEN_KEY"]), {"AB1234": {}})
     storage.store_token_batch(["AB1234"])  # in the morning; then threads call get_valid_token("AB1234") all day
 
-The credentials are the arguments of UpstoxTOTP. Make the key once, with `openssl rand -hex 32`. SQLite sees only
-ciphertext for one user and expiry. Tokens are handed out until 03:30 in India. One process logs in; the others wait.
+Give each user the arguments of UpstoxTOTP, or {} for the UPSTOX_* variables. The key is from `openssl rand -hex 32`.
+SQLite sees only ciphertext for one user and expiry. Tokens are handed out until 03:30. One process logs in at a time.
 
 The full pattern, upstox_db_examples.pooled, does more. It renews a token that Upstox refuses, loses no new token
 if the database fails, does not repeat a refused login, changes keys, keeps history and an audit trail, and hides

@@ -20,7 +20,8 @@ _TOO_MANY = "has no free connections. Use a smaller pool_size, or a pooler, or w
 _TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
     errorcodes.INSUFFICIENT_PRIVILEGE: (
         ConfigurationError,
-        "does not allow this role to do that. The owner can grant it with init_database(runtime_role=...).",
+        "does not allow this role to do that. Do it as the owner of the tables. For storing and reading tokens, the "
+        "owner can let the role in: upstox-db init --runtime-role ROLE, or init_database(runtime_role=...).",
     ),
     errorcodes.READ_ONLY_SQL_TRANSACTION: (StoreUnavailable, "is read-only, like a standby. Connect to the primary."),
     errorcodes.DISK_FULL: (StoreUnavailable, "has a full disk. Free some space and try again."),
@@ -33,9 +34,31 @@ _TRANSLATIONS: dict[str, tuple[type[StorageError], str]] = {
         "migrate.",
     ),
 }
+# An option in the connection string, or in the environment, with a value that cannot be right, and its name. libpq
+# shows the value, which may be a misplaced password, so we name only the option. These come before the refusals below,
+# because such a value may hold any words.
+_INVALID_OPTIONS = [
+    (r'invalid "?(\w+)"? value: "', r"\1"),
+    (r'invalid integer value "[^\n]*" for connection option "(\w+)"', r"\1"),
+    (r'invalid value for parameter "(\w+)"', r"\1"),
+    (r'unrecognized configuration parameter "|invalid command-line argument', "options"),
+    (r"definition of service |service file ", "service"),
+    (r"(sslmode|gssencmode) value [^\n]* invalid", r"\1"),
+    (r"weak sslmode ", "sslmode"),
+    (r"invalid SSL protocol version range", "ssl_min_protocol_version"),
+    (r"authentication method requirement ", "require_auth"),
+    (r"channel binding (is )?required", "channel_binding"),
+    (r"GSSAPI encryption required", "gssencmode"),
+]
 # A refused connection has no SQLSTATE in psycopg2, so only the server's words tell the reason. A server that speaks
 # another language than English gives the general error below, which names no reason that may be wrong.
 _REFUSALS: list[tuple[str, type[StorageError], str]] = [
+    (
+        r"server is (not )?in hot standby mode|session is (not )?read-only",
+        StoreUnavailable,
+        "is not the kind of server that target_session_attrs asks for. Try again after the failover, or correct that "
+        "option.",
+    ),
     (
         r'database "[^\n]*" does not exist|no such database',
         ConfigurationError,
@@ -98,13 +121,16 @@ def translate_error(error: Exception, where: str, timeout: float, *, pooled: boo
         return StoreUnavailable(f"PostgreSQL at {where} gave no answer for {timeout:g} s. Try again.")
     state, text = getattr(error, "pgcode", None), str(error)
     if state is None:
+        for pattern, option in _INVALID_OPTIONS:
+            if found := re.search(pattern, text):
+                return ConfigurationError(
+                    f"PostgreSQL at {where} cannot be used with the option {found.expand(option)} as it is. Correct it "
+                    "in the connection string or in the environment."
+                )
         for pattern, kind, what in _REFUSALS:
             if re.search(pattern, text):
                 return kind(f"PostgreSQL at {where} {what}")
-        return StoreUnavailable(
-            f"PostgreSQL at {where} cannot be reached, or refused the connection (see error.__cause__). "
-            "Try again later."
-        )
+        return StoreUnavailable(f"PostgreSQL at {where} cannot be reached, or refused the connection. Try again later.")
     if pooled and state == errorcodes.FEATURE_NOT_SUPPORTED:
         state = errorcodes.READ_ONLY_SQL_TRANSACTION  # A primary that became a standby refuses READ WRITE.
     if state in _TRANSLATIONS:
@@ -115,7 +141,6 @@ def translate_error(error: Exception, where: str, timeout: float, *, pooled: boo
         return StoreUnavailable(f"The constraint {name} of PostgreSQL at {where} refused this (SQLSTATE {state}).")
     if state.startswith(_NEVER):
         return ConfigurationError(
-            f"PostgreSQL at {where} cannot do this (SQLSTATE {state}). Another attempt would fail, too: see "
-            "error.__cause__ for the reason."
+            f"PostgreSQL at {where} cannot do this (SQLSTATE {state}). Another attempt would fail, too."
         )
     return StoreUnavailable(f"PostgreSQL at {where} reported an error (SQLSTATE {state}). Try again.")

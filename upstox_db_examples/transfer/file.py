@@ -89,8 +89,12 @@ def write_export(path: Path, kind: str, ring: KeyRing, parts: Iterator[Part], ad
     return counts
 
 
-def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
-    """Yield the parts of an export. The file is complete only if this ends without an error."""
+def read_export(path: Path, ring_with: Callable[[str], KeyRing]) -> Iterator[Part]:
+    """Yield the parts of an export. The file is complete only if this ends without an error.
+
+    Args:
+        ring_with: returns the key ring that should have the key with this id.
+    """
     damaged = BackupDamaged(f"{path} is not a complete export: it was cut off or changed. Nothing was imported.")
     digest, counts, previous, number = hashlib.sha256(), Counts(), None, 0
     last_user: object = object()
@@ -99,6 +103,7 @@ def read_export(path: Path, ring: KeyRing) -> Iterator[Part]:
             header = _header(path, file.readline())
             digest.update(f"{header}\n".encode())
             key_id = header.split(", ")[3]
+            ring = ring_with(key_id)
             begins = tuple(f"{version}.{key_id}." for version in READABLE_VERSIONS)
             for line in file:
                 # Otherwise one wrong letter in a key id would look like a missing key.

@@ -74,6 +74,7 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
 
     Raises:
         InvalidInput: something that is not an export has that name.
+        KeyUnavailable, TokenRefused: a working token cannot be read, so nobody could import it. No file is written.
         StoreUnavailable: the file cannot be written, or the store cannot be read.
 
     Example:
@@ -85,7 +86,7 @@ def export_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
     target = resolve_target(expand_home(path))
     users = sum(1 for _ in store.backend.each_user()) if progress else 0
     with progress_bar(users, "user", progress) as advance:
-        counts = write_export(target, store.backend.store_kind, store.cipher.ring, _read_parts(store), advance)
+        counts = write_export(target, store.backend.store_kind, store.cipher.ring, _read_readable(store), advance)
     logger.info("Exported %s to %s: %s users, %s tokens, %s audit entries", store, path, *counts[:3])
     return counts
 
@@ -113,8 +114,8 @@ def import_tokens(store: TokenStorage, path: str | os.PathLike[str], *, progress
     def decrypt(token: StoredToken) -> Secret:
         return store.cipher.decrypt(token, kind)
 
-    users = _check_parts(read_export(file, store.cipher.ring), store, decrypt)
-    return _transfer(lambda: read_export(file, store.cipher.ring), store, decrypt, users, progress)
+    users = _check_parts(read_export(file, store.cipher.ring_with), store, decrypt)
+    return _transfer(lambda: read_export(file, store.cipher.ring_with), store, decrypt, users, progress)
 
 
 def _check_parts(parts: Iterator[Part], target: TokenStorage, decrypt: Callable[[StoredToken], Secret]) -> int:
@@ -186,6 +187,16 @@ def _read_parts(store: TokenStorage) -> Iterator[Part]:
         entries = (entry._replace(position=None) for entry in read_entries(store, user_id) if entry.generation in known)
         for batch in itertools.batched(entries, ENTRIES_AT_ONCE):
             yield Part(user_id, [], list(batch))
+
+
+def _read_readable(store: TokenStorage) -> Iterator[Part]:
+    """Do the same, and decrypt each working token. An import would refuse a file with one that cannot be read."""
+    now = store.backend.context.now()
+    for part in _read_parts(store):
+        for token in part.tokens:
+            if _is_alive(token, now):
+                store.cipher.decrypt(token)
+        yield part
 
 
 def read_entries(store: TokenStorage, user_id: str | None) -> Iterator[AuditEntry]:
