@@ -98,6 +98,9 @@ def require_login(login: object) -> None:
 def _take_keys(options: Options) -> KeySource | None:
     """Take the keys out of the options, where a traceback that prints local variables would show raw ones.
 
+    Returns:
+        None for the default.
+
     Raises:
         InvalidInput: these are no keys. If the first use showed that, it would cost a login: the new token could not
             be stored.
