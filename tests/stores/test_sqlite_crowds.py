@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ from upstox_totp.models import AccessTokenData
 from upstox_db_examples import KeyRing, PooledUpstoxStorage, SQLiteUpstoxStorage, StoreUnavailable
 from upstox_db_examples.sqlite import connections as sqlite_connections
 
-from ..support.processes import token_data
+from ..support.processes import token_data, wait_until
 
-THREADS, STORES_EACH = 8, 6
+THREADS = 8
 
 
 def log_in(user_id: str | None) -> AccessTokenData:
@@ -30,22 +29,27 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SQLiteUpst
         yield store
 
 
-def test_no_writer_is_overtaken_again_and_again(store: SQLiteUpstoxStorage) -> None:
-    ended: list[int] = []
-    together = threading.Barrier(THREADS)
+def test_writers_are_served_in_the_order_in_which_they_came(store: SQLiteUpstoxStorage) -> None:
+    users = [f"AB{number:04d}" for number in range(THREADS)]
+    for user in [*users, "LAST"]:
+        store.store_token(user)
+    connections = store.backend.connections
 
-    def work(number: int) -> None:
-        together.wait()
-        for _ in range(STORES_EACH):
-            store.store_token(f"AB{number:04d}")
-            ended.append(number)
+    def work(user: str) -> None:
+        store.revoke_token(user)
+        if user == users[0]:
+            store.revoke_token("LAST")  # Whoever has just written goes to the end of the queue.
 
-    with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(work, range(THREADS)))
-    for end in range(THREADS, len(ended)):
-        done = Counter(dict.fromkeys(range(THREADS), 0)) + Counter(ended[:end])
-        least = min(done[number] for number in range(THREADS))
-        assert max(done.values()) - least <= 2, f"one thread had to watch others: {ended[:end]}"
+    calls: list[Future[None]] = []
+    with ThreadPoolExecutor(THREADS) as threads, connections.turn_to_write():
+        for user in users:
+            calls.append(threads.submit(work, user))
+            wait_until(lambda: connections.writers.waiting == len(calls), 10)
+    for call in calls:
+        call.result()
+    with connections.lend() as conn:
+        written = conn.execute("SELECT user_id FROM upstox_token_audit WHERE action = 'revoked' ORDER BY id").fetchall()
+    assert [user for (user,) in written] == [*users, "LAST"]
 
 
 def test_a_writer_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
